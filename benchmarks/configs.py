@@ -1,0 +1,169 @@
+"""Experiments as records: what is trained, on what, with which numbers.
+
+Digits, two arms of 20 epochs: see `DIGITS`.  CIFAR-10 as published: see `CIFAR10`.
+"""
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from benchmarks.errors import UserError
+
+
+def _positive(value: float) -> bool:
+    return 0 < value < math.inf
+
+
+def _not_negative(value: float) -> bool:
+    return 0 <= value < math.inf
+
+
+_LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "subset": ("a whole number, at least 1", lambda n: n >= 1),
+    "width": ("above 0, at most 16", lambda w: 0 < w <= 16),
+    "epochs": ("a whole number, at least 1", lambda n: n >= 1),
+    "batch_size": ("a whole number, at least 1", lambda n: n >= 1),
+    "learning_rate": ("a finite number above 0", _positive),
+    "weight_decay": ("a finite number, at least 0", _not_negative),
+    "momentum": ("at least 0, below 1", lambda m: 0 <= m < 1),
+    "low": ("a finite number, at least 0", _not_negative),
+    "high": ("a finite number, at least 0", _not_negative),
+    "interval": ("a whole number, at least 1", lambda n: n >= 1),
+    "arms": ("each arm once", lambda arms: 0 < len(arms) == len(set(arms))),
+    "seed": ("0 to 4294967295", lambda n: 0 <= n < 2**32),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that the numbers of a run depend on.
+
+    Attributes:
+        dataset: name in `benchmarks.data`.
+        data_dir: directory of parquet files; None reads the hub.
+        subset: train on the first so many rows; None trains on all.
+        model: name in `benchmarks.models`.
+        width: factor on the channels of the model.
+        epochs: passes over the training rows.
+        batch_size: rows of a step; what is left of an epoch behind the last whole
+            batch is dropped, other rows in every epoch.
+        learning_rate: rate of the first epoch; a cosine takes it to 0, by epochs.
+        weight_decay: added to the gradient, of all parameters, as lambda * w.
+        momentum: of SGD, without Nesterov's correction.
+        low: smallest multiplier of TempBalance.
+        high: largest multiplier of TempBalance.
+        interval: epochs from one analysis of the weights to the next.
+        arms: names in `benchmarks.arms`, trained one after the other.
+        seed: of the initial weights, the order of the rows and their augmentation.
+    """
+
+    dataset: str
+    model: str
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    data_dir: str | None = None
+    subset: int | None = None
+    width: float = 1.0
+    weight_decay: float = 5e-4
+    momentum: float = 0.9
+    low: float = 0.5
+    high: float = 1.5
+    interval: int = 1
+    arms: tuple[str, ...] = ("cal", "tb")
+    seed: int = 43
+
+    def __post_init__(self):
+        for name, (allowed, holds) in _LIMITS.items():
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                msg = f"{option(name)} is {value!r}; allowed: {allowed}"
+                raise UserError(msg)
+
+
+DIGITS = Config(
+    # python -m benchmarks.train: about a minute on two CPU cores, 98 to 99 %.
+    dataset="digits",
+    model="resnet14",
+    epochs=20,
+    batch_size=64,
+    learning_rate=0.1,
+)
+
+CIFAR10 = Config(
+    # python -m benchmarks.train --dataset cifar10: the published recipe, for a GPU.
+    # Two CPU cores: --width 0.25 --subset 5000 --epochs 10, in about 15 minutes.
+    dataset="cifar10",
+    model="resnet18",
+    epochs=200,
+    batch_size=128,
+    learning_rate=0.1,
+)
+
+RECIPES = {recipe.dataset: recipe for recipe in (DIGITS, CIFAR10)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command line: the experiment, and what to do with its run directory."""
+
+    config: Config
+    out: Path
+    resume: bool
+    plots: bool
+
+
+def parse(arguments: Sequence[str] | None = None) -> Command:
+    """Read the command line; what it leaves out comes from the data set's recipe."""
+    given = vars(_parser().parse_args(arguments))
+    out, resume, plots = given.pop("out", None), given.pop("resume"), given.pop("plots")
+    if "arms" in given:
+        given["arms"] = tuple(given["arms"])
+    config = dataclasses.replace(RECIPES[given.get("dataset", "digits")], **given)
+    name = f"{config.dataset}-{config.model}-seed{config.seed}"
+    return Command(config, Path(out or Path("runs", name)), resume, plots)
+
+
+def option(field: str) -> str:
+    """Return the name of a field on the command line."""
+    return "--" + field.replace("_", "-")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from benchmarks import arms, models  # Heavy imports, not for the import of Config.
+
+    parser = _Parser(
+        prog="python -m benchmarks.train",
+        description="Train the same network plainly and with TempBalance.",
+        epilog="Numbers that are not given come from the recipe of the data set.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--dataset", choices=tuple(RECIPES), help="digits (default) or cifar10")
+    add("--data-dir", help="train-*.parquet and test-*.parquet; default: the hub")
+    add("--subset", type=int, help="train on the first SUBSET rows")
+    add("--model", choices=models.NAMES, help="a network")
+    add("--width", type=float, help="factor on its channels")
+    add("--epochs", type=int, help="passes over the training rows")
+    add("--batch-size", type=int, help="rows of a step")
+    add("--learning-rate", type=float, help="rate of the first epoch")
+    add("--weight-decay", type=float, help="L2 coefficient, of all parameters")
+    add("--momentum", type=float, help="momentum of SGD")
+    add("--low", type=float, help="smallest multiplier")
+    add("--high", type=float, help="largest multiplier")
+    add("--interval", type=int, help="epochs from one analysis to the next")
+    add("--arms", nargs="+", choices=tuple(arms.ARMS), help="what to compare")
+    add("--seed", type=int, help="seed of weights, row order and augmentation")
+    add("--out", help="run directory; default: runs/DATASET-MODEL-seedSEED")
+    add("--resume", action="store_true", default=False, help="continue a run")
+    add("--no-plots", dest="plots", action="store_false", default=True, help="no PNGs")
+    return parser

@@ -1,0 +1,104 @@
+"""The machine under a measurement: its threads, made what they are, and its record."""
+
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from benchmarks.errors import UserError
+
+# Read by OpenMP, OpenBLAS and MKL when NumPy, SciPy or PyTorch is first imported.
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+_PACKAGES = ("jax", "jaxlib", "numpy", "scipy", "torch", "optax", "flax", "tb-optax")
+
+
+def fix_threads(count: int | None) -> int:
+    """Give every library the same number of threads; call it before importing them.
+
+    The process is bound to that many cores, which the pools of XLA and of all
+    children follow.
+
+    Args:
+        count: number of cores; None takes all that the process may use.
+
+    Returns:
+        The number of cores.
+
+    Raises:
+        UserError: if there are fewer.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    count = count or len(cores)
+    if count > len(cores):
+        msg = f"--threads is {count}; allowed: at most {len(cores)}"
+        raise UserError(msg)
+    os.sched_setaffinity(0, cores[:count])
+    for name in THREAD_VARIABLES:
+        os.environ[name] = str(count)
+    # PyTorch on the same accelerator needs memory too.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    return count
+
+
+def describe(program: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the command, hardware, threads and versions of a measurement."""
+    import jax  # Only once the threads are fixed.
+
+    device = jax.devices()[0]
+    return {
+        "command": " ".join(["python -m", program, *arguments]),
+        "hardware": {
+            "processor": _processor(),
+            "cores": len(os.sched_getaffinity(0)),
+            "platform": device.platform,
+            "device": _processor() if device.platform == "cpu" else device.device_kind,
+            "load_before": round(os.getloadavg()[0], 2),
+        },
+        "threads": {name: os.environ[name] for name in THREAD_VARIABLES},
+        "versions": {"python": platform.python_version()} | _versions(),
+    }
+
+
+def torch_on_same_device():
+    """Import PyTorch with the threads that are fixed, on the device that JAX uses.
+
+    Returns:
+        The module and the name of its device.
+
+    Raises:
+        ModuleNotFoundError: if PyTorch is not installed.
+        UserError: if JAX uses an accelerator that this PyTorch does not.
+    """
+    import jax  # Only once the threads are fixed.
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if jax.default_backend() == "cpu":
+        return torch, "cpu"
+    if not torch.cuda.is_available():
+        msg = f"PyTorch {torch.__version__} does not see the device that JAX uses"
+        raise UserError(msg)
+    return torch, "cuda"
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _processor() -> str:
+    """Return the model of the processor, as the system calls it."""
+    if sys.platform == "linux":
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,119 @@
+"""Residual networks for small images, built as for CIFAR.
+
+A 3x3 stem without pooling, stages of basic blocks, global average pooling and one
+linear head.  Convolutions have no biases; where a block changes its shape, the
+shortcut is a 1x1 convolution with a BatchNorm.  Inputs are NHWC.
+
+References:
+    He et al, `Deep Residual Learning for Image Recognition
+    <https://arxiv.org/abs/1512.03385>`_, 2015
+"""
+
+from collections.abc import Sequence
+
+from flax import nnx
+from jax import Array
+
+from benchmarks.models.convolution import convolution
+
+
+def _conv(
+    inputs: int, outputs: int, size: int, stride: int, rngs: nnx.Rngs
+) -> nnx.Conv:
+    return nnx.Conv(
+        inputs,
+        outputs,
+        (size, size),
+        strides=stride,
+        padding=size // 2,
+        use_bias=False,
+        conv_general_dilated=convolution,
+        rngs=rngs,
+    )
+
+
+def _norm(channels: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
+    # PyTorch counts momentum from the other end: its 0.1 is 0.9 here.
+    return nnx.BatchNorm(channels, momentum=0.9, epsilon=1e-5, rngs=rngs)
+
+
+class Shortcut(nnx.Module):
+    """The 1x1 convolution around a block that changes the shape."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, *, rngs: nnx.Rngs):
+        self.conv1 = _conv(inputs, outputs, 1, stride, rngs)
+        self.bn1 = _norm(outputs, rngs)
+
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        """Project x to the shape behind the block."""
+        return self.bn1(self.conv1(x), use_running_average=not train)
+
+
+class BasicBlock(nnx.Module):
+    """Two 3x3 convolutions and a shortcut around them."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, *, rngs: nnx.Rngs):
+        self.conv1 = _conv(inputs, outputs, 3, stride, rngs)
+        self.bn1 = _norm(outputs, rngs)
+        self.conv2 = _conv(outputs, outputs, 3, 1, rngs)
+        self.bn2 = _norm(outputs, rngs)
+        reshapes = stride != 1 or inputs != outputs
+        self.shortcut = (
+            Shortcut(inputs, outputs, stride, rngs=rngs) if reshapes else None
+        )
+
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        """Return relu(F(x) + shortcut(x))."""
+        y = nnx.relu(self.bn1(self.conv1(x), use_running_average=not train))
+        y = self.bn2(self.conv2(y), use_running_average=not train)
+        if self.shortcut is not None:
+            x = self.shortcut(x, train=train)
+        return nnx.relu(x + y)
+
+
+class ResNet(nnx.Module):
+    """Stages of basic blocks; every stage but the first halves the resolution.
+
+    Args:
+        channels: channels of each stage; the stem has those of the first.
+        blocks: blocks of each stage.
+        image_channels: channels of the images.
+        num_classes: number of logits.
+        rngs: random numbers for the initial weights.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        blocks: Sequence[int],
+        *,
+        image_channels: int,
+        num_classes: int,
+        rngs: nnx.Rngs,
+    ):
+        self.conv1 = _conv(image_channels, channels[0], 3, 1, rngs)
+        self.bn1 = _norm(channels[0], rngs)
+        self.blocks = nnx.List([])
+        inputs = channels[0]
+        for stage, (outputs, count) in enumerate(zip(channels, blocks, strict=True)):
+            for block in range(count):
+                stride = 2 if stage > 0 and block == 0 else 1
+                self.blocks.append(BasicBlock(inputs, outputs, stride, rngs=rngs))
+                inputs = outputs
+        self.linear = nnx.Linear(inputs, num_classes, rngs=rngs)
+
+    def __call__(self, images: Array, *, train: bool) -> Array:
+        """Return the logits (batch, num_classes) of images (batch, H, W, channels)."""
+        x = nnx.relu(self.bn1(self.conv1(images), use_running_average=not train))
+        for block in self.blocks:
+            x = block(x, train=train)
+        return self.linear(x.mean((1, 2)))
+
+    def kernel_paths(self) -> tuple[str, ...]:
+        """Return the paths of all kernels, in the order the forward pass runs them."""
+        paths = ["conv1/kernel"]
+        for i, block in enumerate(self.blocks):
+            paths += [f"blocks/{i}/conv1/kernel", f"blocks/{i}/conv2/kernel"]
+            if block.shortcut is not None:
+                paths.append(f"blocks/{i}/shortcut/conv1/kernel")
+        return (*paths, "linear/kernel")

@@ -1,0 +1,179 @@
+"""Networks as lists of kernels: all that an analysis sees of them.
+
+Kernels are (height, width, inputs, outputs) or (inputs, outputs), in the order of
+execution, with neither biases nor norms. Nothing is allocated before `params`.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import tb_optax
+
+Shapes = dict[str, tuple[int, ...]]
+
+_DENSE = tb_optax.MatrixAxes((0,), (1,))
+_CONV = tb_optax.MatrixAxes((2,), (3,), pooled=(0, 1))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Network:
+    """The kernels of a network.
+
+    Attributes:
+        title: what tables call it.
+        shapes: shape of each kernel by path, in the order of execution.
+    """
+
+    title: str
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def layers(self) -> tuple[tb_optax.Layer, ...]:
+        """One layer per kernel."""
+        return tuple(
+            tb_optax.Layer(path, _CONV if len(shape) == 4 else _DENSE)
+            for path, shape in self.shapes.items()
+        )
+
+    @property
+    def matrices(self) -> int:
+        """Number of matrices, one per position of a convolution."""
+        return sum(math.prod(shape[:-2]) for shape in self.shapes.values())
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return sum(map(math.prod, self.shapes.values()))
+
+    def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return the parameters without their numbers."""
+        return {
+            path: jax.ShapeDtypeStruct(shape, jnp.float32)
+            for path, shape in self.shapes.items()
+        }
+
+    def params(self, seed: int = 0) -> dict[str, jax.Array]:
+        """Draw Gaussian kernels of variance 1 / fan-in, in float32."""
+        params = {}
+        for number, (path, shape) in enumerate(self.shapes.items()):
+            rng = np.random.default_rng((seed, number))
+            kernel = rng.standard_normal(shape, np.float32)
+            kernel *= np.float32(math.prod(shape[:-1]) ** -0.5)
+            params[path] = jnp.asarray(kernel)
+        return params
+
+
+def resnet(blocks: Sequence[int], *, width: float = 1.0, classes: int = 100) -> Shapes:
+    """Return the kernels of a residual network of basic blocks, as for CIFAR."""
+    channels = [max(1, round(width * size)) for size in (64, 128, 256, 512)]
+    shapes = {"conv1": (3, 3, 3, channels[0])}
+    inputs = channels[0]
+    for stage, (outputs, count) in enumerate(zip(channels, blocks, strict=True)):
+        for block in range(count):
+            name = f"stage{stage}/block{block}"
+            shapes[f"{name}/conv1"] = (3, 3, inputs, outputs)
+            shapes[f"{name}/conv2"] = (3, 3, outputs, outputs)
+            if stage > 0 and block == 0:
+                shapes[f"{name}/shortcut"] = (1, 1, inputs, outputs)
+            inputs = outputs
+    return {**shapes, "linear": (inputs, classes)}
+
+
+def bottleneck_resnet(blocks: Sequence[int], *, classes: int = 1000) -> Shapes:
+    """Return the kernels of a residual network of bottlenecks, as for ImageNet."""
+    shapes = {"conv1": (7, 7, 3, 64)}
+    inputs = 64
+    for stage, count in enumerate(blocks):
+        middle = 64 * 2**stage
+        for block in range(count):
+            name = f"stage{stage}/block{block}"
+            shapes[f"{name}/conv1"] = (1, 1, inputs, middle)
+            shapes[f"{name}/conv2"] = (3, 3, middle, middle)
+            shapes[f"{name}/conv3"] = (1, 1, middle, 4 * middle)
+            if block == 0:
+                shapes[f"{name}/shortcut"] = (1, 1, inputs, 4 * middle)
+            inputs = 4 * middle
+    return {**shapes, "linear": (inputs, classes)}
+
+
+def vgg(stages: Sequence[int], *, classes: int = 100) -> Shapes:
+    """Return the kernels of a VGG with one linear head, as for CIFAR."""
+    shapes: Shapes = {}
+    inputs = 3
+    for outputs, count in zip((64, 128, 256, 512, 512), stages, strict=True):
+        for _ in range(count):
+            shapes[f"conv{len(shapes)}"] = (3, 3, inputs, outputs)
+            inputs = outputs
+    return {**shapes, "linear": (inputs, classes)}
+
+
+def wide_resnet(depth: int, factor: int, *, classes: int = 100) -> Shapes:
+    """Return the kernels of a WRN-depth-factor."""
+    shapes = {"conv1": (3, 3, 3, 16)}
+    inputs = 16
+    for stage in range(3):
+        outputs = 16 * 2**stage * factor
+        for block in range((depth - 4) // 6):
+            name = f"stage{stage}/block{block}"
+            shapes[f"{name}/conv1"] = (3, 3, inputs, outputs)
+            shapes[f"{name}/conv2"] = (3, 3, outputs, outputs)
+            if inputs != outputs:
+                shapes[f"{name}/shortcut"] = (1, 1, inputs, outputs)
+            inputs = outputs
+    return {**shapes, "linear": (inputs, classes)}
+
+
+def transformer(blocks: int, width: int = 768) -> Shapes:
+    """Return the kernels of blocks with four attention and two MLP matrices."""
+    shapes: Shapes = {}
+    for block in range(blocks):
+        for name in ("query", "key", "value", "out"):
+            shapes[f"block{block}/attention/{name}"] = (width, width)
+        shapes[f"block{block}/mlp/in"] = (width, 4 * width)
+        shapes[f"block{block}/mlp/out"] = (4 * width, width)
+    return shapes
+
+
+def vision_transformer(*, classes: int = 1000) -> Shapes:
+    """Return the kernels of ViT-B/16."""
+    patches = {"patches": (16, 16, 3, 768)}
+    return {**patches, **transformer(12), "head": (768, classes)}
+
+
+def gated_block(width: int, hidden: int) -> Shapes:
+    """Return the kernels of one block with a gated MLP."""
+    shapes = dict.fromkeys(("query", "key", "value", "out"), (width, width))
+    shapes |= dict.fromkeys(("gate", "up"), (width, hidden))
+    return {**shapes, "down": (hidden, width)}
+
+
+def equal_layers(count: int, side: int) -> Network:
+    """Return `count` convolutions of 3 x 3 positions and `side` channels."""
+    shapes = {f"conv{i}": (3, 3, side, side) for i in range(count)}
+    return Network(f"{count} equal layers", shapes)
+
+
+@functools.cache
+def networks() -> Mapping[str, Network]:
+    """Return all networks by the names they have on the command line."""
+    return {
+        "resnet18": Network("ResNet-18", resnet((2, 2, 2, 2))),
+        "resnet34": Network("ResNet-34", resnet((3, 4, 6, 3))),
+        "vgg16": Network("VGG-16-BN", vgg((2, 2, 3, 3, 3))),
+        "wrn16x8": Network("WRN-16-8", wide_resnet(16, 8)),
+        "wrn28x6": Network("WRN-28-6", wide_resnet(28, 6)),
+        "vit_b16": Network("ViT-B/16", vision_transformer()),
+        "gpt2": Network("GPT-2 small, 12 blocks", transformer(12)),
+        "llm_block": Network("4096-wide LLM block", gated_block(4096, 11008)),
+        "resnet152": Network("ResNet-152", bottleneck_resnet((3, 8, 36, 3))),
+        "tiny": Network(
+            "three layers",
+            {"conv1": (3, 3, 3, 8), "conv2": (3, 3, 8, 16), "linear": (16, 10)},
+        ),
+    }

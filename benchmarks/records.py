@@ -1,0 +1,199 @@
+"""The files of a run: `config.json`, `metrics.jsonl`, `layers.jsonl`.
+
+A line of `metrics.jsonl` is an arm after so many epochs; a line of `layers.jsonl` is
+one layer of an arm whose weights have seen so many epochs, 0 being the initial ones.
+Lines are written before the checkpoint of their epoch, so that after a kill the files
+hold what the checkpoint knows of, and perhaps a rest that `rewind` takes off.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Set
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from benchmarks.configs import Config, option
+from benchmarks.errors import UserError, first_line
+
+Row = dict[str, Any]
+
+_CONFIG = "config.json"
+_TEMPORARY = ".tmp"
+# Where the data lie may change; what they are may not, and has a digest.
+_FREE = {"data_dir"}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDirectory:
+    """A directory that one run has to itself."""
+
+    path: Path
+
+    @property
+    def metrics(self) -> Path:
+        """One line per arm and epoch."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def layers(self) -> Path:
+        """One line per arm, refresh and layer."""
+        return self.path / "layers.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One directory per arm."""
+        return self.path / "checkpoints"
+
+    def check(self, config: Config, *, resume: bool) -> None:
+        """Raise `UserError` if the run cannot start or continue here."""
+        if self.path.exists() and not self.path.is_dir():
+            msg = f"{self.path} is no directory; give another --out"
+            raise UserError(msg)
+        if self._is_empty():
+            return
+        if not resume:
+            msg = f"{self.path} is not empty; give --resume or another --out"
+            raise UserError(msg)
+        recorded = self._recorded()["config"]
+        for name, value in _plain(config).items():
+            if name not in recorded:
+                msg = f"{self.path / _CONFIG} has no field {name!r}; give another --out"
+                raise UserError(msg)
+            if name not in _FREE and recorded[name] != value:
+                msg = (
+                    f"{option(name)} is {value!r}, but the run in {self.path} has "
+                    f"{recorded[name]!r}; give that, or another --out"
+                )
+                raise UserError(msg)
+
+    def open(self, config: Config, digest: str) -> None:
+        """Create the directory with its `config.json`, or compare the data's digest."""
+        if self._is_empty():
+            self.path.mkdir(parents=True, exist_ok=True)
+            packages = ("jax", "jaxlib", "optax", "flax")
+            content = {
+                "config": _plain(config),
+                "data_sha256": digest,
+                "device": jax.devices()[0].device_kind,
+                "versions": {name: version(name) for name in packages},
+            }
+            replace(self.path / _CONFIG, json.dumps(content, indent=2) + "\n")
+        elif self._recorded()["data_sha256"] != digest:
+            msg = (
+                f"the data are not those of the run in {self.path}; give another --out"
+            )
+            raise UserError(msg)
+
+    def rewind(self, done: Mapping[str, int], config: Config) -> None:
+        """Keep the lines that the checkpoints know of.
+
+        Args:
+            done: epochs behind the checkpoint of each arm, 0 without one.
+            config: the experiment, which says what lines there must be.
+        """
+        expected_metrics, expected_layers = set(), set()
+        for arm, epochs in done.items():
+            expected_metrics |= {(arm, epoch) for epoch in range(1, epochs + 1)}
+            # A table stands before the epoch that it steers; the last steers none.
+            expected_layers |= {
+                (arm, epoch) for epoch in range(0, epochs, config.interval)
+            }
+            if epochs == config.epochs:
+                expected_layers.add((arm, epochs))
+        metrics = _select(self.metrics, expected_metrics)
+        layers = _select(self.layers, expected_layers)
+        replace(self.metrics, _lines(metrics))
+        replace(self.layers, _lines(layers))
+
+    def _is_empty(self) -> bool:
+        """Whether nothing is here, but for what a kill may leave of the first file."""
+        if not self.path.exists():
+            return True
+        return {entry.name for entry in self.path.iterdir()} <= {_CONFIG + _TEMPORARY}
+
+    def _recorded(self) -> dict[str, Any]:
+        path = self.path / _CONFIG
+        if not path.exists():
+            msg = f"{self.path} holds no run: no {_CONFIG}; give another --out"
+            raise UserError(msg)
+        try:
+            content = json.loads(path.read_bytes())
+            if not isinstance(content["config"], dict):
+                msg = "config is no object"
+                raise TypeError(msg)
+            if not isinstance(content["data_sha256"], str):
+                msg = "data_sha256 is no string"
+                raise TypeError(msg)
+        except (ValueError, TypeError, KeyError) as error:
+            msg = f"{path} is damaged ({first_line(error)}); give another --out"
+            raise UserError(msg) from error
+        return content
+
+
+def append(path: Path, rows: Iterable[Row]) -> None:
+    """Add lines to a file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(_lines(rows))
+
+
+def read(path: Path) -> list[Row]:
+    """Read the lines of a file; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    *lines, rest = path.read_bytes().split(b"\n")
+    del rest  # Behind the last newline: nothing, or a line without its end.
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row["arm"], str) or not isinstance(row["epoch"], int):
+                msg = "arm or epoch has a wrong type"
+                raise TypeError(msg)
+        except (ValueError, TypeError, KeyError) as error:
+            msg = f"{path} is damaged in line {number} ({first_line(error)})"
+            raise UserError(msg) from error
+        rows.append(row)
+    return rows
+
+
+def _select(path: Path, expected: Set[tuple[str, int]]) -> list[Row]:
+    """Return the rows of the expected arms and epochs, all of which must be there."""
+    rows = read(path)
+    missing = expected - {(row["arm"], row["epoch"]) for row in rows}
+    if missing:
+        arm, epoch = min(missing)
+        msg = (
+            f"{path} lacks epoch {epoch} of {arm}, which its checkpoint has; "
+            "give another --out"
+        )
+        raise UserError(msg)
+    return [row for row in rows if (row["arm"], row["epoch"]) in expected]
+
+
+def _plain(config: Config) -> dict[str, Any]:
+    """Return a config as JSON would give it back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _lines(rows: Iterable[Row]) -> str:
+    return "".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows)
+
+
+def _finite(row: Row) -> Row:
+    """JSON has no word for infinity or not-a-number: null stands for both."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves either the old one or the new one."""
+    temporary = path.with_name(path.name + _TEMPORARY)
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

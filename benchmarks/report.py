@@ -1,0 +1,64 @@
+"""The tables a run ends with."""
+
+from collections.abc import Sequence
+
+from tabulate import tabulate
+
+from benchmarks.arms import ARMS
+from benchmarks.records import Row
+
+
+def arms_table(metrics: Sequence[Row]) -> str:
+    """Return one row per arm: its last epoch, and the seconds of all its epochs."""
+    rows = []
+    for arm in dict.fromkeys(row["arm"] for row in metrics):
+        epochs = [row for row in metrics if row["arm"] == arm]
+        analysis = sum(row["analysis_seconds"] for row in epochs)
+        seconds = sum(row["train_seconds"] for row in epochs) + analysis
+        rows.append(
+            {
+                "arm": f"{arm} ({ARMS[arm].title})",
+                "epochs": len(epochs),
+                "train loss": _loss(epochs[-1]["train_loss"]),
+                "test loss": _loss(epochs[-1]["test_loss"]),
+                "test accuracy": f"{epochs[-1]['test_accuracy']:.2%}",
+                "seconds": f"{seconds:.1f}",
+                "in analysis": f"{analysis / seconds:.1%}",
+            }
+        )
+    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+
+
+def layer_table(layers: Sequence[Row], arm: str) -> str:
+    """Return one row per layer of an arm: its final weights."""
+    own = [row for row in layers if row["arm"] == arm]
+    last = max(row["epoch"] for row in own)
+    rows = []
+    for row in own:
+        if row["epoch"] == last:
+            cells = {
+                "layer": row["layer"],
+                "alpha": f"{row['alpha']:.3f}" if row["fitted"] else "not fitted",
+                "KS distance": f"{row['ks_distance']:.3f}" if row["fitted"] else "",
+                "tail size": row["tail_size"],
+                "N": row["eigenvalue_count"],
+            }
+            if ARMS[arm].balanced:
+                cells["multiplier"] = f"{row['multiplier']:.3f}"
+                cells["tuned"] = "yes" if row["tuned"] else "no"
+            rows.append(cells)
+    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+
+
+def write(metrics: Sequence[Row], layers: Sequence[Row]) -> str:
+    """Return all tables as Markdown."""
+    arms = dict.fromkeys(row["arm"] for row in layers)
+    parts = [arms_table(metrics)]
+    parts += [
+        f"{ARMS[arm].title}: layers\n\n{layer_table(layers, arm)}" for arm in arms
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _loss(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"

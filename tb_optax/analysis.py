@@ -1,0 +1,215 @@
+"""The analysis: from parameters to spectral metrics and multipliers of the layers."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from tb_optax.assignment import Assign, layer_of_leaf, linear
+from tb_optax.checks import check_int, check_number
+from tb_optax.layers import Layer, expand_stacks
+from tb_optax.leaves import Leaf, leaves_of, shapes_of
+from tb_optax.naming import find_layers
+from tb_optax.pipeline import (
+    Metric,
+    Options,
+    assigned_table,
+    fitted_table,
+    layer_spectra,
+    route_of,
+)
+from tb_optax.power_law import Fit, fit_median
+from tb_optax.spectrum import SINGULAR_VALUES
+from tb_optax.table import METRICS, Analysis
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerAnalysis:
+    """A spectral analysis; `layer_analysis` makes one."""
+
+    layers: tuple[Layer, ...] | None
+    options: Options
+    max_dim: int
+
+    def __call__(self, params: Any) -> Analysis:
+        """Analyses the layers of `params`."""
+        layers, kernels = self.resolve(params)
+        return _analyze(kernels, layers, self.options)
+
+    def resolve(self, params: Any) -> tuple[tuple[Layer, ...], dict[str, Any]]:
+        """The layers in `params`, stacks expanded, and their kernels by path.
+
+        Raises:
+            ValueError: if there is none, or one does not fit the parameters.
+        """
+        leaves = leaves_of(params)
+        layers = find_layers(params) if self.layers is None else self.layers
+        layers = _checked_layers(layers, leaves, self.max_dim)
+        layer_of_leaf(layers, shapes_of(leaves))
+        return layers, {layer.path: leaves[layer.path].value for layer in layers}
+
+
+def layer_analysis(
+    layers: Sequence[Layer] | None = None,
+    *,
+    fit: Fit = fit_median(),
+    metric: Metric = "alpha",
+    assign: Assign = linear(0.5, 1.5),
+    min_eigenvalues: int = 50,
+    eigenvalue_floor: int | float | None = None,
+    conv_norm: int | float = 0.5,
+    max_dim: int = 16384,
+) -> LayerAnalysis:
+    r"""A spectral analysis: a pure jitted function from parameters to `Analysis`.
+
+    For each layer: the eigenvalues λ = σ² of its matrices, pooled over positions
+    and scaled by `conv_norm` there; a power law p(λ) ∝ λ^-alpha fitted to their
+    tail; and over all layers the map from the metric M to multipliers, for example
+
+        low + (high - low)·(M - min M) / (max M - min M).
+
+    Analyses of equal options compare equal and share one compilation.
+
+    Args:
+        layers: the layers to tune, in the order of the table; None finds them by
+            `find_layers` in the parameters of each call. The published method
+            leaves out the first and the last layer of the network.
+        fit: `fit_median(...)`, `fit_min_ks()`, `fit_peak(...)` or a function
+            `(log_eigenvalues, valid) -> PowerLaw`.
+        metric: column of the table that the map acts on, or a function of the
+            Analysis that returns one number per layer.
+        assign: `linear(...)`, `sqrt()`, `log2()`, `step(...)` or a function
+            `(metric, tuned) -> multipliers`.
+        min_eigenvalues: a layer with fewer is not tuned, an int >= 0.
+        eigenvalue_floor: fit only λ above it (all, if none is); None keeps all,
+            1e-5 is the published zero filter. Norms and N are of all λ.
+        conv_norm: factor on λ where axes are pooled, a finite number > 0.
+        max_dim: largest smaller side of a matrix, an int >= 1; a larger one is an
+            error, since its eigenvalues cost O(max_dim³).
+
+    Returns:
+        `analyze(params) -> Analysis`, which can be called inside `jit` too;
+        `jax.eval_shape(analyze, params).layers` gives its layers without work.
+
+    Raises:
+        ValueError: if an option is out of range; when called, if a layer or a
+            follower is not in the parameters or does not fit them.
+
+    >>> key = jax.random.key(0)
+    >>> params = {"a": {"kernel": jax.random.normal(key, (128, 64))},
+    ...           "b": {"kernel": jax.random.normal(key, (64, 64))}}
+    >>> analysis = layer_analysis()(params)
+    >>> [row["multipliers"] for row in analysis.rows()]
+    [1.5, 0.5]
+
+    References:
+        Zhou et al, `Temperature Balancing, Layer-wise Weight Analysis, and Neural
+        Network Training <https://arxiv.org/abs/2312.00359>`_, 2023
+    """
+    if layers is not None:
+        layers = tuple(layers)
+        for layer in layers:
+            if not isinstance(layer, Layer):
+                msg = f"layers must hold Layer objects, got {layer!r}."
+                raise ValueError(msg)
+    if isinstance(metric, str) and metric not in METRICS:
+        msg = f"metric must be one of {', '.join(METRICS)}, got {metric!r}."
+        raise ValueError(msg)
+    for name, function in (("fit", fit), ("assign", assign), ("metric", metric)):
+        if not callable(function) and not isinstance(function, str):
+            msg = f"{name} must be a function, got {function!r}."
+            raise ValueError(msg)
+    check_int("min_eigenvalues", min_eigenvalues, at_least=0)
+    check_int("max_dim", max_dim, at_least=1)
+    check_number("conv_norm", conv_norm, above=0)
+    if eigenvalue_floor is not None:
+        check_number("eigenvalue_floor", eigenvalue_floor, above=0)
+    options = Options(
+        fit=fit,
+        metric=metric,
+        assign=assign,
+        min_eigenvalues=min_eigenvalues,
+        eigenvalue_floor=eigenvalue_floor,
+        conv_norm=conv_norm,
+    )
+    return LayerAnalysis(layers, options, max_dim)
+
+
+def esd(
+    params: Any, layers: Sequence[Layer], *, conv_norm: int | float = 0.5
+) -> list[Float[np.ndarray, " n"]]:
+    """Empirical spectral densities: all eigenvalues of each layer.
+
+    They are squared singular values, exact to the smallest, for plots and studies.
+
+    Args:
+        params: the parameters.
+        layers: layers, stacked ones with or without an index.
+        conv_norm: factor on λ where axes are pooled.
+
+    Returns:
+        One ascending array per layer, stacks expanded.
+
+    Raises:
+        ValueError: if a layer is not in the parameters or does not fit them.
+
+    >>> from tb_optax import MatrixAxes
+    >>> dense = MatrixAxes((0,), (1,))
+    >>> esd({"w": jnp.diag(jnp.asarray([3.0, 1.0]))}, [Layer("w", dense)])
+    [array([1., 9.], dtype=float32)]
+    """
+    check_number("conv_norm", conv_norm, above=0)
+    leaves = leaves_of(params)
+    layers = _checked_layers(layers, leaves)
+    kernels = {layer.path: leaves[layer.path].value for layer in layers}
+    eigenvalues, count = jax.device_get(_eigenvalues(kernels, layers, conv_norm))
+    return [row[len(row) - n :] for row, n in zip(eigenvalues, count, strict=True)]
+
+
+def _checked_layers(
+    layers: Sequence[Layer], leaves: Mapping[str, Leaf], max_dim: int | None = None
+) -> tuple[Layer, ...]:
+    """The layers with stacks expanded, every kernel fit for a decomposition."""
+    layers = expand_stacks(layers, shapes_of(leaves))
+    if not layers:
+        msg = (
+            "there is no layer to balance: the parameters hold no kernel that the "
+            "rules of find_layers know, or `layers` is empty."
+        )
+        raise ValueError(msg)
+    for layer in layers:
+        kernel = leaves[layer.path].value
+        if not jnp.issubdtype(kernel.dtype, jnp.floating) or kernel.size == 0:
+            msg = (
+                f"layer {layer.name!r}: a kernel must be floating and not empty, got "
+                f"{kernel.dtype} of shape {kernel.shape}; take it out of `layers`."
+            )
+            raise ValueError(msg)
+        side = min(layer.matrix_shape(kernel.shape))
+        if max_dim is not None and side > max_dim:
+            msg = (
+                f"layer {layer.name!r} needs the eigenvalues of a {side} x {side} "
+                f"matrix, above max_dim = {max_dim}; leave it out of `layers`, raise "
+                f"max_dim, or split it into parts (`Layer.part`)."
+            )
+            raise ValueError(msg)
+    return layers
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _analyze(
+    kernels: dict[str, Any], layers: tuple[Layer, ...], options: Options
+) -> Analysis:
+    spectra = layer_spectra(kernels, layers, options.conv_norm, route_of(options))
+    return assigned_table(fitted_table(spectra, layers, options), options)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _eigenvalues(kernels, layers: tuple[Layer, ...], conv_norm: int | float):
+    spectra = layer_spectra(kernels, layers, conv_norm, SINGULAR_VALUES)
+    return spectra.absolute(jnp.exp(spectra.log_eigenvalues)), spectra.count

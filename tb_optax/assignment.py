@@ -1,0 +1,260 @@
+"""From a metric of the layers to their multipliers, and from layers to leaves.
+
+A map is a function `(metric, tuned) -> multipliers` over vectors with one entry
+per layer.  Only tuned layers take part in its minimum, maximum, sum or ranking;
+it returns 1 for the others and NaN for a tuned layer outside its domain.  The
+four here are frozen dataclasses, so that equal maps compare equal and share one
+compilation; any function of that signature will do.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from tb_optax.checks import check_number
+from tb_optax.layers import Layer
+
+Assign: TypeAlias = Callable[
+    [Float[Array, " layers"], Bool[Array, " layers"]], Float[Array, " layers"]
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class linear:
+    """Linear map of the metric's range onto [low, high] (`tb_linear_map`).
+
+        low + (high - low)·(M - min M) / (max M - min M),
+
+    and 1 for every layer where the scores are equal up to rounding
+    (max - min <= 8·eps·max |M|), which includes a single tuned layer.
+
+    Args:
+        low: multiplier of the smallest metric, finite and >= 0.
+        high: multiplier of the largest; low > high reverses the map.
+
+    Raises:
+        ValueError: if a bound is not a finite number >= 0.
+
+    >>> print(linear(0.5, 1.5)(jnp.asarray([2.0, 4.0, 3.0]), jnp.ones(3, bool)))
+    [0.5 1.5 1. ]
+    """
+
+    low: int | float = 0.5
+    high: int | float = 1.5
+
+    def __post_init__(self):
+        check_number("low", self.low, at_least=0)
+        check_number("high", self.high, at_least=0)
+
+    def __call__(
+        self, metric: Float[Array, " layers"], tuned: Bool[Array, " layers"]
+    ) -> Float[Array, " layers"]:
+        """Multipliers of the layers."""
+        low, high, spread = _extremes(metric, tuned)
+        position = (metric - low) / jnp.where(spread, high - low, 1)
+        multipliers = self.low + (self.high - self.low) * position
+        return jnp.where(tuned & spread, multipliers, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class sqrt:
+    """Multipliers proportional to the square root of the metric (`tb_sqrt`).
+
+        n·sqrt(M_i) / Σ_j sqrt(M_j) over the n tuned layers with M >= 0,
+
+    so that their mean is 1; NaN for a tuned layer with M < 0, and 1 for every other
+    one where their scores are equal up to rounding.
+
+    >>> print(sqrt()(jnp.asarray([1.0, 9.0, 4.0]), jnp.ones(3, bool)))
+    [0.5 1.5 1. ]
+    """
+
+    def __call__(
+        self, metric: Float[Array, " layers"], tuned: Bool[Array, " layers"]
+    ) -> Float[Array, " layers"]:
+        """Multipliers of the layers."""
+        defined = tuned & (metric >= 0)
+        return _share(jnp.sqrt, metric, tuned, defined)
+
+
+@dataclasses.dataclass(frozen=True)
+class log2:
+    """Multipliers proportional to the logarithm of the metric (`tb_log2`).
+
+        n·log2(M_i) / Σ_j log2(M_j) over the n tuned layers with M >= 1,
+
+    so that their mean is 1; NaN for a tuned layer with M < 1, whose share would
+    be negative, and 1 for every other one where their scores are equal up to
+    rounding.
+
+    >>> print(log2()(jnp.asarray([2.0, 8.0, 4.0]), jnp.ones(3, bool)))
+    [0.5 1.5 1. ]
+    """
+
+    def __call__(
+        self, metric: Float[Array, " layers"], tuned: Bool[Array, " layers"]
+    ) -> Float[Array, " layers"]:
+        """Multipliers of the layers."""
+        defined = tuned & (metric >= 1)
+        return _share(jnp.log2, metric, tuned, defined)
+
+
+@dataclasses.dataclass(frozen=True)
+class step:
+    """Multipliers by rank alone (`tb_step`).
+
+        low + (high - low)·r / n for rank r = 0..n-1, ascending,
+
+    so that `high` is never reached, as published; 1 for every layer where the
+    scores are equal up to rounding.  Ties rank in the order of the layers.
+
+    Args:
+        low: multiplier of the smallest metric, finite and >= 0.
+        high: bound of the multipliers from the other side, finite and >= 0.
+
+    Raises:
+        ValueError: if a bound is not a finite number >= 0.
+
+    >>> print(step(0.5, 1.5)(jnp.asarray([2.0, 9.0]), jnp.ones(2, bool)))
+    [0.5 1. ]
+    """
+
+    low: int | float = 0.5
+    high: int | float = 1.5
+
+    def __post_init__(self):
+        check_number("low", self.low, at_least=0)
+        check_number("high", self.high, at_least=0)
+
+    def __call__(
+        self, metric: Float[Array, " layers"], tuned: Bool[Array, " layers"]
+    ) -> Float[Array, " layers"]:
+        """Multipliers of the layers."""
+        _, _, spread = _extremes(metric, tuned)
+        order = jnp.argsort(jnp.where(tuned, metric, jnp.inf), stable=True)
+        rank = jnp.argsort(order)
+        count = jnp.maximum(tuned.sum(), 1)
+        multipliers = self.low + (self.high - self.low) * rank / count
+        return jnp.where(tuned & spread, multipliers, 1).astype(metric.dtype)
+
+
+def _extremes(metric, tuned):
+    """Smallest and largest tuned metric, and whether they truly differ."""
+    low = jnp.min(metric, initial=jnp.inf, where=tuned)
+    high = jnp.max(metric, initial=-jnp.inf, where=tuned)
+    some = tuned.any()
+    low, high = jnp.where(some, low, 0), jnp.where(some, high, 0)
+    largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
+    return low, high, high - low > 8 * jnp.finfo(metric.dtype).eps * largest
+
+
+def _share(score, metric, tuned, defined):
+    """n·score(M) / Σ score(M) over the defined layers; NaN for the other tuned ones.
+
+    1 for the defined layers where their metrics are equal up to rounding.
+    """
+    _, _, spread = _extremes(metric, defined)
+    scores = jnp.where(defined, score(jnp.where(defined, metric, 1)), 0)
+    total = jnp.where(spread, scores.sum(), 1)
+    shares = jnp.where(spread, defined.sum() * scores / total, 1)
+    return jnp.where(defined, shares, jnp.where(tuned, jnp.nan, 1))
+
+
+def layer_of_leaf(
+    layers: Sequence[Layer], shapes: Mapping[str, tuple[int, ...] | None]
+) -> dict[str, Int[np.ndarray, "..."]]:
+    """Which layer each part of each leaf belongs to.
+
+    Args:
+        layers: one entry per multiplier, stacks expanded.
+        shapes: shape of every leaf by path; None where a mask stands.
+
+    Returns:
+        For every leaf of a layer, an int array that broadcasts against the leaf:
+        the position of the layer in `layers`, -1 where no layer has the part.
+
+    Raises:
+        ValueError: if a follower is nowhere, has a shape that does not fit its
+            layer's stack or part, or if two layers claim the same part of a leaf.
+
+    >>> from tb_optax.layers import MatrixAxes
+    >>> dense = MatrixAxes((1,), (2,), stacked=(0,))
+    >>> blocks = [Layer("w", dense, ("b",), index=(i,)) for i in range(3)]
+    >>> layer_of_leaf(blocks, {"w": (3, 8, 4), "b": (3, 4)})["b"].tolist()
+    [[0], [1], [2]]
+    """
+    owners: dict[str, Any] = {}
+    for position, layer in enumerate(layers):
+        for path in (layer.path, *layer.follows):
+            if path not in shapes:
+                msg = (
+                    f"{path!r}, which follows layer {layer.name!r}, is not in the "
+                    f"parameters; take it out of the layer's `follows`."
+                )
+                raise ValueError(msg)
+            shape = shapes[path]
+            if shape is None:
+                continue
+            kernel_shape = shapes[layer.path]
+            where = _part_of_leaf(layer, path, shape, kernel_shape)
+            owner = owners.setdefault(path, np.full((1,) * len(shape), -1))
+            wanted = tuple(
+                n if chosen != slice(None) else 1
+                for n, chosen in zip(shape, where, strict=True)
+            )
+            both = np.broadcast_shapes(owner.shape, wanted)
+            owner = np.broadcast_to(owner, both).copy()
+            taken = owner[where]
+            if (taken >= 0).any():
+                other = layers[int(taken.max())]
+                msg = (
+                    f"{path!r} belongs to two layers, {other.name!r} and "
+                    f"{layer.name!r}; keep one of them, or take the path out of "
+                    f"one layer's `follows`."
+                )
+                raise ValueError(msg)
+            owner[where] = position
+            owners[path] = owner
+    return owners
+
+
+def _part_of_leaf(layer, path, shape, kernel_shape) -> tuple[slice, ...]:
+    """The slices of a leaf, one per axis, that belong to a layer."""
+    where = [slice(None)] * len(shape)
+    axes = layer.axes
+    for axis, index in zip(axes.stacked, layer.index, strict=True):
+        if axis >= len(shape) or shape[axis] != kernel_shape[axis]:
+            msg = (
+                f"{path!r} of shape {shape} follows one slice of {layer.path!r}, "
+                f"stacked along axis {axis} of its shape {kernel_shape}, but is not "
+                f"stacked alike; take it out of the layer's `follows`."
+            )
+            raise ValueError(msg)
+        where[axis] = slice(index, index + 1)
+    if layer.part is not None:
+        axis, start, stop = layer.part
+        if path != layer.path:
+            axis = _output_axis_of_follower(layer, path, shape, kernel_shape)
+        where[axis] = slice(start, stop)
+    return tuple(where)
+
+
+def _output_axis_of_follower(layer, path, shape, kernel_shape) -> int:
+    """The axis of a follower that runs along the split output axis."""
+    free = [axis for axis in range(len(shape)) if axis not in layer.axes.stacked]
+    outputs = layer.axes.output
+    if tuple(shape[axis] for axis in free) == tuple(kernel_shape[a] for a in outputs):
+        return free[outputs.index(layer.part[0])]
+    wide = [axis for axis in free if shape[axis] != 1]
+    if len(wide) == 1 and shape[wide[0]] == kernel_shape[layer.part[0]]:
+        return wide[0]
+    msg = (
+        f"{path!r} of shape {shape} follows a part of {layer.path!r} of shape "
+        f"{kernel_shape}, but has no axis like its output axis {layer.part[0]}; take "
+        f"it out of the layer's `follows`."
+    )
+    raise ValueError(msg)

@@ -1,0 +1,204 @@
+"""Layers as plain data: a kernel, how to read it as matrices, and what follows it."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+from tb_optax.leaves import listing
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class _Compact:
+    """A repr that leaves defaults out and can be pasted back into code."""
+
+    def __repr__(self):
+        shown = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.default is dataclasses.MISSING:
+                shown.append(repr(value))
+            elif value != field.default:
+                shown.append(f"{field.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class MatrixAxes(_Compact):
+    """Which axes of a kernel make its matrices; every axis is in exactly one field.
+
+    | kernel | shape | `MatrixAxes` |
+    |---|---|---|
+    | Flax Dense | (in, out) | `((0,), (1,))` |
+    | Flax Conv | (h, w, in, out) | `((2,), (3,), pooled=(0, 1))` |
+    | PyTorch, Equinox Conv | (out, in, h, w) | `((1,), (0,), pooled=(2, 3))` |
+    | attention query | (in, heads, dim) | `((0,), (1, 2))` |
+    | attention out | (heads, dim, out) | `((0, 1), (2,))` |
+    | scanned Dense | (layers, in, out) | `((1,), (2,), stacked=(0,))` |
+
+    Attributes:
+        reduction: axes that are summed over, the inputs.
+        output: axes of the outputs.
+        pooled: axes whose slices share one ESD, the positions of a convolution.
+        stacked: axes whose slices are layers of their own.
+
+    Raises:
+        ValueError: if the fields are not a partition of range(rank), or there is no
+            input or no output.
+    """
+
+    reduction: tuple[int, ...]
+    output: tuple[int, ...]
+    pooled: tuple[int, ...] = ()
+    stacked: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        fields = (self.reduction, self.output, self.pooled, self.stacked)
+        if not all(isinstance(field, tuple) for field in fields):
+            msg = f"every field of MatrixAxes must be a tuple of ints, got {self}."
+            raise ValueError(msg)
+        if sorted(sum(fields, ())) != list(range(self.rank)):
+            msg = (
+                f"every axis must be in exactly one field: together they must be "
+                f"0..{self.rank - 1}, got {self}."
+            )
+            raise ValueError(msg)
+        if not self.reduction or not self.output:
+            msg = f"a kernel needs a reduction and an output axis, got {self}."
+            raise ValueError(msg)
+
+    @property
+    def rank(self) -> int:
+        """Number of axes of the kernel."""
+        return sum(
+            len(field)
+            for field in (self.reduction, self.output, self.pooled, self.stacked)
+        )
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Layer(_Compact):
+    """A kernel, or a slice or part of one, with the leaves that follow it.
+
+    Attributes:
+        path: path of the kernel, `keystr(path, simple=True, separator="/")`.
+        axes: how to read the kernel as matrices.
+        follows: paths of the leaves that share the layer's multiplier.
+        index: which slice of the stacked axes; empty stands for all of them.
+        part: `(axis, start, stop)`, one piece of an output axis, as in fused qkv.
+
+    Raises:
+        ValueError: if index or part do not fit the axes.
+    """
+
+    path: str
+    axes: MatrixAxes
+    follows: tuple[str, ...] = ()
+    index: tuple[int, ...] = ()
+    part: tuple[int, int, int] | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.follows, tuple) or not isinstance(self.index, tuple):
+            msg = (
+                f"layer {self.path!r}: follows and index must be tuples, got follows = "
+                f"{self.follows!r}, index = {self.index!r}."
+            )
+            raise ValueError(msg)
+        if self.index and len(self.index) != len(self.axes.stacked):
+            msg = (
+                f"layer {self.path!r}: index must be empty or name one slice of each "
+                f"stacked axis {self.axes.stacked}, got index = {self.index}."
+            )
+            raise ValueError(msg)
+        if self.part is not None:
+            axis, start, stop = self.part
+            if axis not in self.axes.output or not 0 <= start < stop:
+                msg = (
+                    f"layer {self.path!r}: part must be (axis, start, stop) with axis "
+                    f"among the outputs {self.axes.output} and 0 <= start < stop, got "
+                    f"part = {self.part}."
+                )
+                raise ValueError(msg)
+
+    @property
+    def name(self) -> str:
+        """Path with slice and part: `"blocks/qkv[3]{0:64}"`."""
+        index = f"[{','.join(map(str, self.index))}]" if self.index else ""
+        part = f"{{{self.part[1]}:{self.part[2]}}}" if self.part else ""
+        return f"{self.path}{index}{part}"
+
+    def matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Rows and columns of the layer's matrices in a kernel of this shape."""
+        sizes = list(shape)
+        if self.part is not None:
+            axis, start, stop = self.part
+            sizes[axis] = stop - start
+        rows = math.prod(sizes[axis] for axis in self.axes.reduction)
+        return rows, math.prod(sizes[axis] for axis in self.axes.output)
+
+    def eigenvalue_count(self, shape: tuple[int, ...]) -> int:
+        """N of the layer in a kernel of this shape, pooled over its positions."""
+        pooled = math.prod(shape[axis] for axis in self.axes.pooled)
+        return pooled * min(self.matrix_shape(shape))
+
+
+def expand_stacks(
+    layers: Sequence[Layer], shapes: Mapping[str, tuple[int, ...] | None]
+) -> tuple[Layer, ...]:
+    """Replaces every stacked layer by its slices, in order.
+
+    Args:
+        layers: layers, each with or without an index.
+        shapes: shape of every leaf by path; None where a mask stands.
+
+    Returns:
+        Layers with one multiplier each.
+
+    Raises:
+        ValueError: if a kernel is absent, masked, or does not fit its layer.
+
+    >>> stack = Layer("w", MatrixAxes((1,), (2,), stacked=(0,)))
+    >>> [layer.name for layer in expand_stacks([stack], {"w": (2, 8, 4)})]
+    ['w[0]', 'w[1]']
+    """
+    expanded = []
+    for layer in layers:
+        shape = _kernel_shape(layer, shapes)
+        if layer.index or not layer.axes.stacked:
+            expanded.append(layer)
+            continue
+        sizes = [range(shape[axis]) for axis in layer.axes.stacked]
+        for index in itertools.product(*sizes):
+            expanded.append(dataclasses.replace(layer, index=index))
+    return tuple(expanded)
+
+
+def _kernel_shape(layer, shapes) -> tuple[int, ...]:
+    shape = shapes.get(layer.path)
+    if shape is None:
+        why = "is masked out of" if layer.path in shapes else "is not in"
+        msg = (
+            f"layer {layer.path!r} {why} the parameters; take it out of `layers`, or "
+            f"name it as one of their paths: {listing(shapes)}."
+        )
+        raise ValueError(msg)
+    if len(shape) != layer.axes.rank:
+        msg = (
+            f"layer {layer.path!r}: {layer.axes} is for kernels of rank "
+            f"{layer.axes.rank}, the parameter has shape {shape}."
+        )
+        raise ValueError(msg)
+    for axis, index in zip(layer.axes.stacked, layer.index, strict=False):
+        if not 0 <= index < shape[axis]:
+            msg = (
+                f"layer {layer.path!r}: index {layer.index} is outside the stacked "
+                f"axes {layer.axes.stacked} of shape {shape}."
+            )
+            raise ValueError(msg)
+    if layer.part is not None and layer.part[2] > shape[layer.part[0]]:
+        msg = (
+            f"layer {layer.path!r}: part {layer.part} passes the end of axis "
+            f"{layer.part[0]} of shape {shape}."
+        )
+        raise ValueError(msg)
+    return shape

@@ -1,0 +1,126 @@
+"""Leaves of a parameter tree by path, whatever framework made the tree."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+
+class Leaf(NamedTuple):
+    """A leaf with its path, taken apart.
+
+    Attributes:
+        path: the whole path, unique in its tree.
+        module: the names above the leaf's own.
+        name: the leaf's own name.
+        attribute: whether that name is an attribute that holds the bare array, as in
+            Equinox modules.
+        value: the leaf; None where a mask or None stands.
+        owner: the object that holds the leaf, where it is an attribute.
+    """
+
+    path: str
+    module: tuple[str, ...]
+    name: str
+    attribute: bool
+    value: Any
+    owner: Any
+
+    @property
+    def is_array(self) -> bool:
+        """Whether the leaf is an array, concrete or abstract."""
+        return is_array(self.value)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of an array; empty for anything else."""
+        return tuple(self.value.shape) if self.is_array else ()
+
+
+def is_array(value: Any) -> bool:
+    """Whether a leaf has a shape and a dtype, concrete or abstract."""
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def leaves_of(tree: Any) -> dict[str, Leaf]:
+    """Every leaf by its path; masked leaves and None are listed with value None.
+
+    The final `.value` of a boxed leaf (nnx, `nn.Partitioned`) is not part of the
+    path, so that the same tree has the same paths with and without its boxes.
+
+    Raises:
+        ValueError: if two leaves have the same path.
+    """
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_absent)
+    leaves = {}
+    for keys, value in flat:
+        path = path_of(keys)
+        bare = _unboxed(keys)
+        boxed, keys = len(bare) < len(keys), bare
+        if path in leaves:
+            msg = (
+                f"two leaves have the path {path!r}; a key that holds '/' can do "
+                f"that: rename one of them."
+            )
+            raise ValueError(msg)
+        names = tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
+        named = bool(keys) and isinstance(keys[-1], jax.tree_util.GetAttrKey)
+        attribute = named and not boxed
+        leaves[path] = Leaf(
+            path=path,
+            module=names[:-1],
+            name=names[-1] if names else "",
+            attribute=attribute,
+            value=None if _is_absent(value) else value,
+            owner=_follow(tree, keys[:-1]) if attribute else None,
+        )
+    return leaves
+
+
+def shapes_of(leaves: Mapping[str, Leaf]) -> dict[str, tuple[int, ...] | None]:
+    """Shape of every leaf by path; None for masked leaves and what is no array."""
+    return {
+        path: leaf.shape if leaf.is_array else None for path, leaf in leaves.items()
+    }
+
+
+def path_of(keys: Sequence[Any]) -> str:
+    """Path of a leaf as a string, without the final `.value` of its box."""
+    return jax.tree_util.keystr(_unboxed(keys), simple=True, separator="/")
+
+
+def _unboxed(keys) -> tuple[Any, ...]:
+    boxed = (
+        bool(keys)
+        and isinstance(keys[-1], jax.tree_util.GetAttrKey)
+        and keys[-1].name == "value"
+    )
+    return tuple(keys[:-1] if boxed else keys)
+
+
+def _is_absent(value) -> bool:
+    """None, and the childless NamedTuple that `optax.masked` leaves in a tree."""
+    return value is None or (
+        isinstance(value, tuple) and hasattr(value, "_fields") and not value._fields
+    )
+
+
+def _follow(tree, keys):
+    """The node at the end of a path; None where a key cannot be followed."""
+    for key in keys:
+        if isinstance(key, jax.tree_util.GetAttrKey):
+            tree = getattr(tree, key.name, None)
+        elif isinstance(key, jax.tree_util.DictKey):
+            tree = tree[key.key]
+        elif isinstance(key, jax.tree_util.SequenceKey):
+            tree = tree[key.idx]
+        else:
+            return None
+    return tree
+
+
+def listing(names: Iterable[str], limit: int = 8) -> str:
+    """Names for an error message, in quotes, the first few of many."""
+    names = list(names)
+    listed = ", ".join(repr(name) for name in names[:limit])
+    return listed + (f", ... ({len(names)} in all)" if len(names) > limit else "")

@@ -1,0 +1,286 @@
+"""Power laws fitted to the tail of an empirical spectral density.
+
+A fit is a function `(log_eigenvalues, valid) -> PowerLaw` over a table with one
+row per layer.  The three here are frozen dataclasses, so that equal fits compare
+equal and share one compilation; any function of that signature will do.  Two
+attributes tell the analysis what a fit needs:
+
+- `whole_spectrum = True`: it looks below the median, and takes the slower route
+  through singular values, which keeps the small eigenvalues exact.
+- `absolute = True`: it depends on the unit of the eigenvalues.  Every other fit
+  is given eigenvalues in units of its layer's own scale, where float32 logarithms
+  are most accurate, and its `xmin` is scaled back.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from tb_optax.checks import check_int, check_number
+
+
+class PowerLaw(NamedTuple):
+    """The density p(λ) ∝ λ^-alpha for λ >= xmin, fitted to each layer.
+
+    Attributes:
+        alpha: exponent of the density; 0 where there is no tail to fit, infinity
+            where the tail is a single value.
+        xmin: smallest eigenvalue of the tail, in the unit of the input.
+        ks_distance: Kolmogorov-Smirnov distance between fit and tail.
+        tail_size: number of eigenvalues in the tail.
+    """
+
+    alpha: Float[Array, " layers"]
+    xmin: Float[Array, " layers"]
+    ks_distance: Float[Array, " layers"]
+    tail_size: Int[Array, " layers"]
+
+
+Fit: TypeAlias = Callable[[Float[Array, "layers n"], Bool[Array, "layers n"]], PowerLaw]
+
+# Candidate tails compared at once by the fits that try every xmin.
+_CANDIDATES_AT_ONCE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class fit_median:
+    r"""Hill estimator over the upper part of the spectrum (`PL_Alpha_Hill`).
+
+    With λ_0 <= ... <= λ_{N-1}, i = floor(N / position) and n = N - i,
+
+        alpha = 1 + n / Σ_{j=i}^{N-1} ln(λ_j / xmin),
+
+    where xmin = λ_i, as in the published code, or λ_{i-1}, as in the paper's text.
+    It is invariant under W -> cW.
+
+    Args:
+        position: where the tail starts, a number > 1; 2 is the median.
+        include_threshold: whether xmin is the smallest eigenvalue of the tail
+            (True) or the one below it (False).
+
+    Raises:
+        ValueError: if position is not a finite number greater than 1.
+
+    >>> quantiles = (1 - (jnp.arange(4096) + 0.5) / 4096) ** (-1 / (3.0 - 1))
+    >>> log_eigenvalues = jnp.log(quantiles)[None]
+    >>> law = fit_median()(log_eigenvalues, jnp.ones((1, 4096), bool))
+    >>> print(round(float(law.alpha[0]), 2), int(law.tail_size[0]))
+    3.0 2048
+
+    References:
+        Zhou et al, `Temperature Balancing, Layer-wise Weight Analysis, and Neural
+        Network Training <https://arxiv.org/abs/2312.00359>`_, 2023
+    """
+
+    position: int | float = 2
+    include_threshold: bool = True
+
+    whole_spectrum: ClassVar[bool] = False
+    absolute: ClassVar[bool] = False
+
+    def __post_init__(self):
+        check_number("position", self.position, above=1)
+
+    def __call__(
+        self, log_eigenvalues: Float[Array, "layers n"], valid: Bool[Array, "layers n"]
+    ) -> PowerLaw:
+        """Fits every row; rows ascend, invalid entries come first."""
+        width = log_eigenvalues.shape[-1]
+        count = valid.sum(axis=-1)
+        # A table, since a float32 quotient can land on the wrong side of an integer.
+        below = np.floor(np.arange(width + 1) / self.position).astype(np.int32)
+        size = count - jnp.asarray(below)[count]
+        start = width - size
+        threshold_column = start if self.include_threshold else start - 1
+        threshold = jnp.take_along_axis(
+            log_eigenvalues, jnp.clip(threshold_column, 0, width - 1)[:, None], axis=-1
+        )[:, 0]
+        exists = (size > 0) & (threshold_column >= width - count)
+        threshold = jnp.where(exists, threshold, -jnp.inf)
+        return _hill(log_eigenvalues, threshold, start)
+
+
+@dataclasses.dataclass(frozen=True)
+class fit_min_ks:
+    """The tail whose power law has the smallest Kolmogorov-Smirnov distance.
+
+    Every λ_i but the largest is tried as xmin, with the Hill estimate alpha(i) of
+    the tail it starts and the distance D(i) between the two; the first smallest D
+    wins.  Invariant under W -> cW.  Work grows with N² per layer.
+
+    >>> log_eigenvalues = jnp.log(jnp.asarray([[1e-6, 1.0, 1.2, 1.5, 2.0, 4.0]]))
+    >>> law = fit_min_ks()(log_eigenvalues, jnp.ones((1, 6), bool))
+    >>> print(round(float(law.xmin[0]), 2), int(law.tail_size[0]))
+    1.0 5
+
+    References:
+        Clauset et al, `Power-law distributions in empirical data
+        <https://arxiv.org/abs/0706.1062>`_, 2009
+    """
+
+    whole_spectrum: ClassVar[bool] = True
+    absolute: ClassVar[bool] = False
+
+    def __call__(
+        self, log_eigenvalues: Float[Array, "layers n"], valid: Bool[Array, "layers n"]
+    ) -> PowerLaw:
+        """Fits every row; rows ascend, invalid entries come first."""
+        return _min_ks(log_eigenvalues, valid, valid)
+
+
+@dataclasses.dataclass(frozen=True)
+class fit_peak:
+    """As `fit_min_ks`, with xmin near the peak of the density ("fix-finger").
+
+    The peak is 10 to the left edge of the first fullest bin of a histogram of
+    log10 λ between its extremes.  The window for xmin is
+
+    - published: log10(0.95·peak) <= xmin <= 1.5·peak.  The lower bound compares a
+      logarithm with an eigenvalue, so that it rarely binds and the result depends
+      on the scale of the weights; the published code and WeightWatcher share it.
+    - corrected: 0.95·peak <= xmin <= 1.5·peak, invariant under W -> cW.
+
+    Args:
+        bins: number of histogram bins, an int >= 1.
+        published_window: True for the published window, False for the corrected.
+
+    Raises:
+        ValueError: if bins is not an int >= 1.
+
+    >>> fit_peak(published_window=False)
+    fit_peak(bins=100, published_window=False)
+
+    References:
+        Martin et al, `Predicting trends in the quality of state-of-the-art neural
+        networks <https://www.nature.com/articles/s41467-021-24025-8>`_, 2021
+    """
+
+    bins: int = 100
+    published_window: bool = True
+
+    whole_spectrum: ClassVar[bool] = True
+
+    def __post_init__(self):
+        check_int("bins", self.bins, at_least=1)
+
+    @property
+    def absolute(self) -> bool:
+        """Whether the fit depends on the unit of the eigenvalues."""
+        return self.published_window
+
+    def __call__(
+        self, log_eigenvalues: Float[Array, "layers n"], valid: Bool[Array, "layers n"]
+    ) -> PowerLaw:
+        """Fits every row; rows ascend, invalid entries come first."""
+        counted = valid & (log_eigenvalues > -jnp.inf)
+        logs = jnp.where(counted, log_eigenvalues, 0) / math.log(10)
+        low = jnp.min(logs, axis=-1, initial=jnp.inf, where=counted)
+        high = jnp.max(logs, axis=-1, initial=-jnp.inf, where=counted)
+        some = counted.any(axis=-1)
+        low, high = jnp.where(some, low, 0), jnp.where(some, high, 0)
+        step = jnp.where(high > low, (high - low) / self.bins, 1)
+        bins = jnp.clip((logs - low[:, None]) / step[:, None], 0, self.bins - 1)
+        histogram = jax.vmap(lambda b, w: jnp.bincount(b, w, length=self.bins))(
+            bins.astype(jnp.int32), counted.astype(jnp.int32)
+        )
+        log_peak = (low + jnp.argmax(histogram, axis=-1) * step) * math.log(10)
+        lower, upper = log_peak + math.log(0.95), log_peak + math.log(1.5)
+        if self.published_window:
+            above = jnp.exp(log_eigenvalues) >= (lower / math.log(10))[:, None]
+        else:
+            above = log_eigenvalues >= lower[:, None]
+        window = counted & above & (log_eigenvalues <= upper[:, None])
+        return _min_ks(log_eigenvalues, valid, window)
+
+
+def _hill(
+    log_eigenvalues: Float[Array, "layers n"],
+    threshold: Float[Array, " layers"],
+    start: Int[Array, " layers"],
+) -> PowerLaw:
+    """Hill estimates of the tails from column `start` on, above `threshold`.
+
+    A threshold of -inf means that there is no tail to fit.
+    """
+    width = log_eigenvalues.shape[-1]
+    fits = threshold > -jnp.inf
+    rank = jnp.arange(width)[None] - start[:, None]
+    tail = (rank >= 0) & fits[:, None]
+    excess = jnp.where(
+        tail, log_eigenvalues - jnp.where(fits, threshold, 0)[:, None], 0
+    )
+    size = jnp.where(fits, width - start, 0)
+    alpha = 1 + size / jnp.where(fits, excess.sum(axis=-1), 1)
+    distance = _ks_terms(excess, alpha[:, None], rank, jnp.maximum(size, 1)[:, None])
+    return PowerLaw(
+        alpha=jnp.where(fits, alpha, 0),
+        xmin=jnp.exp(threshold),
+        ks_distance=jnp.max(distance, axis=-1, initial=0, where=tail),
+        tail_size=size,
+    )
+
+
+def _ks_terms(excess, alpha, rank, size):
+    """|1 - (λ/xmin)^(1-alpha) - m/n| for ln(λ/xmin) = excess, m = rank, n = size.
+
+    Where excess is 0 the power is 1 for every alpha, an infinite one included.
+    """
+    above = jnp.where(excess > 0, excess, 1)
+    exponent = jnp.where(excess > 0, (1 - alpha) * above, 0)
+    return jnp.abs(1 - jnp.exp(exponent) - rank / size)
+
+
+def _min_ks(
+    log_eigenvalues: Float[Array, "layers n"],
+    valid: Bool[Array, "layers n"],
+    window: Bool[Array, "layers n"],
+) -> PowerLaw:
+    """The candidate xmin of the window with the smallest KS distance, row by row.
+
+    Distances are computed for `_CANDIDATES_AT_ONCE` candidates at a time, so that
+    memory grows with N and not with N².
+    """
+    width = log_eigenvalues.shape[-1]
+    columns = jnp.arange(width)
+
+    def fit_row(row):
+        logs, in_spectrum, in_window = row
+        known = in_spectrum & (logs > -jnp.inf)
+        top = jnp.max(logs, initial=-jnp.inf, where=known)
+        # Sums relative to the largest: the small differences at the top stay exact.
+        relative = jnp.where(known, logs - jnp.where(known.any(), top, 0), 0)
+        totals = jnp.cumsum(relative[::-1])[::-1]
+        size = width - columns
+        excess_total = totals - size * relative
+        usable = in_window & known & (columns < width - 1)
+        positive = usable & (excess_total > 0)
+        alpha = 1 + size / jnp.where(positive, excess_total, 1)
+        alpha = jnp.where(usable & ~positive, jnp.inf, alpha)
+
+        def distance(candidate):
+            rank = columns - candidate
+            tail = rank >= 0
+            excess = jnp.where(tail, relative - relative[candidate], 0)
+            terms = _ks_terms(excess, alpha[candidate], rank, size[candidate])
+            return jnp.max(terms, initial=0, where=tail)
+
+        distances = jax.lax.map(
+            distance, columns, batch_size=min(_CANDIDATES_AT_ONCE, width)
+        )
+        distances = jnp.where(usable & (alpha > 1), distances, 1)
+        best = jnp.argmin(distances)
+        found = usable[best]
+        return PowerLaw(
+            alpha=jnp.where(found, alpha[best], 0),
+            xmin=jnp.where(found, jnp.exp(logs[best]), 0),
+            ks_distance=distances[best],
+            tail_size=jnp.where(found, size[best], 0),
+        )
+
+    return jax.lax.map(fit_row, (log_eigenvalues, valid, window))

@@ -1,0 +1,270 @@
+"""From kernels to one table of eigenvalues, in few calls.
+
+kernels -> matrices -> buckets of equal size -> chunks, rescaled and reduced one after
+the other -> eigenvalues of the bucket -> one row per layer, ascending.
+
+Each matrix is divided by a power of two near its largest magnitude: exact to apply,
+and no product of two weights over- or underflows, whatever their scale. The
+eigenvalues λ = σ² of a layer are kept as ln(λ / 4^exponent), with the largest exponent
+of its matrices.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from tb_optax.eigenvalues import (
+    bucket_eigenvalues,
+    singular_values,
+    tridiagonal_form,
+)
+from tb_optax.layers import MatrixAxes
+from tb_optax.scale import rescale
+
+# Bytes of the square matrices that are reduced in one go.
+CHUNK_BYTES = 64 * 2**20
+
+# A few vectors per matrix of a bucket.
+Vectors: TypeAlias = tuple[Float[Array, "_ _"], ...]
+
+
+class Spectra(NamedTuple):
+    """Empirical spectral densities of several layers.
+
+    λ = factor · 4^exponent · exp(log_eigenvalues).
+
+    Attributes:
+        log_eigenvalues: rows ascending, padding first, an exact zero -inf.
+        count: N, number of eigenvalues of each row.
+        factor: `conv_norm` where several matrices are pooled, else 1.
+        exponent: power of two near the largest magnitude of each layer.
+        finite: whether the kernel is finite; the spectrum is zero where it is not.
+        log_noise: ln of the smallest λ / λ_max above rounding noise.
+    """
+
+    log_eigenvalues: Float[Array, "layers n"]
+    count: Int[np.ndarray, " layers"]
+    factor: Float[np.ndarray, " layers"]
+    exponent: Int[Array, " layers"]
+    finite: Bool[Array, " layers"]
+    log_noise: Float[np.ndarray, " layers"]
+
+    def is_eigenvalue(self) -> Bool[Array, "layers n"]:
+        """Which entries are eigenvalues and not padding."""
+        width = self.log_eigenvalues.shape[-1]
+        padding = jnp.asarray(width - self.count)
+        return jnp.arange(width)[None] >= padding[:, None]
+
+    def log_unit(self) -> Float[Array, " layers"]:
+        """Natural logarithm of the unit of each row."""
+        exponent = self.exponent.astype(self.log_eigenvalues.dtype)
+        return 2 * math.log(2) * exponent + np.log(self.factor)
+
+    def absolute(self, values: Float[Array, "layers ..."]) -> Float[Array, "..."]:
+        """Values in the units of the rows, in absolute units; they may overflow."""
+        rows = (slice(None),) + (None,) * (values.ndim - 1)
+        return jnp.ldexp(values * self.factor[rows], 2 * self.exponent[rows])
+
+
+class Route(NamedTuple):
+    """A way from matrices to eigenvalues, in two steps.
+
+    Attributes:
+        reduce: matrices of one chunk to a few vectors per matrix.
+        finish: those vectors, bucket by bucket, to ascending ln λ.
+        bucket: (rows, columns) of a matrix to the key of its bucket.
+        noise: power of 8·eps below which λ / λ_max is rounding noise.
+    """
+
+    reduce: Callable[[list[Float[Array, "_ _ _"]]], Vectors]
+    finish: Callable[[list[Vectors]], list[Float[Array, "_ _"]]]
+    bucket: Callable[[tuple[int, ...]], tuple[int, ...]]
+    noise: int
+
+
+def as_matrices(
+    kernel: Float[Array, "..."], axes: MatrixAxes
+) -> Float[Array, "stacked pooled rows columns"]:
+    """Reads a kernel as matrices, by transposing and reshaping it.
+
+    >>> conv = MatrixAxes((2,), (3,), pooled=(0, 1))
+    >>> print(as_matrices(jnp.zeros((3, 3, 16, 32)), conv).shape)
+    (1, 9, 16, 32)
+    """
+    groups = (axes.stacked, axes.pooled, axes.reduction, axes.output)
+    order = tuple(axis for group in groups for axis in group)
+    sizes = [int(np.prod([kernel.shape[axis] for axis in group])) for group in groups]
+    return jnp.transpose(kernel, order).reshape(sizes)
+
+
+def compute_spectra(
+    stacks: Sequence[Float[Array, "_ _ _ _"]], factors: Sequence[float], route: Route
+) -> Spectra:
+    """Eigenvalues of all layers, bucket by bucket.
+
+    Matrices of smaller side n and larger side m are reduced CHUNK_BYTES / (n²·itemsize)
+    at a time, at least one: the peak of temporary memory is about (2 + 2 m / n) times
+    CHUNK_BYTES, or times n²·itemsize if that is more.
+
+    Args:
+        stacks: kernels as matrices, (layers, pooled, rows, columns) each, of any
+            floating dtype; half precision is computed in float32.
+        factors: what to multiply the eigenvalues of each stack by.
+        route: `GRAM` or `SINGULAR_VALUES`.
+
+    Returns:
+        Spectra, one row per layer, in the order given.
+    """
+    stacks = [
+        stack.astype(jnp.promote_types(stack.dtype, jnp.float32)) for stack in stacks
+    ]
+    # Equal shapes side by side: they are prepared, pooled and sorted together.
+    buckets: dict[tuple, list[int]] = {}
+    for i in sorted(range(len(stacks)), key=lambda i: stacks[i].shape[1:]):
+        key = (*route.bucket(stacks[i].shape[2:]), str(stacks[i].dtype))
+        buckets.setdefault(key, []).append(i)
+
+    reduced, exponents, finite = [], [], []
+    previous = jnp.zeros(())
+    for members in buckets.values():
+        vectors = []
+        for chunk in _chunks({i: stacks[i] for i in members}):
+            matrices = []
+            for run in _equal_shapes([_matrices(stacks[i])[part] for i, part in chunk]):
+                with jax.named_scope("rescale"):
+                    rescaled, exponent, is_finite = rescale(run, after=previous)
+                matrices.append(rescaled)
+                exponents.append(exponent)
+                finite.append(is_finite)
+            with jax.named_scope("reduce"):
+                vectors.append(route.reduce(matrices))
+            previous = vectors[-1][0][0, 0]
+        reduced.append(tuple(map(jnp.concatenate, zip(*vectors, strict=True))))
+    with jax.named_scope("finish"):
+        logs = route.finish(reduced)
+    exponents, finite = jnp.concatenate(exponents), jnp.concatenate(finite)
+
+    counts = [stack.shape[1] * min(stack.shape[2:]) for stack in stacks]
+    dtype = jnp.result_type(*stacks)
+    rows, order, first = [], [], 0
+    for members, bucket in zip(buckets.values(), logs, strict=True):
+        start = 0
+        for pooled, group in itertools.groupby(members, lambda i: stacks[i].shape[1]):
+            group = list(group)
+            shape = (sum(len(stacks[i]) for i in group), pooled)
+            stop = start + math.prod(shape)
+            here = slice(first + start, first + stop)
+            row, unit, is_finite = _pool(
+                bucket[start:stop].reshape(*shape, -1),
+                exponents[here].reshape(shape),
+                finite[here].reshape(shape),
+            )
+            padding = ((0, 0), (max(counts) - row.shape[1], 0))
+            row = jnp.pad(row.astype(dtype), padding, constant_values=-jnp.inf)
+            rows.append((row, unit, is_finite))
+            order += [(i, layer) for i in group for layer in range(len(stacks[i]))]
+            start = stop
+        first += start
+    position = np.asarray(sorted(range(len(order)), key=order.__getitem__))
+    table, unit, is_finite = (
+        jnp.concatenate(c)[position] for c in zip(*rows, strict=True)
+    )
+
+    repeats = [len(stack) for stack in stacks]
+    eps = [float(jnp.finfo(stack.dtype).eps) for stack in stacks]
+    noise = route.noise * np.log(8 * np.asarray(eps))
+    return Spectra(
+        log_eigenvalues=table,
+        count=np.repeat(np.asarray(counts, np.int32), repeats),
+        factor=np.repeat(np.asarray(factors, dtype), repeats),
+        exponent=unit,
+        finite=is_finite,
+        log_noise=np.repeat(noise.astype(dtype), repeats),
+    )
+
+
+def _pool(
+    logs: Float[Array, "layers pooled n"],
+    exponent: Int[Array, "layers pooled"],
+    finite: Bool[Array, "layers pooled"],
+):
+    """Brings the matrices of each layer to one unit, and sorts their eigenvalues."""
+    layers, pooled, n = logs.shape
+    unit = exponent.max(axis=1)
+    offset = 2 * math.log(2) * (exponent - unit[:, None]).astype(logs.dtype)
+    is_finite = finite.all(axis=1)
+    pool = jnp.where(is_finite[:, None, None], logs + offset[:, :, None], -jnp.inf)
+    pool = pool.reshape(layers, pooled * n)
+    return jnp.sort(pool, axis=-1) if pooled > 1 else pool, unit, is_finite
+
+
+def _matrices(stack):
+    return stack.reshape(-1, *stack.shape[2:])
+
+
+def _equal_shapes(arrays):
+    """Concatenates neighbours of equal matrix shape."""
+    groups = itertools.groupby(arrays, lambda array: array.shape[1:])
+    return [jnp.concatenate(list(group)) for _, group in groups]
+
+
+def _chunks(stacks: Mapping[int, Array]) -> list[list[tuple[int, slice]]]:
+    """Cuts a bucket into runs of matrices that are reduced together.
+
+    Returns:
+        Chunks of (key of the stack, slice of its layers·pooled matrices).
+    """
+    chunks: list[list[tuple[int, slice]]] = [[]]
+    room = CHUNK_BYTES
+    for key, stack in stacks.items():
+        size = min(stack.shape[2:]) ** 2 * stack.dtype.itemsize
+        start, stop = 0, stack.shape[0] * stack.shape[1]
+        while start < stop:
+            fitting = min(room // size, stop - start)
+            if not fitting and chunks[-1]:
+                chunks.append([])
+                room = CHUNK_BYTES
+                continue
+            fitting = max(fitting, 1)
+            chunks[-1].append((key, slice(start, start + fitting)))
+            start += fitting
+            room -= fitting * size
+    return chunks
+
+
+def _reduce_gram(chunk: list[Float[Array, "_ _ _"]]) -> Vectors:
+    """Tridiagonal forms of WᵀW or WWᵀ: half the work of singular values."""
+    grams = []
+    for w in chunk:
+        smaller = "bki,bkj->bij" if w.shape[1] >= w.shape[2] else "bik,bjk->bij"
+        grams.append(jnp.einsum(smaller, w, w, precision=jax.lax.Precision.HIGHEST))
+    return tridiagonal_form(jnp.concatenate(grams))
+
+
+def _finish_gram(buckets: list[Vectors]) -> list[Float[Array, "_ _"]]:
+    return [jnp.log(jnp.maximum(values, 0)) for values in bucket_eigenvalues(buckets)]
+
+
+def _reduce_singular(chunk: list[Float[Array, "_ _ _"]]) -> Vectors:
+    tall = [w if w.shape[1] >= w.shape[2] else w.swapaxes(1, 2) for w in chunk]
+    return (singular_values(jnp.concatenate(tall)),)
+
+
+def _finish_singular(buckets: list[Vectors]) -> list[Float[Array, "_ _"]]:
+    """2 ln σ, exact to the smallest singular values."""
+    return [2 * jnp.log(values[:, ::-1]) for (values,) in buckets]
+
+
+GRAM = Route(_reduce_gram, _finish_gram, lambda shape: (min(shape),), noise=1)
+SINGULAR_VALUES = Route(
+    _reduce_singular,
+    _finish_singular,
+    lambda shape: (max(shape), min(shape)),
+    noise=2,
+)

@@ -1,0 +1,201 @@
+"""The state of the transform, and how to reach it inside an optimizer state."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from tb_optax.layers import Layer
+from tb_optax.leaves import path_of
+from tb_optax.table import Analysis
+
+
+class TempBalanceState(NamedTuple):
+    """State of `scale_by_temp_balance`, the same structure from `init` on.
+
+    The vectors have one entry per layer and JAX's default float dtype, whatever
+    the parameters are; `jax.eval_shape(analyze, params).layers` names the entries.
+
+    Attributes:
+        count: number of updates so far.
+        multipliers: factor on the updates of each layer; 1 before the first
+            refresh and for what is not tuned.
+        alpha: exponent of each layer at the last refresh; 0 before the first
+            refresh and for what is not fitted.
+    """
+
+    count: Int[Array, ""]
+    multipliers: Float[Array, " layers"]
+    alpha: Float[Array, " layers"]
+
+
+def get_state(opt_state: Any) -> TempBalanceState:
+    """The one `TempBalanceState` inside an optimizer state.
+
+    Args:
+        opt_state: state of any chain, wrapped, masked or partitioned, of Optax or
+            of an `nnx.Optimizer`.
+
+    Returns:
+        The state, its arrays unwrapped.
+
+    Raises:
+        ValueError: if there is none, or more than one.
+
+    >>> import optax
+    >>> from tb_optax import temp_balance
+    >>> tx = temp_balance(optax.sgd(0.1), interval=10)
+    >>> int(get_state(tx.init({"kernel": jnp.ones((8, 8))})).count)
+    0
+    """
+    _, state = _find_state(opt_state)
+    return TempBalanceState(*map(_unwrap, state))
+
+
+def get_multipliers(opt_state: Any) -> Float[Array, " layers"]:
+    """The multipliers inside an optimizer state; see `get_state`."""
+    return get_state(opt_state).multipliers
+
+
+def set_multipliers(opt_state: Any, multipliers: Any) -> Any:
+    """An optimizer state with new multipliers, for a refresh by the host.
+
+    Args:
+        opt_state: state of any chain; see `get_state`.
+        multipliers: an `Analysis`, which sets alpha too, or one number per layer.
+
+    Returns:
+        The same state with the numbers copied and cast into it, so that a jitted
+        step neither recompiles nor donates them away.
+
+    Raises:
+        ValueError: if there is not one number per layer, one is not finite, or the
+            state is absent or ambiguous.
+
+    >>> import optax
+    >>> from tb_optax import temp_balance
+    >>> params = {"a": {"kernel": jnp.ones((8, 8))}}
+    >>> tx = temp_balance(optax.sgd(0.1), interval=None)
+    >>> state = set_multipliers(tx.init(params), [1.25])
+    >>> print(get_multipliers(state))
+    [1.25]
+    """
+    _, found = _find_state(opt_state)
+    old = TempBalanceState(*map(_unwrap, found))
+    if isinstance(multipliers, Analysis):
+        check_length(old.multipliers, multipliers.layers)
+        vector, alpha = as_vectors(multipliers, old)
+    else:
+        if not isinstance(multipliers, jax.Array):
+            multipliers = np.asarray(multipliers, float)
+            if not np.isfinite(multipliers).all():
+                msg = f"multipliers must be finite, got {multipliers}."
+                raise ValueError(msg)
+        if multipliers.shape != old.multipliers.shape:
+            msg = (
+                f"multipliers must have shape {old.multipliers.shape}, one per layer, "
+                f"got {multipliers.shape}."
+            )
+            raise ValueError(msg)
+        vector = jnp.array(multipliers, old.multipliers.dtype)
+        alpha = old.alpha
+    new = TempBalanceState(
+        found.count, _rewrap(found.multipliers, vector), _rewrap(found.alpha, alpha)
+    )
+    return jax.tree.map(
+        lambda node: new if node is found else node, opt_state, is_leaf=_is_state
+    )
+
+
+def log_dict(opt_state: Any, layers: Sequence[Layer]) -> dict[str, Float[Array, ""]]:
+    """Alpha and multiplier of every layer, as scalars by name for a logger.
+
+    Nothing is copied to the host: a logger that converts them later waits then.
+
+    Args:
+        opt_state: state of any chain; see `get_state`.
+        layers: layers of the analysis, `jax.eval_shape(analyze, params).layers`.
+
+    Returns:
+        `{"alpha/<layer>": ..., "multiplier/<layer>": ...}`.
+
+    Raises:
+        ValueError: if the state has another number of layers.
+
+    >>> import optax
+    >>> from tb_optax import layer_analysis, temp_balance
+    >>> params = {"a": {"kernel": jnp.ones((8, 8))}}
+    >>> tx = temp_balance(optax.sgd(0.1), interval=None)
+    >>> layers = jax.eval_shape(layer_analysis(), params).layers
+    >>> for name, value in log_dict(tx.init(params), layers).items():
+    ...     print(name, value)
+    alpha/a/kernel 0.0
+    multiplier/a/kernel 1.0
+    """
+    state = get_state(opt_state)
+    check_length(state.multipliers, layers)
+    names = [layer.name for layer in layers]
+    columns = {"alpha": state.alpha, "multiplier": state.multipliers}
+    return {
+        f"{column}/{name}": value
+        for column, values in columns.items()
+        for name, value in zip(names, jnp.unstack(values), strict=True)
+    }
+
+
+def check_length(multipliers: Float[Array, " layers"], layers: Sequence[Layer]) -> None:
+    """Raises ValueError unless there is one multiplier per layer."""
+    if multipliers.shape != (len(layers),):
+        names = [layer.name for layer in layers]
+        msg = (
+            f"the state holds {multipliers.size} multipliers, but there are "
+            f"{len(layers)} layers: {', '.join(names[:8])}"
+            f"{', ...' if len(names) > 8 else ''}. Call init with the parameters that "
+            f"update gets, and name stacked layers slice by slice, as "
+            f"jax.eval_shape(analyze, params).layers does."
+        )
+        raise ValueError(msg)
+
+
+def as_vectors(analysis: Analysis, state: TempBalanceState):
+    """Multipliers and alpha of an analysis as fresh vectors like the state's."""
+    return (
+        jnp.array(analysis.multipliers, state.multipliers.dtype),
+        jnp.array(analysis.alpha, state.alpha.dtype),
+    )
+
+
+def _is_state(node) -> bool:
+    return isinstance(node, TempBalanceState)
+
+
+def _find_state(opt_state) -> tuple[str, TempBalanceState]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=_is_state)
+    found = [(path_of(keys), node) for keys, node in flat if _is_state(node)]
+    if not found:
+        msg = (
+            "there is no TempBalanceState in the optimizer state: is "
+            "scale_by_temp_balance in the chain?"
+        )
+        raise ValueError(msg)
+    if len(found) > 1:
+        places = ", ".join(path for path, _ in found)
+        msg = (
+            f"there are {len(found)} TempBalanceStates in the optimizer state, at "
+            f"{places}: pass the part that holds the one you mean."
+        )
+        raise ValueError(msg)
+    return found[0]
+
+
+def _unwrap(value):
+    """The array inside an nnx variable; anything else as it is."""
+    return value.get_value() if hasattr(value, "get_value") else value
+
+
+def _rewrap(old, value):
+    """`value` in an nnx variable like `old`, where `old` is one."""
+    return old.replace(value) if hasattr(old, "get_value") else value

@@ -1,0 +1,290 @@
+"""Drives the library as the published code is configured.
+
+Everything is computed once and shared by the test modules: compiling is what costs.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import golden
+import jax
+import jax.numpy as jnp
+import numpy as np
+import reference
+
+import tb_optax
+from tb_optax import pipeline
+
+# Golden name of a metric, to the library's metric that ranks layers alike.
+METRICS = {
+    "alpha": "alpha",
+    "alphahat": "alpha_hat",
+    "D": "ks_distance",
+    "spectral_norm": lambda analysis: analysis.spectral_norm**2,
+    "norm": lambda analysis: analysis.frobenius_norm**2,
+}
+
+
+@contextlib.contextmanager
+def precision(name: str) -> Iterator[None]:
+    """Runs the library in float32 or with 64-bit types, and restores what was set."""
+    before = jax.config.read("jax_enable_x64")
+    jax.config.update("jax_enable_x64", name == "x64")
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
+
+
+def dtype_of(precision_name: str) -> type:
+    """Dtype of the parameters under a precision."""
+    return np.float64 if precision_name == "x64" else np.float32
+
+
+def fit_of(config: Mapping[str, Any]) -> Any:
+    """The library's fit for a configuration."""
+    if config["pl_fitting"] == "median":
+        return tb_optax.fit_median(config["xmin_pos"])
+    if config["pl_fitting"] == "goodness-of-fit":
+        return tb_optax.fit_min_ks()
+    return tb_optax.fit_peak()
+
+
+def map_of(config: Mapping[str, Any]) -> Any:
+    """The library's map for a configuration."""
+    low, high = config["lr_min_ratio"], config["lr_max_ratio"]
+    return {
+        "tb_linear_map": lambda: tb_optax.linear(low, high),
+        "tb_sqrt": tb_optax.sqrt,
+        "tb_log2": tb_optax.log2,
+        "tb_step": lambda: tb_optax.step(low, high),
+    }[config["assign_func"]]()
+
+
+class Table(dict[str, np.ndarray]):
+    """The columns of an analysis for one net, on the host."""
+
+    def analysis(
+        self, layers: Sequence[tb_optax.Layer], rows: slice
+    ) -> tb_optax.Analysis:
+        """Some of the rows as the library's table, with these layers."""
+        columns: dict[str, Any] = {name: col[rows] for name, col in self.items()}
+        return tb_optax.Analysis(layers=tuple(layers), **columns)
+
+
+def is_gram(config: Mapping[str, Any]) -> bool:
+    """Whether the fit takes the route through Gram matrices."""
+    return config["pl_fitting"] == "median" and not config["filter_zeros"]
+
+
+def run_together(analyses: Sequence[Any], params: Any, then: Any = None) -> list[Any]:
+    """Several analyses in one compilation, so that what they share is done once.
+
+    That is most of their work where layers and route are the same.
+
+    Args:
+        analyses: what `layer_analysis` returned.
+        params: the parameters.
+        then: what to do with each result.
+    """
+
+    @jax.jit
+    def run(params):
+        results = [analyze(params) for analyze in analyses]
+        return [then(result) for result in results] if then else results
+
+    return jax.device_get(run(jax.tree.map(jnp.asarray, params)))
+
+
+def analyze_together(
+    trees: Mapping[str, Any],
+    layers: Mapping[str, Sequence[tb_optax.Layer]],
+    configs: Sequence[Mapping[str, Any]],
+    precision_name: str,
+) -> list[dict[str, Table]]:
+    """Every configuration on every net, one decomposition for each route.
+
+    Put together from the parts of the library's pipeline, since the spectra are the
+    same for all configurations of a route; that `layer_analysis` is these parts in a
+    row is for other tests.
+
+    The nets are branches of one tree, so that matrices of equal size are decomposed
+    together.
+
+    Args:
+        trees: parameters by net.
+        layers: layers by net.
+        configs: metric configurations.
+        precision_name: one of `golden.PRECISIONS`.
+
+    Returns:
+        For each configuration, the table of each net.
+    """
+    flat = [
+        dataclasses.replace(layer, path=f"{name}/{layer.path}", follows=())
+        for name, some in layers.items()
+        for layer in some
+    ]
+    flat = tuple(flat)
+    analyses = [
+        tb_optax.layer_analysis(
+            flat,
+            fit=fit_of(config),
+            min_eigenvalues=0,
+            eigenvalue_floor=golden.floor_of(config),
+            conv_norm=config["conv_norm"],
+        )
+        for config in configs
+    ]
+    pooled = np.asarray([bool(layer.axes.pooled) for layer in flat])
+
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def run(kernels, route, rows):
+        """Configurations of one route: the spectra once, fits and metrics of each."""
+        spectra = pipeline.layer_spectra(kernels, flat, 1.0, route)
+        tables = []
+        for i in rows:
+            options = analyses[i].options
+            factor = np.where(pooled, options.conv_norm, 1).astype(spectra.factor.dtype)
+            own = spectra._replace(factor=factor)
+            table = pipeline.fitted_table(own, flat, options)
+            tables.append(pipeline.assigned_table(table, options))
+        return tables
+
+    routes = [pipeline.route_of(analysis.options) for analysis in analyses]
+    results: dict[int, tb_optax.Analysis] = {}
+    with precision(precision_name):
+        _, kernels = analyses[0].resolve(jax.tree.map(jnp.asarray, dict(trees)))
+        for route in dict.fromkeys(routes):
+            rows = tuple(i for i, other in enumerate(routes) if other is route)
+            found = jax.device_get(run(kernels, route, rows))
+            results |= dict(zip(rows, found, strict=True))
+    names = [
+        f.name for f in dataclasses.fields(tb_optax.Analysis) if f.name != "layers"
+    ]
+    ends = np.cumsum([0, *map(len, layers.values())])
+    return [
+        {
+            name: Table({c: getattr(results[i], c)[start:stop] for c in names})
+            for name, start, stop in zip(layers, ends[:-1], ends[1:], strict=True)
+        }
+        for i in range(len(configs))
+    ]
+
+
+@functools.cache
+def analyses(precision_name: str) -> list[dict[str, Table]]:
+    """All metric configurations on all nets, the degenerate ones by "edge/<name>".
+
+    Together in one tree: what is wrong with one kernel must not reach another.
+    """
+    nets = {name: golden.net(name) for name in golden.NETS}
+    edge = golden.edge_cases().items()
+    nets |= {f"edge/{name}": net for name, net in edge if net.layer_names}
+    return analyze_together(
+        {name: net.tree(precision_name) for name, net in nets.items()},
+        {name: net.layers(golden.own_layers(net)) for name, net in nets.items()},
+        golden.shared()["metric_configs"],
+        precision_name,
+    )
+
+
+def structure_of(config: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The options of a rate configuration that decide who follows whom."""
+    return tuple(
+        config[option]
+        for option in (
+            "remove_first_layer",
+            "remove_last_layer",
+            "batchnorm",
+            "batchnorm_type",
+            "layernorm",
+        )
+    )
+
+
+def selected_layers(
+    net: golden.Net, config: Mapping[str, Any], names: Sequence[str] | None = None
+) -> tuple[list[tb_optax.Layer], slice]:
+    """The layers that a configuration keeps, and where they are among all."""
+    names = net.layer_names if names is None else names
+    first = int(config["remove_first_layer"])
+    kept = slice(first, max(first, len(names) - int(config["remove_last_layer"])))
+    return net.layers(names, net.norms(config))[kept], kept
+
+
+def scores_of(analysis: tb_optax.Analysis, config: Mapping[str, Any]) -> np.ndarray:
+    """The metric that a configuration balances."""
+    metric = METRICS[config["esd_metric_for_tb"]]
+    return getattr(analysis, metric) if isinstance(metric, str) else metric(analysis)
+
+
+def balance(
+    analysis: tb_optax.Analysis, config: Mapping[str, Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Multipliers of an analysis under another map, metric and threshold.
+
+    What `layer_analysis` does with its table, so that one analysis serves all maps;
+    `test_golden_rates` compares whole analyses with it.
+
+    Returns:
+        The multipliers, and which layers are tuned.
+    """
+    scores = scores_of(analysis, config)
+    enough = analysis.eigenvalue_count >= config["eigs_thresh"]
+    tuned = analysis.fitted & enough & np.isfinite(scores)
+    inside = jnp.asarray(np.where(tuned, scores, 1), analysis.alpha.dtype)
+    multipliers = np.asarray(map_of(config)(inside, jnp.asarray(tuned)))
+    tuned = tuned & np.isfinite(multipliers)
+    return np.where(tuned, multipliers, 1), tuned
+
+
+def leaf_values(
+    analysis: tb_optax.Analysis, multipliers: np.ndarray, net: golden.Net
+) -> np.ndarray:
+    """Multipliers of all parameters, (configurations, parameters), by the library.
+
+    Args:
+        analysis: a table with the layers and their followers.
+        multipliers: (configurations, layers).
+        net: the net, for its parameters in order.
+    """
+
+    def leaves(row):
+        tree = dataclasses.replace(analysis, multipliers=row)
+        return tree.leaf_multipliers(net.params)
+
+    by_name = jax.device_get(jax.vmap(leaves)(jnp.asarray(multipliers)))
+    # Whole leaves follow one layer here: one number for each.
+    columns = [by_name[name].reshape(len(multipliers)) for name in net.param_names]
+    return np.stack(columns, axis=1)
+
+
+def expected_multipliers(
+    scores: np.ndarray, tuned: np.ndarray, config: Mapping[str, Any]
+) -> np.ndarray:
+    """Multipliers of the layers by the formulas in float64."""
+    multipliers = np.ones(len(scores))
+    multipliers[tuned] = reference.multipliers(
+        np.asarray(scores, np.float64)[tuned],
+        config["assign_func"],
+        config["lr_min_ratio"],
+        config["lr_max_ratio"],
+    )
+    return multipliers
+
+
+def expected_leaf_values(
+    layers: Sequence[tb_optax.Layer], multipliers: np.ndarray, net: golden.Net
+) -> np.ndarray:
+    """Multipliers of all parameters, (..., parameters), by plain bookkeeping."""
+    position = {
+        name: i
+        for i, layer in enumerate(layers)
+        for name in (layer.path, *layer.follows)
+    }
+    padded = np.concatenate([multipliers, np.ones((*multipliers.shape[:-1], 1))], -1)
+    return padded[..., [position.get(name, -1) for name in net.param_names]]

@@ -1,0 +1,65 @@
+"""Keeps what the golden tests compare, for the tables they print with `-s`."""
+
+import collections
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+class Record:
+    """What a test module has compared, for the table it prints at its end."""
+
+    def __init__(self):
+        self._worst: dict[tuple[str, str], tuple[float, float, str]] = {}
+        self._rows: collections.Counter[tuple[str, str]] = collections.Counter()
+        self._excused: collections.Counter[tuple[str, str]] = collections.Counter()
+
+    def compare(
+        self,
+        what: str,
+        precision_name: str,
+        deviation: Any,
+        tolerance: Any,
+        where: Sequence[str],
+    ) -> list[str]:
+        """Notes the deviations and returns the places beyond tolerance."""
+        deviation = np.atleast_1d(np.asarray(deviation, np.float64))
+        tolerance = np.broadcast_to(tolerance, deviation.shape)
+        share = np.where(np.isfinite(deviation), deviation, np.inf) / tolerance
+        key = (what, precision_name)
+        self._rows[key] += share.size
+        if share.size:
+            worst = int(np.argmax(share))
+            entry = (float(share[worst]), float(deviation[worst]), where[worst])
+            self._worst[key] = max(self._worst.get(key, (-1.0, 0.0, "")), entry)
+        return [
+            f"{precision_name}, {where[int(i)]}: {what} off by {deviation[i]:.3g}, "
+            f"tolerance {tolerance[i]:.3g}"
+            for i in np.flatnonzero(~(share <= 1))
+        ]
+
+    def excuse(self, rule: str, precision_name: str, rows: int = 1) -> None:
+        """Counts rows that a rule excuses."""
+        self._excused[rule, precision_name] += rows
+
+    def excused(self, precision_name: str) -> dict[str, int]:
+        """How many rows each rule has excused."""
+        return {
+            rule: n
+            for (rule, name), n in self._excused.items()
+            if name == precision_name
+        }
+
+    def table(self, title: str) -> str:
+        """What was compared, the largest deviations, and the excused rows."""
+        lines = [f"\n{title}: largest deviation, of its tolerance, rows, where"]
+        for (what, name), (share, deviation, where) in sorted(self._worst.items()):
+            rows = self._rows[what, name]
+            lines.append(
+                f"  {what:<30} {name:<8} {deviation:9.2e} {share:7.1%} {rows:7d}  "
+                f"{where}"
+            )
+        for (rule, name), rows in sorted(self._excused.items()):
+            lines.append(f"  excused: {rule}, {name}: {rows} rows")
+        return "\n".join(lines)

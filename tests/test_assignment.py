@@ -1,0 +1,422 @@
+"""Maps from metric to multipliers, and from layers to leaves."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+import spectra
+from hypothesis import given
+from hypothesis import strategies as st
+from spectra import float32
+
+from tb_optax import Layer, MatrixAxes, linear, log2, sqrt, step
+from tb_optax.assignment import layer_of_leaf
+from tb_optax.layers import expand_stacks
+from tb_optax.table import leaf_multipliers
+
+EPS = float(np.finfo(np.float32).eps)
+MAPS = (linear(), linear(1.2, 0.3), sqrt(), log2(), step(), step(2, 0.25))
+PUBLISHED = {
+    linear: "tb_linear_map",
+    sqrt: "tb_sqrt",
+    log2: "tb_log2",
+    step: "tb_step",
+}
+
+
+def apply(assign, metric, tuned=None):
+    """The map of float32 scores, all of them tuned unless told otherwise."""
+    metric = np.asarray(metric, np.float32)
+    tuned = np.ones(len(metric), bool) if tuned is None else np.asarray(tuned)
+    multipliers = jax.jit(assign)(jnp.asarray(metric), jnp.asarray(tuned))
+    assert multipliers.dtype == jnp.float32
+    assert multipliers.shape == metric.shape
+    return np.asarray(multipliers)
+
+
+def scores(seed, count=9):
+    """Distinct scores above 1, in the domain of every map, in no order."""
+    return np.random.default_rng(seed).permutation(np.linspace(1.3, 7.9, count))
+
+
+# --- all maps -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("assign", MAPS, ids=repr)
+def test_published_formula(assign):
+    metric = scores(0).astype(np.float32)
+    low, high = getattr(assign, "low", 0), getattr(assign, "high", 0)
+    expected = reference.multipliers(metric, PUBLISHED[type(assign)], low, high)
+    # Sums and quotients of n positive terms: n roundings of eps/2, and a few more.
+    np.testing.assert_allclose(apply(assign, metric), expected, rtol=len(metric) * EPS)
+
+
+@pytest.mark.parametrize("assign", MAPS, ids=repr)
+def test_equal_scores_give_one(assign):
+    """Equal up to rounding, max - min <= 8·eps·max, as rounding noise would be."""
+    for value in (0.0, 1.0, 3.7, 1e20):
+        if isinstance(assign, log2) and value < 1:
+            continue
+        same = np.full(5, value, np.float32)
+        np.testing.assert_array_equal(apply(assign, same), 1)
+        nearly = same * np.linspace(1, 1 + 6 * EPS, 5, dtype=np.float32)
+        np.testing.assert_array_equal(apply(assign, nearly), 1)
+
+
+@pytest.mark.parametrize("assign", [linear(), step()], ids=repr)
+def test_scores_just_apart_are_mapped(assign):
+    apart = float32([1.0, 1 + 16 * EPS])
+    assert apply(assign, apart)[0] == 0.5
+    together = float32([1.0, 1 + 8 * EPS])
+    np.testing.assert_array_equal(apply(assign, together), 1)
+
+
+@pytest.mark.parametrize("assign", MAPS, ids=repr)
+@pytest.mark.parametrize("alone", [0, 3, 8])
+def test_one_tuned_layer_gets_one(assign, alone):
+    tuned = np.arange(9) == alone
+    np.testing.assert_array_equal(apply(assign, scores(1), tuned), 1)
+
+
+@pytest.mark.parametrize("assign", MAPS, ids=repr)
+def test_no_tuned_layer_gets_one(assign):
+    np.testing.assert_array_equal(apply(assign, scores(1), np.zeros(9, bool)), 1)
+    assert apply(assign, []).shape == (0,)
+
+
+@pytest.mark.parametrize("assign", MAPS, ids=repr)
+@pytest.mark.parametrize("value", [0.0, -1e30, 1e30, math.inf, -math.inf, math.nan])
+def test_untuned_layers_get_one_and_no_influence(assign, value):
+    """Whatever stands in their place, the others are mapped as if alone."""
+    metric, tuned = scores(2), np.arange(9) % 3 > 0
+    alone = apply(assign, metric[tuned])
+    metric[~tuned] = value
+    with jax.debug_nans(not math.isnan(value)):
+        mapped = apply(assign, metric, tuned)
+    np.testing.assert_array_equal(mapped[~tuned], 1)
+    # The sum of a longer vector may be rounded otherwise.
+    np.testing.assert_allclose(mapped[tuned], alone, rtol=9 * EPS)
+
+
+@pytest.mark.parametrize("assign", MAPS, ids=repr)
+def test_permutation_equivariance(assign):
+    metric, order = scores(3), np.random.default_rng(4).permutation(9)
+    exact = isinstance(assign, (linear, step))
+    np.testing.assert_allclose(
+        apply(assign, metric[order]),
+        apply(assign, metric)[order],
+        rtol=0 if exact else 9 * EPS,
+    )
+
+
+@pytest.mark.parametrize("assign", MAPS, ids=repr)
+def test_monotone_in_the_metric(assign):
+    mapped = apply(assign, np.sort(scores(5)))
+    falls = getattr(assign, "low", 0) > getattr(assign, "high", 1)
+    assert (np.diff(mapped) < 0).all() if falls else (np.diff(mapped) > 0).all()
+
+
+@pytest.mark.parametrize("assign", MAPS, ids=repr)
+@pytest.mark.usefixtures("x64")
+def test_dtype_of_the_metric_is_kept(assign):
+    for dtype in (jnp.float32, jnp.float64):
+        metric = jnp.asarray(scores(6), dtype)
+        assert assign(metric, jnp.ones(9, bool)).dtype == dtype
+
+
+def test_maps_compare_by_value():
+    makers = [linear, sqrt, log2, step, lambda: linear(0.1, 2), lambda: step(0.1, 2)]
+    for i, make in enumerate(makers):
+        for j, other in enumerate(makers):
+            assert (make() == other()) == (i == j)
+        assert hash(make()) == hash(make())
+    assert linear(1, 2) == linear(1.0, 2.0)
+
+
+@pytest.mark.parametrize("assign", [linear, step])
+@pytest.mark.parametrize("bound", ["low", "high"])
+@pytest.mark.parametrize("value", [-0.1, -1, math.inf, math.nan, True])
+def test_bounds_are_finite_and_not_negative(assign, bound, value):
+    with pytest.raises(ValueError, match="must be a finite number >= 0") as error:
+        assign(**{bound: value})
+    assert f"{bound} = {value!r}" in str(error.value)
+
+
+SCORES = st.one_of(st.floats(-8, 64, width=32), st.integers(0, 3).map(float))
+
+
+@spectra.PROFILE
+@given(
+    st.lists(st.tuples(SCORES, st.booleans()), min_size=7, max_size=7),
+    st.sampled_from(MAPS),
+)
+@pytest.mark.usefixtures("x64")
+def test_any_scores_with_any_mask(rows, assign):
+    """Against the reference in float64, the tuned layers only; untuned ones are 1."""
+    metric, tuned = (np.asarray(column) for column in zip(*rows, strict=True))
+    multipliers = np.asarray(
+        jax.jit(assign)(jnp.asarray(metric, jnp.float64), jnp.asarray(tuned))
+    )
+    low, high = getattr(assign, "low", 0), getattr(assign, "high", 0)
+    kind = PUBLISHED[type(assign)]
+    outside = tuned & (metric < reference.DOMAIN[kind])
+    assert np.isnan(multipliers[outside]).all()
+    expected = reference.multipliers(np.where(tuned, metric, np.nan), kind, low, high)
+    np.testing.assert_allclose(
+        multipliers[~outside], expected[~outside], rtol=1e-12, atol=1e-12
+    )
+
+
+# --- linear -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.5, 1.5), (0, 1), (1.5, 0.5), (1, 1), (0.1, 1.9), (0, 0)]
+)
+def test_linear_reaches_its_bounds_and_stays_between(low, high):
+    metric = scores(7)
+    mapped = apply(linear(low, high), metric)
+    least, most = sorted((low, high))
+    ulp = EPS * max(low, high)
+    assert mapped[np.argmin(metric)] == float32(low)
+    assert mapped[np.argmax(metric)] == pytest.approx(high, abs=ulp)
+    assert (mapped >= least - ulp).all()
+    assert (mapped <= most + ulp).all()
+
+
+def test_linear_reversed_mirrors():
+    metric = scores(8)
+    mirrored = 0.5 + 1.5 - apply(linear(0.5, 1.5), metric)
+    np.testing.assert_allclose(apply(linear(1.5, 0.5), metric), mirrored, atol=4 * EPS)
+
+
+@pytest.mark.parametrize(("factor", "shift"), [(3.0, 0.0), (0.01, -40.0), (1e9, 5e9)])
+def test_linear_is_affine_invariant(factor, shift):
+    """A rounding of the new scores moves a position by eps·max |M| / range."""
+    metric = scores(9)
+    moved = (factor * metric + shift).astype(np.float32)
+    condition = np.abs(moved).max() / np.ptp(moved)
+    np.testing.assert_allclose(
+        apply(linear(), moved), apply(linear(), metric), atol=4 * EPS * (1 + condition)
+    )
+
+
+# --- sqrt and log2 ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("assign", [sqrt(), log2()], ids=repr)
+def test_shares_have_mean_one(assign):
+    tuned = np.arange(9) != 4
+    mapped = apply(assign, scores(10), tuned)
+    assert np.mean(mapped[tuned], dtype=np.float64) == pytest.approx(1, rel=9 * EPS)
+    score = np.sqrt if isinstance(assign, sqrt) else np.log2
+    ratio = score(scores(10)) / score(scores(10)[0])
+    # The scores are rounded to float32; the logarithm has condition 1/ln 1.3 there.
+    tolerance = 4 * EPS * (1 + 1 / math.log(1.3))
+    np.testing.assert_allclose(
+        (mapped / mapped[0])[tuned], ratio[tuned], rtol=tolerance
+    )
+
+
+@pytest.mark.parametrize(
+    ("assign", "outside", "edge"), [(sqrt(), -1e-3, 0.0), (log2(), 0.99, 1.0)]
+)
+def test_outside_the_domain_is_nan_and_has_no_share(assign, outside, edge):
+    metric = scores(11)
+    metric[5], metric[7] = outside, edge
+    mapped = apply(assign, metric)
+    assert np.isnan(mapped[5])
+    assert mapped[7] == 0
+    others = np.arange(9) != 5
+    np.testing.assert_allclose(
+        mapped[others], apply(assign, metric[others]), rtol=9 * EPS
+    )
+    # All of them outside, or one alone.
+    assert np.isnan(apply(assign, [outside, outside])).all()
+    # An untuned one is not outside anything.
+    np.testing.assert_array_equal(apply(assign, metric, others)[5], 1)
+
+
+# --- step ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.5, 1.5), (2, 0.25)])
+def test_step_gives_even_steps_and_never_the_top(low, high):
+    metric = scores(12)
+    mapped = apply(step(low, high), metric)
+    rank = np.argsort(np.argsort(metric))
+    np.testing.assert_allclose(mapped, low + (high - low) * rank / 9, rtol=4 * EPS)
+    assert (np.abs(mapped - high) > 0.9 * abs(high - low) / 9).all()
+
+
+def test_step_ranks_ties_in_the_order_of_the_layers():
+    mapped = apply(step(0, 4), [5, 2, 5, 2])
+    np.testing.assert_array_equal(mapped, [2, 0, 3, 1])
+    # Ranks count tuned layers only.
+    mapped = apply(step(0, 3), [5, 2, 1, 5], [True, True, False, True])
+    np.testing.assert_array_equal(mapped, [1, 0, 1, 2])
+
+
+def test_step_sees_order_alone():
+    metric = scores(13)
+    mapped = apply(step(), metric)
+    for transformed in (np.exp(metric), 1e-3 * metric - 7, metric**9):
+        np.testing.assert_array_equal(apply(step(), transformed), mapped)
+
+
+# --- layers to leaves ---------------------------------------------------------------
+
+DENSE = MatrixAxes((0,), (1,))
+SCANNED = MatrixAxes((1,), (2,), stacked=(0,))
+GRID = MatrixAxes((2,), (3,), stacked=(0, 1))
+HEADS = MatrixAxes((0,), (1, 2))
+CONV = MatrixAxes((1,), (0,), pooled=(2, 3))
+
+
+def qkv(axes, axis, size, follows, **rest):
+    """Three equal parts of an output axis."""
+    cuts = itertools.pairwise(range(0, 3 * size + 1, size))
+    return [Layer("w", axes, follows, part=(axis, *cut), **rest) for cut in cuts]
+
+
+# Layers, shapes of the leaves, expected owner of every entry of the followers.
+OWNERS = {
+    "plain": ([Layer("w", DENSE, ("b", "s"))], {"w": (4, 6), "b": (6,), "s": ()}, {}),
+    "two": (
+        [Layer("w", DENSE, ("b",)), Layer("v", DENSE)],
+        {"w": (4, 6), "v": (6, 5), "b": (6,)},
+        {"v": lambda _: 1},
+    ),
+    "scanned": (
+        [Layer("w", SCANNED, ("b",))],
+        {"w": (3, 4, 6), "b": (3, 6)},
+        {"w": lambda index: index[0], "b": lambda index: index[0]},
+    ),
+    "some slices": (
+        [Layer("w", SCANNED, ("b",), index=(i,)) for i in (2, 0)],
+        {"w": (4, 4, 6), "b": (4, 6)},
+        {leaf: lambda index: {2: 0, 0: 1}.get(index[0], -1) for leaf in "wb"},
+    ),
+    "grid": (
+        [Layer("w", GRID, ("b",))],
+        {"w": (2, 3, 4, 6), "b": (2, 3, 6)},
+        {leaf: lambda index: 3 * index[0] + index[1] for leaf in "wb"},
+    ),
+    "parts": (
+        qkv(DENSE, 1, 4, ("b",)),
+        {"w": (5, 12), "b": (12,)},
+        {"w": lambda index: index[1] // 4, "b": lambda index: index[0] // 4},
+    ),
+    "two parts of three": (
+        qkv(DENSE, 1, 4, ("b",))[1:],
+        {"w": (5, 12), "b": (12,)},
+        {
+            "w": lambda index: index[1] // 4 - 1,
+            "b": lambda index: index[0] // 4 - 1,
+        },
+    ),
+    "parts of heads": (
+        qkv(HEADS, 1, 2, ("b",)),
+        {"w": (5, 6, 8), "b": (6, 8)},
+        {"w": lambda index: index[1] // 2, "b": lambda index: index[0] // 2},
+    ),
+    "parts of convolutions": (
+        qkv(CONV, 0, 2, ("b",)),
+        {"w": (6, 5, 3, 3), "b": (6, 1, 1)},
+        {leaf: lambda index: index[0] // 2 for leaf in "wb"},
+    ),
+    "parts of slices": (
+        qkv(SCANNED, 2, 2, ("b",)),
+        {"w": (4, 5, 6), "b": (4, 6)},
+        {
+            "w": lambda index: 4 * (index[2] // 2) + index[0],
+            "b": lambda index: 4 * (index[1] // 2) + index[0],
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OWNERS)
+def test_owner_of_every_entry(case):
+    layers, shapes, owners = OWNERS[case]
+    layers = expand_stacks(layers, shapes)
+    found = layer_of_leaf(layers, shapes)
+    numbers = jnp.arange(1.0, len(layers) + 1)
+    params = {path: jnp.zeros(shape) for path, shape in shapes.items()}
+    by_path = leaf_multipliers(layers, numbers, params)
+    assert set(found) == set(by_path) == set(shapes)
+    for path, shape in shapes.items():
+        assert found[path].ndim == len(shape)
+        owner = np.broadcast_to(found[path], shape)
+        multiplier = np.broadcast_to(by_path[path], shape)
+        for index in np.ndindex(shape):
+            expected = owners.get(path, lambda _: 0)(index)
+            assert owner[index] == expected
+            assert multiplier[index] == (1 if expected < 0 else expected + 1)
+
+
+def test_leaves_of_no_layer_and_masked_followers_are_left_out():
+    layers = [Layer("w", DENSE, ("b", "m"))]
+    shapes = {"w": (4, 6), "b": (6,), "m": None, "other": (3, 3)}
+    assert set(layer_of_leaf(layers, shapes)) == {"w", "b"}
+
+
+@pytest.mark.parametrize(
+    ("layers", "shapes", "words"),
+    [
+        (
+            [Layer("a/w", DENSE, ("a/c",))],
+            {"a/w": (4, 6), "a/b": (6,)},
+            ["'a/c'", "'a/w'", "is not in the parameters"],
+        ),
+        (
+            [Layer("a/w", DENSE, ("a/b",)), Layer("c/w", DENSE, ("a/b",))],
+            {"a/w": (4, 6), "c/w": (4, 6), "a/b": (6,)},
+            ["'a/b'", "'a/w'", "'c/w'", "two layers"],
+        ),
+        (
+            [Layer("a/w", DENSE), Layer("a/w", DENSE)],
+            {"a/w": (4, 6)},
+            ["'a/w'", "two layers"],
+        ),
+        (
+            [Layer("a/w", SCANNED, index=(1,)), Layer("a/w", SCANNED, index=(1,))],
+            {"a/w": (2, 4, 6)},
+            ["'a/w[1]'", "two layers"],
+        ),
+        (
+            [Layer("a/w", DENSE, part=(1, 0, 4)), Layer("a/w", DENSE, part=(1, 3, 6))],
+            {"a/w": (4, 6)},
+            ["'a/w{0:4}'", "'a/w{3:6}'", "two layers"],
+        ),
+        (
+            [Layer("a/w", SCANNED, ("a/b",), index=(1,))],
+            {"a/w": (2, 4, 6), "a/b": (6,)},
+            ["'a/b'", "(6,)", "'a/w'", "(2, 4, 6)", "not stacked alike"],
+        ),
+        (
+            [Layer("a/w", SCANNED, ("a/b",), index=(1,))],
+            {"a/w": (2, 4, 6), "a/b": ()},
+            ["'a/b'", "()", "not stacked alike"],
+        ),
+        (
+            [Layer("a/w", DENSE, ("a/b",), part=(1, 0, 3))],
+            {"a/w": (4, 6), "a/b": (5,)},
+            ["'a/b'", "(5,)", "'a/w'", "(4, 6)", "output axis 1"],
+        ),
+        (
+            [Layer("a/w", DENSE, ("a/b",), part=(1, 0, 3))],
+            {"a/w": (4, 6), "a/b": (6, 6)},
+            ["'a/b'", "(6, 6)", "output axis 1"],
+        ),
+    ],
+)
+def test_leaves_that_cannot_follow(layers, shapes, words):
+    with pytest.raises(ValueError, match="follow") as error:
+        layer_of_leaf(layers, shapes)
+    for word in words:
+        assert word in str(error.value)

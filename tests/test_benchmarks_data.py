@@ -1,0 +1,215 @@
+"""The data sets of the benchmarks: reading them, damaged ones, and augmentation."""
+
+import dataclasses
+import io
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("sklearn")
+pytest.importorskip("datasets")
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from benchmarks import configs, data
+from benchmarks.data.augment import Preparation
+from benchmarks.errors import UserError
+
+
+def png(pixels):
+    """The bytes of a PNG file with these pixels."""
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@dataclasses.dataclass
+class Cifar:
+    """A directory in the schema of the hub, with what should be read from it."""
+
+    path: Path
+    images: np.ndarray
+    labels: np.ndarray
+
+    def config(self, **changes):
+        """An experiment on this directory."""
+        base = dataclasses.replace(configs.CIFAR10, data_dir=str(self.path))
+        return dataclasses.replace(base, batch_size=2, **changes)
+
+    def write(self, split, contents, labels, names=("img", "label"), part=0):
+        """Writes one file."""
+        rows = [{"bytes": content, "path": None} for content in contents]
+        kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        table = pa.table(dict(zip(names, (pa.array(rows, kind), labels), strict=True)))
+        pq.write_table(table, self.path / f"{split}-0000{part}-of-00002.parquet")
+
+
+@pytest.fixture
+def cifar(tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (8, 32, 32, 3), np.uint8)
+    labels = rng.integers(0, 10, 8)
+    cifar = Cifar(tmp_path, images, labels)
+    contents = list(map(png, images))
+    cifar.write("train", contents[:4], labels[:4])
+    cifar.write("train", contents[4:6], labels[4:6], part=1)
+    cifar.write("test", contents[6:], labels[6:])
+    return cifar
+
+
+def test_digits_are_split_in_one_fixed_order():
+    digits = data.load(configs.DIGITS)
+    assert digits.train_images.shape == (1437, 8, 8, 1)
+    assert digits.test_images.shape == (360, 8, 8, 1)
+    assert digits.train_images.dtype == np.uint8
+    assert digits.train_images.max() == 16
+    assert set(digits.train_labels) == set(digits.test_labels) == set(range(10))
+    assert digits.digest() == data.load(configs.DIGITS).digest()
+
+
+def test_cifar_reads_all_files_in_order(cifar):
+    before = set(cifar.path.iterdir())
+    dataset = data.load(cifar.config())
+    np.testing.assert_array_equal(dataset.train_images, cifar.images[:6])
+    np.testing.assert_array_equal(dataset.train_labels, cifar.labels[:6])
+    np.testing.assert_array_equal(dataset.test_images, cifar.images[6:])
+    np.testing.assert_array_equal(dataset.test_labels, cifar.labels[6:])
+    assert set(cifar.path.iterdir()) == before
+
+
+def test_cifar_reads_the_metadata_of_the_hub(cifar):
+    import datasets
+
+    features = datasets.Features(
+        {"img": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)}
+    )
+    columns = {"img": list(map(Image.fromarray, cifar.images)), "label": cifar.labels}
+    rows = datasets.Dataset.from_dict(columns, features=features)
+    for file in cifar.path.glob("train-*"):
+        file.unlink()
+    rows.to_parquet(cifar.path / "train-00000-of-00001.parquet")
+    dataset = data.load(cifar.config())
+    np.testing.assert_array_equal(dataset.train_images, cifar.images)
+    np.testing.assert_array_equal(dataset.train_labels, cifar.labels)
+
+
+def test_a_changed_file_is_read_anew(cifar):
+    data.load(cifar.config())
+    cifar.write("train", [png(cifar.images[7])] * 4, [3] * 4)
+    dataset = data.load(cifar.config(subset=4))
+    np.testing.assert_array_equal(dataset.train_labels, [3] * 4)
+    np.testing.assert_array_equal(dataset.train_images[0], cifar.images[7])
+
+
+def test_subset_takes_the_first_training_rows(cifar):
+    dataset = data.load(cifar.config(subset=5))
+    np.testing.assert_array_equal(dataset.train_images, cifar.images[:5])
+    assert len(dataset.test_images) == 2
+    with pytest.raises(UserError, match="--subset is 7; allowed: at most the 6"):
+        data.load(cifar.config(subset=7))
+    with pytest.raises(UserError, match="--batch-size is 2; allowed: at most the 1"):
+        data.load(cifar.config(subset=1))
+
+
+def truncate(cifar):
+    file = cifar.path / "train-00001-of-00002.parquet"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def flip_bits(cifar):
+    file = cifar.path / "test-00000-of-00002.parquet"
+    content = bytearray(file.read_bytes())
+    content[40:200] = bytes(160)
+    file.write_bytes(content)
+
+
+def remove(cifar):
+    for file in cifar.path.glob("test-*"):
+        file.unlink()
+
+
+def rewrite(**changes):
+    """A change that writes the second training file with other contents."""
+
+    def change(cifar):
+        row = {"contents": [png(cifar.images[0])], "labels": [0], **changes}
+        cifar.write("train", part=1, **row)
+
+    return change
+
+
+DAMAGES = {
+    "truncated": (truncate, "00001-of-00002.parquet cannot be read as parquet"),
+    "flipped": (flip_bits, "test"),
+    "absent": (remove, r"no file test-\*.parquet"),
+    "columns": (
+        rewrite(names=("image", "label")),
+        "no column img; it has image, label",
+    ),
+    "no picture": (
+        rewrite(contents=[b"nothing"]),
+        "row 4: the image cannot be decoded",
+    ),
+    "half a picture": (
+        rewrite(contents=[png(np.zeros((32, 32, 3), np.uint8))[:60]]),
+        "row 4: the image cannot be decoded",
+    ),
+    "no bytes": (rewrite(contents=[None]), "row 4: img holds no image bytes"),
+    "size": (
+        rewrite(contents=[png(np.zeros((8, 9, 3), np.uint8))]),
+        "row 4: the image is 9x8; allowed: 32x32",
+    ),
+    "label": (rewrite(labels=[10]), "row 4: label is 10; allowed: 0 to 9"),
+    "no label": (rewrite(labels=pa.array([None], pa.int64())), "row 4: label is None"),
+    "text label": (rewrite(labels=["cat"]), "row 4: label is 'cat'"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damaged_data_is_one_line(cifar, kind, capfd):
+    damage, message = DAMAGES[kind]
+    damage(cifar)
+    with pytest.raises(UserError, match=message) as raised:
+        data.load(cifar.config())
+    assert "\n" not in str(raised.value)
+    assert str(cifar.path) in str(raised.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_empty_split_and_absent_directory(cifar):
+    for part in (0, 1):
+        cifar.write("train", [], pa.array([], pa.int64()), part=part)
+    with pytest.raises(UserError, match="cannot be read as parquet"):
+        data.load(cifar.config())
+    config = dataclasses.replace(configs.CIFAR10, data_dir=str(cifar.path / "none"))
+    with pytest.raises(UserError, match="none', which is not a directory"):
+        data.load(config)
+
+
+def test_normalisation_is_that_of_numpy():
+    images = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), np.uint8)
+    images[..., 1] = 7
+    preparation = Preparation.of(images, pad=2, flip=True)
+    np.testing.assert_allclose(preparation.mean, images.mean((0, 1, 2)))
+    std = images.std((0, 1, 2))
+    np.testing.assert_allclose(preparation.std, [std[0], 1, std[2]])
+    normal = np.asarray(preparation.normalise(jnp.asarray(images)))
+    assert np.abs(normal.mean((0, 1, 2))).max() < 1e-6
+    assert np.abs(normal.std((0, 1, 2)) - [1, 0, 1]).max() < 1e-6
+
+
+def test_augmentation_crops_and_flips():
+    # Every pixel has a value of its own, so a crop is found by its corner.
+    image = np.arange(1, 17, dtype=np.uint8).reshape(1, 4, 4, 1)
+    preparation = Preparation((0.0,), (1.0,), pad=1, flip=True)
+    images = jnp.asarray(np.repeat(image, 200, axis=0))
+    seen = np.unique(preparation.augment(jax.random.key(0), images), axis=0)
+    padded = np.pad(image[0], ((1, 1), (1, 1), (0, 0)))
+    crops = [padded[i : i + 4, j : j + 4] for i in range(3) for j in range(3)]
+    expected = np.unique(crops + [crop[:, ::-1] for crop in crops], axis=0)
+    np.testing.assert_array_equal(seen, expected)

@@ -1,0 +1,299 @@
+"""The measuring commands: what they write, how they fail, and their tables."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+pytest.importorskip("flax.nnx")
+pytest.importorskip("scipy")
+pytest.importorskip("tabulate")
+
+from benchmarks import (
+    commandline,
+    machine,
+    models,
+    peers,
+    spectral,
+    step_cost,
+    tables,
+    timing,
+)
+from benchmarks.networks import networks, resnet
+from benchmarks.steps import Task
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--repeats", "1", "--sizes", "4", "--growth-side", "4"]
+
+
+@pytest.fixture(autouse=True)
+def _quickly(monkeypatch):
+    """Compiles without optimising, and puts the variables back a command sets."""
+    for name in (*machine.THREAD_VARIABLES, "XLA_PYTHON_CLIENT_PREALLOCATE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def norm_channels(shapes, *, of_inputs=False):
+    """Channels of a norm at every convolution."""
+    convolutions = [shape for shape in shapes.values() if len(shape) == 4]
+    return sum(shape[2 if of_inputs else 3] for shape in convolutions)
+
+
+def test_residual_networks_have_the_published_numbers_of_parameters():
+    # Published with kernels, a norm's scale and bias per channel, the head's bias.
+    published = {"resnet18": 11_220_132, "resnet34": 21_328_292}
+    for name, total in published.items():
+        network = networks()[name]
+        assert network.size + 2 * norm_channels(network.shapes) + 100 == total
+    network = networks()["resnet152"]
+    assert network.size + 2 * norm_channels(network.shapes) + 1000 == 60_192_808
+
+
+def test_wide_residual_network_has_the_published_number_of_parameters():
+    network = networks()["wrn16x8"]
+    # Norms stand before the convolutions of the blocks and behind the last one.
+    shapes = {
+        path: shape
+        for path, shape in network.shapes.items()
+        if path.startswith("stage") and not path.endswith("shortcut")
+    }
+    norms = norm_channels(shapes, of_inputs=True) + 512
+    assert network.size + 2 * norms + 100 == 11_007_540
+
+
+def test_transformers_have_the_published_numbers_of_parameters():
+    biases, norms = 12 * (4 * 768 + 5 * 768), 25 * 2 * 768
+    vision = networks()["vit_b16"].size + biases + norms
+    assert vision + 768 + 197 * 768 + 768 + 1000 == 86_567_656
+    language = networks()["gpt2"].size + biases + norms
+    assert language + (50_257 + 1024) * 768 == 124_439_808
+
+
+def test_the_other_networks_are_those_that_are_named():
+    assert networks()["llm_block"].size == 4 * 4096**2 + 3 * 4096 * 11008
+    vgg = list(networks()["vgg16"].shapes.values())
+    assert [shape[-1] for shape in vgg] == (
+        [64] * 2 + [128] * 2 + [256] * 3 + [512] * 6 + [100]
+    )
+    assert len(networks()["wrn28x6"].layers) == 1 + 24 + 3 + 1
+    assert networks()["resnet18"].matrices == 157
+    narrow = list(resnet((2, 2, 2, 2), width=0.25).values())
+    assert (narrow[0], narrow[-1]) == ((3, 3, 3, 16), (128, 100))
+
+
+def test_kernels_come_from_the_seed_alone():
+    network = networks()["tiny"]
+    first, again, other = network.params(1), network.params(1), network.params(2)
+    for path, shape in network.shapes.items():
+        kernel = np.asarray(first[path])
+        assert kernel.shape == shape
+        np.testing.assert_array_equal(kernel, again[path])
+        assert not np.array_equal(kernel, other[path])
+        assert abs(kernel.std() * math.prod(shape[:-1]) ** 0.5 - 1) < 0.2
+
+
+def test_functions_are_called_in_turn_and_the_first_round_is_not_counted():
+    calls, prepared = [], []
+    functions = {name: lambda name=name: calls.append(name) for name in "abc"}
+    samples = timing.interleave(functions, 2, before=prepared.append)
+    assert "".join(calls) == "".join(prepared) == "abcabcabc"
+    assert {name: len(values) for name, values in samples.items()} == dict.fromkeys(
+        "abc", 2
+    )
+
+
+def test_a_budget_ends_the_rounds_but_the_first(monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    # A round takes 3 of the clock: start, stop, and the look at the budget.
+    assert len(timing.interleave({"a": int}, 100, budget=0.5)["a"]) == 1
+    assert len(timing.interleave({"a": int}, 100, budget=8)["a"]) == 2
+
+
+def test_ratios_are_of_one_round():
+    assert timing.ratios([1.0, 6.0], [2.0, 3.0]) == [0.5, 2.0]
+    assert timing.summary([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0, 3)
+
+
+def test_spectral_writes_every_part(tmp_path):
+    out = tmp_path / "new" / "spectral.json"
+    assert spectral.main(["--nets", "tiny", *TINY, "--out", str(out)]) == 0
+    results = json.loads(out.read_bytes())
+    assert set(results["threads"].values()) == {str(results["hardware"]["cores"])}
+    assert results["versions"]["jax"]
+    net = results["analysis"]["tiny"]
+    assert {peers.OURS, "jnp.linalg.svd"} <= set(net["seconds"])
+    assert set(net["seconds"]) | set(net["missing"]) == set(peers.WAYS)
+    assert all(len(samples) == 1 for samples in net["seconds"].values())
+    # Other ways to the same alphas, to float32 and the width of these spectra.
+    assert max(net["alpha_difference"].values()) < 1e-4
+    assert len(results["eigenvalues"]["tiny"]["seconds"]) == 4
+    assert results["compilation"]["tiny"]["temporary_bytes"][0] > 0
+    assert set(results["growth"]["equal_layers"]["seconds"]) == {"1", "2", "4", "8"}
+    assert set(results["sizes"]["4"]["seconds"]) > {"tridiagonal, bisection", "svd"}
+    rendered = tables.render(out.parent)
+    assert "eigenvalues of three layers / SciPy" in rendered
+    assert "Not measured: `python -m benchmarks.step_cost`" in rendered
+
+
+def test_a_missing_peer_is_named_and_the_others_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    out = tmp_path / "spectral.json"
+    arguments = ["--nets", "tiny", *TINY, "--parts", "analysis", "--out", str(out)]
+    assert spectral.main(arguments) == 0
+    assert f"without {peers.TORCH}: " in capsys.readouterr().err
+    net = json.loads(out.read_bytes())["analysis"]["tiny"]
+    assert list(net["missing"]) == [peers.TORCH]
+    assert set(net["seconds"]) == set(peers.WAYS) - {peers.TORCH}
+    assert "torch" in tables.render(tmp_path)
+
+
+def test_every_way_finds_the_alpha_of_the_reference():
+    network = networks()["tiny"]
+    params = network.params()
+    expected = []
+    for kernel in params.values():
+        matrices = np.asarray(kernel, float).reshape(-1, *kernel.shape[-2:])
+        values = np.sort(np.linalg.svd(matrices, compute_uv=False).ravel() ** 2)
+        tail = np.log(values[len(values) // 2 :])
+        expected.append(1 + len(tail) / (tail.sum() - len(tail) * tail[0]))
+    for title, way in peers.WAYS.items():
+        if title == peers.TORCH:
+            pytest.importorskip("torch")
+        np.testing.assert_allclose(way(network, params)(), expected, rtol=1e-4)
+
+
+def test_step_cost_writes_every_part(tmp_path, monkeypatch):
+    def build(name, *, num_classes, width, rngs):
+        del name, width
+        return models.ResNet(
+            [4], [1], image_channels=3, num_classes=num_classes, rngs=rngs
+        )
+
+    monkeypatch.setattr(models, "build", build)
+    out = tmp_path / "step_cost.json"
+    arguments = ["--batch", "2", "--side", "4", "--interval", "21", "--cycles", "2"]
+    assert step_cost.main([*arguments, "--repeats", "2", "--out", str(out)]) == 0
+    results = json.loads(out.read_bytes())
+    assert set(results["step"]) == {"without", "interval=None", "plain"}
+    assert set(results["update"]) == set(results["step"])
+    assert set(results["refresh"]) == {"without", "refresh", "analysis"}
+    for cycles in results["cycle"].values():
+        assert np.shape(cycles) == (2, 21)
+    assert set(results["cycle"]) == {"without", "plain", "spread"}
+    assert results["memory"]["plain"] >= results["memory"]["without"] > 0
+    assert "slowest of 21 positions / median one, spread" in tables.render(tmp_path)
+
+
+def test_a_bfloat16_step_keeps_float32_parameters():
+    task = Task("resnet8", 0.125, 2, 4, "bfloat16")
+    optimizer = optax.sgd(0.1)
+    abstract = jax.eval_shape(lambda: task.start(optimizer))
+    state, _ = jax.eval_shape(task.step(optimizer), abstract, *task.examples())
+    assert jax.tree.map(lambda a: a.dtype, state) == jax.tree.map(
+        lambda a: a.dtype, abstract
+    )
+
+
+def fails(capsys, main, arguments, *words):
+    """One line on stderr that holds the words, exit code 2, and nothing else."""
+    assert main([str(argument) for argument in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    for word in words:
+        assert word in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--parts", "all"], "--parts 'all' analysis"),
+        (["--parts", "sizes", "sizes"], "--parts twice"),
+        (["--nets", "resnet19"], "--nets 'resnet19' resnet18"),
+        (["--repeats", "0"], "--repeats"),
+        (["--repeats", "many"], "--repeats"),
+        (["--budget", "nan"], "--budget"),
+        (["--sizes", "-1"], "--sizes"),
+        (["--threads", "100000"], "--threads"),
+        (["--unknown"], "--unknown"),
+    ],
+)
+def test_faults_of_spectral(arguments, words, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    fails(capsys, spectral.main, [*arguments, "--out", out], *words.split())
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "resnet19"], "--model 'resnet19' resnet18"),
+        (["--interval", "20"], "--interval 20"),
+        (["--width", "inf"], "--width"),
+        (["--dtype", "float16"], "--dtype"),
+        (["--cycles", "0"], "--cycles"),
+    ],
+)
+def test_faults_of_step_cost(arguments, words, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    fails(capsys, step_cost.main, [*arguments, "--out", out], *words.split())
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("main", [spectral.main, step_cost.main])
+def test_results_are_overwritten_only_when_asked(main, tmp_path, capsys):
+    out = tmp_path / "results.json"
+    out.write_text("old")
+    fails(capsys, main, ["--out", out], "results.json", "--force")
+    fails(capsys, main, ["--out", tmp_path, "--force"], "directory")
+    assert out.read_text() == "old"
+    commandline.check_output(out, force=True)
+
+
+def test_a_fault_in_a_shell_is_one_line():
+    process = subprocess.run(
+        [sys.executable, "-m", "benchmarks.spectral", "--repeats", "x"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 2
+    assert process.stderr.startswith("error: ")
+    assert process.stderr.count("\n") == 1
+
+
+def test_damaged_results_are_named(tmp_path, capsys):
+    (tmp_path / "spectral.json").write_text("{")
+    readme = tmp_path / "README.md"
+    arguments = ["--results", tmp_path, "--out", readme]
+    fails(capsys, tables.main, arguments, "spectral.json", "damaged")
+    assert not readme.exists()
+
+
+def test_tables_are_checked_against_the_results(tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    arguments = ["--results", str(tmp_path), "--out", str(readme)]
+    assert tables.main(arguments) == 0
+    assert tables.main([*arguments, "--check"]) == 0
+    capsys.readouterr()
+    readme.write_text(readme.read_text() + "Faster than light.\n")
+    fails(capsys, tables.main, [*arguments, "--check"], "out of date")
+
+
+def test_readme_is_generated_from_the_results():
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    assert text == tables.render(commandline.RESULTS)

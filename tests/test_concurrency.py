@@ -1,0 +1,38 @@
+"""Several analyses in one program: none waits for another's thread."""
+
+import subprocess
+import sys
+
+PROGRAM = """
+import jax, tb_optax
+
+shapes = [(3, 3, 16, 16), (3, 3, 16, 32), (3, 3, 32, 32), (32, 48), (48, 24)]
+keys = jax.random.split(jax.random.key(0), len(shapes))
+params = {
+    f"layer{i}": {"kernel": jax.random.normal(key, shape)}
+    for i, (key, shape) in enumerate(zip(keys, shapes))
+}
+layers = tb_optax.find_layers(params)
+analyses = [
+    tb_optax.layer_analysis(layers),
+    tb_optax.layer_analysis(layers[::2]),
+    tb_optax.layer_analysis(layers, fit=tb_optax.fit_min_ks()),
+    tb_optax.layer_analysis(layers[1:], eigenvalue_floor=1e-5),
+]
+together = jax.jit(lambda params: [analyze(params) for analyze in analyses])
+for _ in range(50):
+    jax.block_until_ready(together(params))
+print("done")
+"""
+
+
+def test_analyses_in_one_program_do_not_wait_for_each_other():
+    # With batched LAPACK calls this hung in its first run on two cores.
+    finished = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    assert finished.stdout == "done\n"

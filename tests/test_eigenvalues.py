@@ -1,0 +1,153 @@
+"""Eigenvalues of symmetric matrices against closed forms and LAPACK in float64."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import spectra
+from spectra import eps_of, float32
+
+from tb_optax.eigenvalues import tridiagonal_eigenvalues, tridiagonal_form
+
+SIZES = (1, 2, 3, 64, 65)
+tridiagonal = jax.jit(tridiagonal_eigenvalues)
+symmetric = jax.jit(
+    lambda matrices: tridiagonal_eigenvalues(*tridiagonal_form(matrices))
+)
+
+
+def difference(n):
+    """Second differences: 2 - 2 cos(kπ / (n + 1))."""
+    exact = 2 - 2 * np.cos(np.arange(1, n + 1) * math.pi / (n + 1))
+    return np.full(n, 2.0), np.full(n - 1, -1.0), exact
+
+
+def clement(n):
+    """Kac and Clement's matrix: n - 1, n - 3, ..., 1 - n, as much below 0 as above."""
+    k = np.arange(1, n)
+    return np.zeros(n), np.sqrt(k * (n - k)), np.arange(1 - n, n, 2.0)
+
+
+def wilkinson(n):
+    """Wilkinson's W+: pairs of eigenvalues that agree to many digits."""
+    diagonal, beside = np.abs(np.arange(n) - (n - 1) / 2), np.ones(n - 1)
+    full = np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1)
+    return diagonal, beside, np.linalg.eigvalsh(full)
+
+
+def uncoupled(n):
+    """A diagonal matrix in no order, with repeated entries and zeros."""
+    diagonal = np.random.default_rng(0).integers(-3, 4, n).astype(float)
+    return diagonal, np.zeros(n - 1), np.sort(diagonal)
+
+
+def split(n):
+    """Blocks of [[1, 1], [1, 1]]: eigenvalues 0 and 2, and a 1 that is left over."""
+    beside = np.where(np.arange(n - 1) % 2 == 0, 1.0, 0.0)
+    exact = np.repeat([0.0, 1.0, 2.0], [n // 2, n % 2, n // 2])
+    return np.ones(n), beside, exact
+
+
+def zero(n):
+    return np.zeros(n), np.zeros(n - 1), np.zeros(n)
+
+
+def graded(n):
+    """Entries that fall by ten orders of magnitude."""
+    diagonal = np.logspace(0, -10, n)
+    beside = np.sqrt(diagonal[1:] * diagonal[:-1]) / 3
+    full = np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1)
+    return diagonal, beside, np.linalg.eigvalsh(full)
+
+
+FAMILIES = (difference, clement, uncoupled, split, zero, wilkinson, graded)
+# Those of the last two are LAPACK's, with its own error of sqrt(n)·eps·norm.
+FROM_LAPACK = np.asarray([False] * 5 + [True] * 2)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.usefixtures("x64")
+def test_tridiagonal_matrices_of_known_spectrum(n, dtype):
+    """At any scale whose squares are in range, and with either sign beside.
+
+    Rounding in a Sturm count is a change of the entries by a few eps of each, so of
+    the eigenvalues by that of |d|_max + 2|e|_max; an interval is left half as wide.
+    """
+    made = [family(n) for family in FAMILIES]
+    for scale in (1.0, 1e-12, 1e12):
+        diagonal, beside, exact = (
+            np.stack([matrix[part] for matrix in made]) * scale for part in range(3)
+        )
+        radius = np.abs(diagonal).max(-1) + 2 * np.abs(beside).max(-1, initial=0)
+        for sign in (1, -1):
+            found = tridiagonal(
+                jnp.asarray(diagonal, dtype), jnp.asarray(sign * beside, dtype)
+            )
+            assert found.dtype == dtype
+            assert (np.diff(found) >= 0).all()
+            error = np.abs(np.asarray(found, np.float64) - exact)
+            bound = 4 * eps_of(dtype) * radius
+            bound += FROM_LAPACK * 4 * eps_of(np.float64) * math.sqrt(n) * radius
+            assert (error <= bound[:, None]).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.usefixtures("x64")
+def test_symmetric_matrices_of_prescribed_spectrum(dtype):
+    """Every size of a batch's matrices, near ties, gaps and zeros among their λ."""
+    rng = np.random.default_rng(1)
+    for n in (2, 65):
+        kinds = [
+            rng.normal(size=n),
+            spectra.clusters(n),
+            spectra.gap(n),
+            np.repeat([0.0, 1.0], [n - n // 2, n // 2]),
+            np.logspace(-12, 0, n),
+            -np.ones(n),
+        ]
+        turns = [spectra.orthonormal(rng, n, n) for _ in kinds]
+        matrices = np.stack(
+            [turn * λ @ turn.T for λ, turn in zip(kinds, turns, strict=True)]
+        )
+        matrices = np.asarray((matrices + matrices.swapaxes(1, 2)) / 2, dtype)
+        exact = np.linalg.eigvalsh(matrices.astype(np.float64))
+        found = np.asarray(symmetric(jnp.asarray(matrices)), np.float64)
+        norm = np.abs(exact).max(-1, keepdims=True)
+        # Householder's reduction is backward stable: sqrt(n)·eps·norm, as in LAPACK.
+        bound = 4 * eps_of(dtype) * (1 + math.sqrt(n)) * norm
+        assert (np.abs(found - exact) < bound).all()
+        # The upper triangle is not read.
+        lower = symmetric(jnp.asarray(np.tril(matrices)))
+        np.testing.assert_array_equal(lower, found)
+
+
+def test_larger_matrices():
+    """The goal for Gram matrices: within 1e-6·sqrt(n)·λ_max of float64."""
+    n = 513
+    kernel = float32(np.random.default_rng(n).normal(size=(n, n)))
+    gram = kernel.T @ kernel
+    exact = np.linalg.eigvalsh(gram.astype(np.float64))
+    found = np.asarray(symmetric(jnp.asarray(gram)[None])[0])
+    assert np.abs(found - exact).max() <= 1e-6 * math.sqrt(n) * exact[-1]
+
+
+def test_one_matrix_of_a_batch_does_not_touch_another():
+    rng = np.random.default_rng(2)
+    matrices = rng.normal(size=(5, 24, 24)).astype(np.float32)
+    matrices = matrices + matrices.swapaxes(1, 2)
+    scaled = matrices * float32([1, 1e-9, 1e9, 0, 1])[:, None, None]
+    one, other = symmetric(jnp.asarray(matrices)), symmetric(jnp.asarray(scaled))
+    np.testing.assert_array_equal(one[0], other[0])
+    np.testing.assert_array_equal(one[4], other[4])
+    np.testing.assert_array_equal(other[3], 0)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
+def test_every_platform_lowers(platform):
+    shape = jax.ShapeDtypeStruct((3, 16, 16), jnp.float32)
+    exported = jax.export.export(symmetric, platforms=[platform])(shape)
+    assert exported.platforms == (platform,)
+    assert exported.out_avals[0].shape == (3, 16)

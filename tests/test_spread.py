@@ -1,0 +1,175 @@
+"""A refresh in pieces: the same numbers as a whole one, a little work at each step."""
+
+import functools
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import tb_optax
+from tb_optax.layers import Layer, MatrixAxes
+from tb_optax.spread import piece_starts
+
+INTERVAL = 4
+DENSE = MatrixAxes((0,), (1,))
+SHAPES = {
+    "conv": (3, 3, 6, 8),
+    "dense": (20, 16),
+    "fused": (16, 24),
+    "stack": (3, 12, 10),
+    "wide": (10, 30),
+}
+LAYERS = (
+    Layer("conv", MatrixAxes((2,), (3,), pooled=(0, 1))),
+    Layer("dense", DENSE, ("dense_bias",)),
+    Layer("fused", DENSE, part=(1, 0, 12)),
+    Layer("fused", DENSE, part=(1, 12, 24)),
+    Layer("stack", MatrixAxes((1,), (2,), stacked=(0,))),
+    Layer("wide", DENSE),
+)
+ANALYZE = tb_optax.layer_analysis(LAYERS, min_eigenvalues=1)
+
+
+def make_params(seed):
+    keys = jax.random.split(jax.random.key(seed), len(SHAPES))
+    params = {
+        name: jax.random.normal(key, shape)
+        for key, (name, shape) in zip(keys, SHAPES.items(), strict=True)
+    }
+    return {**params, "dense_bias": jnp.zeros(16)}
+
+
+def transform(interval=INTERVAL, analyze=ANALYZE):
+    return tb_optax.scale_by_temp_balance(analyze, interval=interval, spread=True)
+
+
+@functools.cache
+def compiled(interval):
+    """One compilation for all tests of an interval."""
+    tx = transform(interval)
+    return tx.init, jax.jit(tx.update)
+
+
+def run(trajectory, state=None, interval=INTERVAL):
+    """States after each update, of parameters that come from outside."""
+    init, update = compiled(interval)
+    state = init(trajectory[0]) if state is None else state
+    states = []
+    for params in trajectory:
+        _, state = update(jax.tree.map(jnp.ones_like, params), state, params)
+        states.append(state)
+    return states
+
+
+def test_first_refresh_is_whole():
+    params = make_params(0)
+    state = run([params])[0]
+    analysis = ANALYZE(params)
+    chex.assert_trees_all_equal(state.alpha, analysis.alpha)
+    chex.assert_trees_all_equal(state.multipliers, analysis.multipliers)
+
+
+def test_a_cycle_at_rest_gives_the_whole_analysis():
+    # From one set of parameters the pieces add up to the whole; sums over tables of
+    # another width may round differently in the last place.
+    trajectory = [make_params(0)] + [make_params(1)] * INTERVAL
+    *between, last = run(trajectory)
+    analysis = ANALYZE(make_params(1))
+    np.testing.assert_allclose(last.alpha, analysis.alpha, rtol=1e-6)
+    np.testing.assert_allclose(last.multipliers, analysis.multipliers, atol=1e-5)
+    for state in between:
+        chex.assert_trees_all_equal(state.multipliers, between[0].multipliers)
+
+
+def test_each_piece_takes_the_parameters_of_its_step():
+    trajectory = [make_params(seed) for seed in range(INTERVAL + 1)]
+    states = run(trajectory)
+    alphas = np.stack([ANALYZE(params).alpha for params in trajectory])
+    layers, _ = ANALYZE.resolve(trajectory[0])
+    starts = piece_starts(layers, SHAPES, INTERVAL)
+    for piece in range(INTERVAL):
+        own = slice(starts[piece], starts[piece + 1])
+        seen = states[piece + 1].alpha[own]
+        np.testing.assert_allclose(seen, alphas[piece + 1, own], rtol=1e-6)
+        rest = np.r_[starts[piece + 1] : len(layers)]
+        np.testing.assert_array_equal(states[piece + 1].alpha[rest], alphas[0, rest])
+
+
+@pytest.mark.parametrize("interval", [1, 2, 3, 8, 50])
+def test_pieces_are_whole_layers_in_order_and_even(interval):
+    layers, kernels = ANALYZE.resolve(make_params(0))
+    starts = piece_starts(layers, SHAPES, interval)
+    assert starts.shape == (interval + 1,)
+    assert starts[0] == 0
+    assert starts[-1] == len(layers)
+    assert (np.diff(starts) >= 0).all()
+    costs = []
+    for layer in layers:
+        m, n = sorted(layer.matrix_shape(kernels[layer.path].shape), reverse=True)
+        pooled = 9 if layer.axes.pooled else 1
+        costs.append(pooled * n**2 * (m + 4 / 3 * n))
+    of_pieces = [sum(costs[a:b]) for a, b in itertools.pairwise(starts)]
+    assert max(of_pieces) <= sum(costs) / interval + max(costs) * (1 + 1e-9)
+
+
+def test_resumed_in_mid_cycle_it_goes_on_as_if_never_stopped():
+    trajectory = [make_params(seed) for seed in range(2 * INTERVAL + 1)]
+    whole = run(trajectory)
+    stop = INTERVAL + 2
+    saved = jax.tree.map(np.asarray, whole[stop - 1])
+    target = jax.eval_shape(transform().init, trajectory[0])
+    restored = jax.tree.map(lambda t, x: jnp.asarray(x, t.dtype), target, saved)
+    chex.assert_trees_all_equal(run(trajectory[stop:], restored)[-1], whole[-1])
+
+
+def test_a_dead_layer_stays_alone():
+    params = make_params(1)
+    broken = {**params, "dense": params["dense"].at[0, 0].set(jnp.nan)}
+    without = tb_optax.layer_analysis(
+        [layer for layer in LAYERS if layer.path != "dense"], min_eigenvalues=1
+    )
+    state = run([make_params(0)] + [broken] * INTERVAL)[-1]
+    assert state.alpha[1] == 0
+    assert state.multipliers[1] == 1
+    others = np.delete(np.asarray(state.multipliers), 1)
+    np.testing.assert_allclose(others, without(broken).multipliers, atol=1e-5)
+
+
+def test_state_is_stable_under_scan_and_compiled_once():
+    tx = optax.chain(optax.sgd(0.1), transform())
+    params = make_params(0)
+    state = tx.init(params)
+    traces = 0
+
+    def step(carry, _):
+        nonlocal traces
+        traces += 1
+        params, state = carry
+        updates, state = tx.update(params, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (_, after), _ = jax.jit(lambda c: jax.lax.scan(step, c, length=9))((params, state))
+    assert traces == 1
+    before, after = tb_optax.get_state(state), tb_optax.get_state(after)
+    assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, before)
+    assert after.count == 9
+
+
+def test_interval_one_analyses_every_step():
+    trajectory = [make_params(seed) for seed in range(3)]
+    for state, params in zip(run(trajectory, interval=1), trajectory, strict=True):
+        np.testing.assert_allclose(state.alpha, ANALYZE(params).alpha, rtol=1e-6)
+
+
+def test_what_cannot_be_spread_is_an_error():
+    with pytest.raises(ValueError, match=r"spread=True needs an int interval.*None"):
+        transform(interval=None)
+    by_norm = tb_optax.layer_analysis(LAYERS, metric="spectral_norm")
+    with pytest.raises(ValueError, match=r"metric='alpha'.*spectral_norm"):
+        transform(analyze=by_norm)
+    with pytest.raises(ValueError, match="spread=True needs a layer_analysis"):
+        transform(analyze=lambda params: ANALYZE(params))
