@@ -40,9 +40,14 @@ class Options:
 
 
 def route_of(options: Options) -> Route:
-    """Singular values where the fit looks at small eigenvalues, else Gram matrices."""
+    """Singular values where small eigenvalues decide, else Gram matrices.
+
+    They decide in a fit of the whole spectrum, behind a floor, and for `ks_distance`,
+    a small difference whose error near xmin no later step averages out.
+    """
     whole = getattr(options.fit, "whole_spectrum", False)
-    return SINGULAR_VALUES if whole or options.eigenvalue_floor else GRAM
+    precise = whole or options.eigenvalue_floor or options.metric == "ks_distance"
+    return SINGULAR_VALUES if precise else GRAM
 
 
 def fitted_table(

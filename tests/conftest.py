@@ -6,6 +6,13 @@ import jax
 import pytest
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_old_programs():
+    """Frees what a module has compiled: a process can map only so many programs."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """Runs a test with 64-bit types, and restores what was set before."""

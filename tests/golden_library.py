@@ -76,8 +76,10 @@ class Table(dict[str, np.ndarray]):
 
 
 def is_gram(config: Mapping[str, Any]) -> bool:
-    """Whether the fit takes the route through Gram matrices."""
-    return config["pl_fitting"] == "median" and not config["filter_zeros"]
+    """Whether the analysis takes the route through Gram matrices."""
+    distance = config.get("esd_metric_for_tb") == "D"
+    median = config["pl_fitting"] == "median"
+    return median and not config["filter_zeros"] and not distance
 
 
 def run_together(analyses: Sequence[Any], params: Any, then: Any = None) -> list[Any]:
@@ -136,6 +138,7 @@ def analyze_together(
             min_eigenvalues=0,
             eigenvalue_floor=golden.floor_of(config),
             conv_norm=config["conv_norm"],
+            metric=METRICS[config.get("esd_metric_for_tb", "alpha")],
         )
         for config in configs
     ]
@@ -179,17 +182,27 @@ def analyze_together(
 def analyses(precision_name: str) -> list[dict[str, Table]]:
     """All metric configurations on all nets, the degenerate ones by "edge/<name>".
 
+    Behind them the one that balances D, which takes another route to the eigenvalues.
     Together in one tree: what is wrong with one kernel must not reach another.
     """
     nets = {name: golden.net(name) for name in golden.NETS}
     edge = golden.edge_cases().items()
+    configs = golden.shared()["metric_configs"]
     nets |= {f"edge/{name}": net for name, net in edge if net.layer_names}
     return analyze_together(
         {name: net.tree(precision_name) for name, net in nets.items()},
         {name: net.layers(golden.own_layers(net)) for name, net in nets.items()},
-        golden.shared()["metric_configs"],
+        [*configs, configs[0] | {"esd_metric_for_tb": "D"}],
         precision_name,
     )
+
+
+def tables_of(config: Mapping[str, Any], precision_name: str) -> dict[str, Table]:
+    """What `analyses` holds for a rate configuration."""
+    row = golden.metric_row(config)
+    by_distance = config["esd_metric_for_tb"] == "D"
+    assert row == 0 or not by_distance
+    return analyses(precision_name)[-1 if by_distance else row]
 
 
 def structure_of(config: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -131,13 +131,12 @@ def test_norms_and_counts(precision_name):
 def test_rates(precision_name):
     found, failures = {}, []
     tolerance = 1e-12 if precision_name == "x64" else 1e-5
-    tables = golden_library.analyses(precision_name)
     for (name, net), row in itertools.product(WITH_LAYERS.items(), sorted(RATES)):
         config, names = RATE_CONFIGS[row], golden.own_layers(net)
         layers, kept = golden_library.selected_layers(net, config, names)
         rates = np.ones(len(net.param_names))
         if layers:
-            table = tables[golden.metric_row(config)][f"edge/{name}"]
+            table = golden_library.tables_of(config, precision_name)[f"edge/{name}"]
             with golden_library.precision(precision_name):
                 analysis = table.analysis(layers, kept)
                 multipliers, tuned = golden_library.balance(analysis, config)
