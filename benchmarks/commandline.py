@@ -57,6 +57,12 @@ def add_output(parser: argparse.ArgumentParser, name: str) -> None:
         metavar="N",
         help="cores to use, and threads of each library; default: all there are",
     )
+    parser.add_argument(
+        "--blas-threads",
+        type=whole_number,
+        metavar="N",
+        help="threads of OpenBLAS, below JAX, NumPy and SciPy; default: as --threads",
+    )
 
 
 def whole_number(text: str) -> int:

@@ -15,7 +15,7 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
 _PACKAGES = ("jax", "jaxlib", "numpy", "scipy", "torch", "optax", "flax", "tb-optax")
 
 
-def fix_threads(count: int | None) -> int:
+def fix_threads(count: int | None, blas: int | None = None) -> int:
     """Give every library the same number of threads; call it before importing them.
 
     The process is bound to that many cores, which the pools of XLA and of all
@@ -23,6 +23,8 @@ def fix_threads(count: int | None) -> int:
 
     Args:
         count: number of cores; None takes all that the process may use.
+        blas: threads of OpenBLAS, which JAX's LAPACK calls on CPU run on too; None
+            takes as many.
 
     Returns:
         The number of cores.
@@ -38,6 +40,7 @@ def fix_threads(count: int | None) -> int:
     os.sched_setaffinity(0, cores[:count])
     for name in THREAD_VARIABLES:
         os.environ[name] = str(count)
+    os.environ["OPENBLAS_NUM_THREADS"] = str(blas or count)
     # PyTorch on the same accelerator needs memory too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     return count

@@ -17,7 +17,7 @@ from jax import Array
 import tb_optax
 from benchmarks.machine import torch_on_same_device
 from benchmarks.networks import Network
-from tb_optax.eigenvalues import bucket_eigenvalues, tridiagonal_form
+from tb_optax.eigenvalues import bucket_eigenvalues, by_matrix, tridiagonal_form
 
 Params = Mapping[str, Array]
 Alphas = Callable[[], np.ndarray]
@@ -107,7 +107,7 @@ def reduction(grams: Sequence[Array]) -> list[tuple[Array, Array]]:
     forms = []
     previous = jnp.zeros(())
     for stack in grams:
-        forms.append(tridiagonal_form(_after(stack, previous)))
+        forms.append(by_matrix(tridiagonal_form, _after(stack, previous)))
         previous = forms[-1][0][0, 0]
     return forms
 

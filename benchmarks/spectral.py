@@ -56,7 +56,7 @@ def _run(arguments: Sequence[str] | None) -> None:
     options = _parser().parse_args(arguments)
     commandline.check_names("--parts", options.parts, tuple(PARTS))
     commandline.check_output(options.out, force=options.force)
-    machine.fix_threads(options.threads)
+    machine.fix_threads(options.threads, options.blas_threads)
 
     from benchmarks.networks import networks
 

@@ -42,7 +42,7 @@ def _run(arguments: Sequence[str] | None) -> None:
         msg = f"--interval is {options.interval}; allowed: above {UPDATES}"
         raise UserError(msg)
     commandline.check_output(options.out, force=options.force)
-    machine.fix_threads(options.threads)
+    machine.fix_threads(options.threads, options.blas_threads)
 
     from benchmarks import models, steps
 

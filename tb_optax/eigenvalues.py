@@ -5,9 +5,9 @@ of negative pivots of T - xI is the number of eigenvalues below x. All shifts of
 matrices advance together, so that one short loop serves a whole batch.
 """
 
-import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,29 @@ from jaxtyping import Array, Float, Int
 
 # Pivots taken in one go: compile time against loop overhead.
 _UNROLL = 4
+
+
+def by_matrix(
+    function: Callable[[Float[Array, "batch _ _"]], Any],
+    matrices: Float[Array, "batch _ _"],
+) -> Any:
+    """A function of a batch of matrices, which on CPU gets one at a time.
+
+    A matrix then stays in the cache from its first step to its last. And a LAPACK
+    call on a batch waits in a thread of the pool that its own parts need, so that
+    two in one program, where there are few cores, can wait for each other for ever.
+
+    Args:
+        function: to a tree of arrays with the same batch axis.
+        matrices: its argument.
+    """
+
+    def one(matrix):
+        return jax.tree.map(lambda result: result[0], function(matrix[None]))
+
+    return jax.lax.platform_dependent(
+        matrices, cpu=lambda batch: jax.lax.map(one, batch), default=function
+    )
 
 
 def tridiagonal_form(
@@ -25,16 +48,12 @@ def tridiagonal_form(
     By Householder reflections on CPU and GPU. Where JAX has none (TPU), the
     eigenvalues themselves are the diagonal, by `jnp.linalg.eigvalsh`.
 
-    On CPU the matrices are taken one by one: a LAPACK call on a batch waits in a
-    thread of the pool that its own parts need, so that two in one program, where
-    there are few cores, can wait for each other for ever.
-
     Args:
         matrices: symmetric matrices; the lower triangles are read.
     """
     return jax.lax.platform_dependent(
         matrices,
-        cpu=functools.partial(jax.lax.map, _by_householder),
+        cpu=_by_householder,
         cuda=_by_householder,
         rocm=_by_householder,
         default=_by_eigenvalues,
@@ -47,7 +66,7 @@ def _by_householder(matrices):
 
 
 def _by_eigenvalues(matrices):
-    eigenvalues = jnp.linalg.eigvalsh(matrices)
+    eigenvalues = jnp.linalg.eigvalsh(matrices, symmetrize_input=False)
     return eigenvalues, jnp.zeros_like(eigenvalues[:, 1:])
 
 
@@ -101,16 +120,6 @@ def _bounds(diagonal, off_diagonal):
     low = jnp.min(diagonal - radius, axis=-1, keepdims=True)
     high = jnp.max(diagonal + radius, axis=-1, keepdims=True)
     return low, high
-
-
-def singular_values(
-    matrices: Float[Array, "batch rows columns"],
-) -> Float[Array, "batch n"]:
-    """Descending singular values; on CPU one by one, as in `tridiagonal_form`."""
-    decompose = functools.partial(jnp.linalg.svd, compute_uv=False)
-    return jax.lax.platform_dependent(
-        matrices, cpu=functools.partial(jax.lax.map, decompose), default=decompose
-    )
 
 
 def tridiagonal_eigenvalues(

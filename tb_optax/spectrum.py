@@ -1,6 +1,6 @@
 """From kernels to one table of eigenvalues, in few calls.
 
-kernels -> matrices -> buckets of equal size -> chunks, rescaled and reduced one after
+kernels -> matrices -> buckets of equal shape -> chunks, rescaled and reduced one after
 the other -> eigenvalues of the bucket -> one row per layer, ascending.
 
 Each matrix is divided by a power of two near its largest magnitude: exact to apply,
@@ -9,6 +9,7 @@ eigenvalues λ = σ² of a layer are kept as ln(λ / 4^exponent), with the large
 of its matrices.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,16 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from tb_optax.eigenvalues import (
-    bucket_eigenvalues,
-    singular_values,
-    tridiagonal_form,
-)
+from tb_optax.eigenvalues import bucket_eigenvalues, by_matrix, tridiagonal_form
 from tb_optax.layers import MatrixAxes
 from tb_optax.scale import rescale
 
-# Bytes of the square matrices that are reduced in one go.
+# Bytes of the matrices that are reduced in one go.
 CHUNK_BYTES = 64 * 2**20
+
+# Gram matrices from this size on are computed by blocks.
+_LARGE = 256
 
 # A few vectors per matrix of a bucket.
 Vectors: TypeAlias = tuple[Float[Array, "_ _"], ...]
@@ -76,15 +76,13 @@ class Route(NamedTuple):
     """A way from matrices to eigenvalues, in two steps.
 
     Attributes:
-        reduce: matrices of one chunk to a few vectors per matrix.
+        reduce: matrices of one shape to a few vectors per matrix.
         finish: those vectors, bucket by bucket, to ascending ln λ.
-        bucket: (rows, columns) of a matrix to the key of its bucket.
         noise: power of 8·eps below which λ / λ_max is rounding noise.
     """
 
-    reduce: Callable[[list[Float[Array, "_ _ _"]]], Vectors]
+    reduce: Callable[[Float[Array, "_ _ _"]], Vectors]
     finish: Callable[[list[Vectors]], list[Float[Array, "_ _"]]]
-    bucket: Callable[[tuple[int, ...]], tuple[int, ...]]
     noise: int
 
 
@@ -108,9 +106,10 @@ def compute_spectra(
 ) -> Spectra:
     """Eigenvalues of all layers, bucket by bucket.
 
-    Matrices of smaller side n and larger side m are reduced CHUNK_BYTES / (n²·itemsize)
-    at a time, at least one: the peak of temporary memory is about (2 + 2 m / n) times
-    CHUNK_BYTES, or times n²·itemsize if that is more.
+    Matrices of n x m are reduced CHUNK_BYTES / (n·m·itemsize) at a time, at least one.
+    On CPU, where they pass through the reduction one by one, the peak of temporary
+    memory is about CHUNK_BYTES and two of the matrices with their Gram matrices;
+    elsewhere about (2 + 2 min(n, m) / max(n, m)) times CHUNK_BYTES.
 
     Args:
         stacks: kernels as matrices, (layers, pooled, rows, columns) each, of any
@@ -124,10 +123,9 @@ def compute_spectra(
     stacks = [
         stack.astype(jnp.promote_types(stack.dtype, jnp.float32)) for stack in stacks
     ]
-    # Equal shapes side by side: they are prepared, pooled and sorted together.
     buckets: dict[tuple, list[int]] = {}
     for i in sorted(range(len(stacks)), key=lambda i: stacks[i].shape[1:]):
-        key = (*route.bucket(stacks[i].shape[2:]), str(stacks[i].dtype))
+        key = (*stacks[i].shape[2:], str(stacks[i].dtype))
         buckets.setdefault(key, []).append(i)
 
     reduced, exponents, finite = [], [], []
@@ -135,16 +133,19 @@ def compute_spectra(
     for members in buckets.values():
         vectors = []
         for chunk in _chunks({i: stacks[i] for i in members}):
-            matrices = []
-            for run in _equal_shapes([_matrices(stacks[i])[part] for i, part in chunk]):
+            parts = [_matrices(stacks[i])[part] for i, part in chunk]
+
+            def reduce(matrices, previous=previous):
                 with jax.named_scope("rescale"):
-                    rescaled, exponent, is_finite = rescale(run, after=previous)
-                matrices.append(rescaled)
-                exponents.append(exponent)
-                finite.append(is_finite)
-            with jax.named_scope("reduce"):
-                vectors.append(route.reduce(matrices))
-            previous = vectors[-1][0][0, 0]
+                    matrices, *scale = rescale(matrices, after=previous)
+                with jax.named_scope("reduce"):
+                    return route.reduce(matrices), *scale
+
+            some, exponent, is_finite = by_matrix(reduce, jnp.concatenate(parts))
+            vectors.append(some)
+            exponents.append(exponent)
+            finite.append(is_finite)
+            previous = some[0][0, 0]
         reduced.append(tuple(map(jnp.concatenate, zip(*vectors, strict=True))))
     with jax.named_scope("finish"):
         logs = route.finish(reduced)
@@ -208,12 +209,6 @@ def _matrices(stack):
     return stack.reshape(-1, *stack.shape[2:])
 
 
-def _equal_shapes(arrays):
-    """Concatenates neighbours of equal matrix shape."""
-    groups = itertools.groupby(arrays, lambda array: array.shape[1:])
-    return [jnp.concatenate(list(group)) for _, group in groups]
-
-
 def _chunks(stacks: Mapping[int, Array]) -> list[list[tuple[int, slice]]]:
     """Cuts a bucket into runs of matrices that are reduced together.
 
@@ -223,7 +218,7 @@ def _chunks(stacks: Mapping[int, Array]) -> list[list[tuple[int, slice]]]:
     chunks: list[list[tuple[int, slice]]] = [[]]
     room = CHUNK_BYTES
     for key, stack in stacks.items():
-        size = min(stack.shape[2:]) ** 2 * stack.dtype.itemsize
+        size = math.prod(stack.shape[2:]) * stack.dtype.itemsize
         start, stop = 0, stack.shape[0] * stack.shape[1]
         while start < stop:
             fitting = min(room // size, stop - start)
@@ -238,22 +233,32 @@ def _chunks(stacks: Mapping[int, Array]) -> list[list[tuple[int, slice]]]:
     return chunks
 
 
-def _reduce_gram(chunk: list[Float[Array, "_ _ _"]]) -> Vectors:
+def _reduce_gram(matrices: Float[Array, "_ _ _"]) -> Vectors:
     """Tridiagonal forms of WᵀW or WWᵀ: half the work of singular values."""
-    grams = []
-    for w in chunk:
-        smaller = "bki,bkj->bij" if w.shape[1] >= w.shape[2] else "bik,bjk->bij"
-        grams.append(jnp.einsum(smaller, w, w, precision=jax.lax.Precision.HIGHEST))
-    return tridiagonal_form(jnp.concatenate(grams))
+    tall = matrices.shape[1] > matrices.shape[2]
+    return tridiagonal_form(_gram(matrices.swapaxes(1, 2) if tall else matrices))
+
+
+def _gram(w: Float[Array, "batch n m"]) -> Float[Array, "batch n n"]:
+    """WWᵀ; of a large one only what is needed, the blocks below the diagonal."""
+    product = functools.partial(
+        jnp.einsum, "bik,bjk->bij", precision=jax.lax.Precision.HIGHEST
+    )
+    half = w.shape[1] // 2
+    if w.shape[1] < _LARGE:
+        return product(w, w)
+    first, second = w[:, :half], w[:, half:]
+    beside = product(second, first)
+    above = jnp.zeros_like(beside).swapaxes(1, 2)
+    return jnp.block([[_gram(first), above], [beside, _gram(second)]])
 
 
 def _finish_gram(buckets: list[Vectors]) -> list[Float[Array, "_ _"]]:
     return [jnp.log(jnp.maximum(values, 0)) for values in bucket_eigenvalues(buckets)]
 
 
-def _reduce_singular(chunk: list[Float[Array, "_ _ _"]]) -> Vectors:
-    tall = [w if w.shape[1] >= w.shape[2] else w.swapaxes(1, 2) for w in chunk]
-    return (singular_values(jnp.concatenate(tall)),)
+def _reduce_singular(matrices: Float[Array, "_ _ _"]) -> Vectors:
+    return (jnp.linalg.svd(matrices, compute_uv=False),)
 
 
 def _finish_singular(buckets: list[Vectors]) -> list[Float[Array, "_ _"]]:
@@ -261,10 +266,5 @@ def _finish_singular(buckets: list[Vectors]) -> list[Float[Array, "_ _"]]:
     return [2 * jnp.log(values[:, ::-1]) for (values,) in buckets]
 
 
-GRAM = Route(_reduce_gram, _finish_gram, lambda shape: (min(shape),), noise=1)
-SINGULAR_VALUES = Route(
-    _reduce_singular,
-    _finish_singular,
-    lambda shape: (max(shape), min(shape)),
-    noise=2,
-)
+GRAM = Route(_reduce_gram, _finish_gram, noise=1)
+SINGULAR_VALUES = Route(_reduce_singular, _finish_singular, noise=2)
