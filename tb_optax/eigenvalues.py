@@ -187,6 +187,6 @@ def _count_below(
         pivot = jnp.where(jnp.abs(pivot) < tiny, -tiny, pivot)
         return (pivot, count + (pivot < 0)), None
 
-    start = (jnp.ones_like(shifts), jnp.zeros(shifts.shape, jnp.int32))
+    start = jnp.ones_like(shifts), jnp.zeros_like(shifts, jnp.int32)
     (_, count), _ = jax.lax.scan(next_pivot, start, pivots, unroll=_UNROLL)
     return count

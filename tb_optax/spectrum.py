@@ -9,9 +9,10 @@ eigenvalues λ = σ² of a layer are kept as ln(λ / 4^exponent), with the large
 of its matrices.
 """
 
+import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from tb_optax.devices import Bucket, is_spread, over_devices
 from tb_optax.eigenvalues import (
     bucket_eigenvalues,
     singular_values,
@@ -127,50 +129,29 @@ def compute_spectra(
     # Equal shapes side by side: they are prepared, pooled and sorted together.
     buckets: dict[tuple, list[int]] = {}
     for i in sorted(range(len(stacks)), key=lambda i: stacks[i].shape[1:]):
-        key = (*route.bucket(stacks[i].shape[2:]), str(stacks[i].dtype))
-        buckets.setdefault(key, []).append(i)
-
-    reduced, exponents, finite = [], [], []
-    previous = jnp.zeros(())
-    for members in buckets.values():
-        vectors = []
-        for chunk in _chunks({i: stacks[i] for i in members}):
-            matrices = []
-            for run in _equal_shapes([_matrices(stacks[i])[part] for i, part in chunk]):
-                with jax.named_scope("rescale"):
-                    rescaled, exponent, is_finite = rescale(run, after=previous)
-                matrices.append(rescaled)
-                exponents.append(exponent)
-                finite.append(is_finite)
-            with jax.named_scope("reduce"):
-                vectors.append(route.reduce(matrices))
-            previous = vectors[-1][0][0, 0]
-        reduced.append(tuple(map(jnp.concatenate, zip(*vectors, strict=True))))
-    with jax.named_scope("finish"):
-        logs = route.finish(reduced)
-    exponents, finite = jnp.concatenate(exponents), jnp.concatenate(finite)
+        shape = stacks[i].shape[2:]
+        key = shape if is_spread() else route.bucket(shape)
+        buckets.setdefault((*key, str(stacks[i].dtype)), []).append(i)
+    matrices = [[_matrices(stacks[i]) for i in members] for members in buckets.values()]
+    tables = over_devices(functools.partial(_decompose, route=route), matrices)
 
     counts = [stack.shape[1] * min(stack.shape[2:]) for stack in stacks]
     dtype = jnp.result_type(*stacks)
-    rows, order, first = [], [], 0
-    for members, bucket in zip(buckets.values(), logs, strict=True):
+    rows, order = [], []
+    for members, columns in zip(buckets.values(), tables, strict=True):
         start = 0
         for pooled, group in itertools.groupby(members, lambda i: stacks[i].shape[1]):
             group = list(group)
             shape = (sum(len(stacks[i]) for i in group), pooled)
             stop = start + math.prod(shape)
-            here = slice(first + start, first + stop)
             row, unit, is_finite = _pool(
-                bucket[start:stop].reshape(*shape, -1),
-                exponents[here].reshape(shape),
-                finite[here].reshape(shape),
+                *(c[start:stop].reshape(*shape, *c.shape[1:]) for c in columns)
             )
             padding = ((0, 0), (max(counts) - row.shape[1], 0))
             row = jnp.pad(row.astype(dtype), padding, constant_values=-jnp.inf)
             rows.append((row, unit, is_finite))
             order += [(i, layer) for i in group for layer in range(len(stacks[i]))]
             start = stop
-        first += start
     position = np.asarray(sorted(range(len(order)), key=order.__getitem__))
     table, unit, is_finite = (
         jnp.concatenate(c)[position] for c in zip(*rows, strict=True)
@@ -187,6 +168,31 @@ def compute_spectra(
         finite=is_finite,
         log_noise=np.repeat(noise.astype(dtype), repeats),
     )
+
+
+def _decompose(buckets: list[Bucket], route: Route):
+    """Ascending ln λ, exponents and finiteness of all matrices, bucket by bucket."""
+    reduced, exponents, finite = [], [], []
+    previous = jnp.zeros(())
+    for bucket in buckets:
+        vectors, units, are_finite = [], [], []
+        for chunk in _chunks(bucket):
+            matrices = []
+            for run in _equal_shapes([bucket[i][part] for i, part in chunk]):
+                with jax.named_scope("rescale"):
+                    rescaled, unit, is_finite = rescale(run, after=previous)
+                matrices.append(rescaled)
+                units.append(unit)
+                are_finite.append(is_finite)
+            with jax.named_scope("reduce"):
+                vectors.append(route.reduce(matrices))
+            previous = vectors[-1][0][0, 0]
+        reduced.append(tuple(map(jnp.concatenate, zip(*vectors, strict=True))))
+        exponents.append(jnp.concatenate(units))
+        finite.append(jnp.concatenate(are_finite))
+    with jax.named_scope("finish"):
+        logs = route.finish(reduced)
+    return list(zip(logs, exponents, finite, strict=True))
 
 
 def _pool(
@@ -214,17 +220,17 @@ def _equal_shapes(arrays):
     return [jnp.concatenate(list(group)) for _, group in groups]
 
 
-def _chunks(stacks: Mapping[int, Array]) -> list[list[tuple[int, slice]]]:
+def _chunks(bucket: Bucket) -> list[list[tuple[int, slice]]]:
     """Cuts a bucket into runs of matrices that are reduced together.
 
     Returns:
-        Chunks of (key of the stack, slice of its layers·pooled matrices).
+        Chunks of (number of the array, slice of its matrices).
     """
     chunks: list[list[tuple[int, slice]]] = [[]]
     room = CHUNK_BYTES
-    for key, stack in stacks.items():
-        size = min(stack.shape[2:]) ** 2 * stack.dtype.itemsize
-        start, stop = 0, stack.shape[0] * stack.shape[1]
+    for number, matrices in enumerate(bucket):
+        size = min(matrices.shape[1:]) ** 2 * matrices.dtype.itemsize
+        start, stop = 0, len(matrices)
         while start < stop:
             fitting = min(room // size, stop - start)
             if not fitting and chunks[-1]:
@@ -232,7 +238,7 @@ def _chunks(stacks: Mapping[int, Array]) -> list[list[tuple[int, slice]]]:
                 room = CHUNK_BYTES
                 continue
             fitting = max(fitting, 1)
-            chunks[-1].append((key, slice(start, start + fitting)))
+            chunks[-1].append((number, slice(start, start + fitting)))
             start += fitting
             room -= fitting * size
     return chunks
