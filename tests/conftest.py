@@ -1,9 +1,31 @@
-"""Fixtures that every test module may use."""
+"""Fixtures that every test module may use, and the runs that are only for long ones."""
 
 import logging
 
 import jax
 import pytest
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves tests marked long out, unless `-m` asks for something."""
+    if config.getoption("-m"):
+        return
+    long = [item for item in items if item.get_closest_marker("long")]
+    if long:
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The directory of a tiny run of `benchmarks.train` that nothing interrupted."""
+    from runs import TINY
+
+    from benchmarks.train import main
+
+    path = tmp_path_factory.mktemp("runs") / "finished"
+    assert main([*TINY, "--out", str(path)]) == 0
+    return path
 
 
 @pytest.fixture
