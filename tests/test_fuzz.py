@@ -248,7 +248,9 @@ def check(run):
         for one, other in zip(
             jax.tree.leaves(updates), jax.tree.leaves(params), strict=True
         ):
-            assert one.dtype == other.dtype
+            # Optax makes a float of a whole number's update.
+            if jnp.issubdtype(other.dtype, jnp.floating):
+                assert one.dtype == other.dtype
         params = optax.apply_updates(params, updates)
 
 
