@@ -2,8 +2,8 @@
 
     python -m benchmarks.devices --model resnet18 --width 0.5
 
-The devices share the cores that there are: more of them than cores save no time, and what
-they add is the cost of spreading.  Kernels are sharded over their outputs.
+The devices share the cores that there are: more of them than cores save no time, and
+what they add is the cost of spreading.  Kernels are sharded over their outputs.
 """
 
 import functools

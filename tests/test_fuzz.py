@@ -145,11 +145,11 @@ def by_path(tree):
 def compiled(case):
     tree, chain, interval, _ = case
     shapes, layers = TREES[tree]
+    hidden = layers[-1].path
     if CHAINS[chain].masked:
-        layers = layers[:-1]
+        layers = tuple(layer for layer in layers if layer.path != hidden)
     analyze = tb_optax.layer_analysis(layers, min_eigenvalues=LEAST)
     balance = tb_optax.scale_by_temp_balance(analyze, interval=interval)
-    hidden = TREES[tree][1][-1].path
 
     def mask(params):
         return jax.tree_util.tree_map_with_path(
