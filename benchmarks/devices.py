@@ -71,7 +71,7 @@ def _place(params: Any, count: int) -> Any:
     mesh = jax.make_mesh((count,), ("model",), devices=jax.devices()[:count])
 
     def place(leaf: jax.Array) -> jax.Array:
-        spec = [None] * leaf.ndim
+        spec: list[str | None] = [None] * leaf.ndim
         if leaf.shape[-1] % count == 0:
             spec[-1] = "model"
         return jax.device_put(

@@ -25,6 +25,18 @@ STEPS = 10
 BATCH = 8
 
 
+def build():
+    return models.build(
+        "resnet8", num_classes=10, width=0.5, image_channels=1, rngs=nnx.Rngs(0)
+    )
+
+
+@jax.jit
+def initial():
+    _, params, stats = nnx.split(build(), nnx.Param, nnx.BatchStat)
+    return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
+
+
 def train():
     """Trains on a mesh of all devices of all processes."""
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -34,11 +46,9 @@ def train():
         return P(None, None, None, ("data", "model")) if divisible else P()
 
     with jax.set_mesh(mesh):
-        model = models.build(
-            "resnet8", num_classes=10, width=0.5, image_channels=1, rngs=nnx.Rngs(0)
-        )
-        graph, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
-        params, stats = nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
+        model = nnx.eval_shape(build)
+        graph = nnx.graphdef(model)
+        params, stats = initial()
 
         def everywhere(leaf, spec):
             leaf = np.asarray(leaf)

@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import jax
@@ -18,7 +16,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("tabulate")
 pytest.importorskip("tqdm")
 
-from runs import EPOCHS, ROOT, TINY, assert_same_run, final_state
+from runs import EPOCHS, TINY, assert_same_run, final_state
 
 from benchmarks import arms, configs, data, loop, records
 from benchmarks.checkpoints import newest
@@ -72,12 +70,9 @@ def test_arms_differ_only_in_the_multipliers(finished):
     jax.tree.map(np.testing.assert_array_equal, *starts)
 
 
-def test_resume_after_a_kill_gives_the_same_bits(finished, tmp_path):
+def test_resume_after_a_kill_gives_the_same_bits(finished, start_run, tmp_path):
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "benchmarks.train", *TINY, "--out", str(out)]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = start_run(out)
     # A line is written before its checkpoint, so the kill falls between the two or
     # somewhat later.
     deadline = time.monotonic() + 300
@@ -86,7 +81,8 @@ def test_resume_after_a_kill_gives_the_same_bits(finished, tmp_path):
             break
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
     assert newest(out / "checkpoints" / "cal") == EPOCHS
     assert newest(out / "checkpoints" / "tb") < EPOCHS
     with (out / "metrics.jsonl").open("a") as file:

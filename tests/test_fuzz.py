@@ -96,7 +96,12 @@ CHAINS = {
 }
 INTERVALS = (1, 2, 5)
 TYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-CASES = tuple(itertools.product(range(len(TREES)), CHAINS, INTERVALS, TYPES))
+# Optax itself cannot skip a step of whole numbers, which momentum turns into floats.
+CASES = tuple(
+    case
+    for case in itertools.product(range(len(TREES)), CHAINS, INTERVALS, TYPES)
+    if case[:2] != (1, "if finite")
+)
 # Each case is compiled once: the short run has few of them.
 FEW = tuple(random.Random(5).sample(CASES, 10))
 

@@ -1,12 +1,8 @@
 """`benchmarks.train` killed and terminated: it goes on as if nothing had happened."""
 
-import functools
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -16,33 +12,9 @@ pytest.importorskip("sklearn")
 pytest.importorskip("tabulate")
 pytest.importorskip("tqdm")
 
-from runs import ROOT, TINY, assert_same_run
+from runs import assert_same_run
 
 from benchmarks import records
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """A function that starts or resumes a run; what is compiled once is kept."""
-    cache = str(tmp_path_factory.mktemp("compiled"))
-    kept = {
-        "JAX_COMPILATION_CACHE_DIR": cache,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-    }
-    return functools.partial(launch, {**os.environ, **kept})
-
-
-def launch(environment, out):
-    command = [sys.executable, "-m", "benchmarks.train", *TINY, "--no-plots"]
-    return subprocess.Popen(
-        [*command, "--out", str(out), "--resume"],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
 
 
 def progress_of(out):
@@ -77,13 +49,12 @@ def finish(process):
     "kills", [2, pytest.param(20, marks=pytest.mark.long)], ids=str
 )
 def test_killed_at_random_moments_it_ends_with_the_same_bits(
-    kills, finished, start, tmp_path
+    kills, finished, start_run, tmp_path
 ):
     rng = random.Random(0)
-    run, done = 0, 0
+    out, done = tmp_path / "0", 0
     while done < kills:
-        out = tmp_path / str(run)
-        process = start(out)
+        process = start_run(out)
         wait_for_progress(process, out)
         # An epoch, an analysis or a checkpoint of this run takes some hundredths of a
         # second.
@@ -93,22 +64,22 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(
         check_checkpoints(out)
         if process.returncode == 0:
             assert_same_run(out, finished)
-            run += 1
+            out = tmp_path / str(done)
         else:
             assert process.returncode == -signal.SIGKILL
             done += 1
-    finish(start(out))
+    finish(start_run(out))
     assert_same_run(out, finished)
 
 
-def test_sigterm_saves_and_says_so(finished, start, tmp_path):
+def test_sigterm_saves_and_says_so(finished, start_run, tmp_path):
     out = tmp_path / "run"
-    process = start(out)
+    process = start_run(out)
     wait_for_progress(process, out)
     process.send_signal(signal.SIGTERM)
     output = finish(process)
     assert output.count("\n") == 1
     assert output.startswith("stopped by SIGTERM: cal is saved behind ")
     assert "--resume" in output
-    finish(start(out))
+    finish(start_run(out))
     assert_same_run(out, finished)
