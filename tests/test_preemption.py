@@ -3,7 +3,9 @@
 import json
 import random
 import signal
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
@@ -52,7 +54,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(
     kills, finished, start_run, tmp_path
 ):
     rng = random.Random(0)
-    out, done = tmp_path / "0", 0
+    out, done = tmp_path / "first", 0
     while done < kills:
         process = start_run(out)
         wait_for_progress(process, out)
@@ -64,7 +66,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(
         check_checkpoints(out)
         if process.returncode == 0:
             assert_same_run(out, finished)
-            out = tmp_path / str(done)
+            out = Path(tempfile.mkdtemp(dir=tmp_path))
         else:
             assert process.returncode == -signal.SIGKILL
             done += 1
