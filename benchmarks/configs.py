@@ -21,17 +21,21 @@ def _not_negative(value: float) -> bool:
     return 0 <= value < math.inf
 
 
+def _countable(value: int) -> bool:
+    return 1 <= value <= 1_000_000
+
+
 _LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "subset": ("a whole number, at least 1", lambda n: n >= 1),
     "width": ("above 0, at most 16", lambda w: 0 < w <= 16),
-    "epochs": ("a whole number, at least 1", lambda n: n >= 1),
+    "epochs": ("at least 1, at most 1000000", _countable),
     "batch_size": ("a whole number, at least 1", lambda n: n >= 1),
     "learning_rate": ("a finite number above 0", _positive),
     "weight_decay": ("a finite number, at least 0", _not_negative),
     "momentum": ("at least 0, below 1", lambda m: 0 <= m < 1),
     "low": ("a finite number, at least 0", _not_negative),
     "high": ("a finite number, at least 0", _not_negative),
-    "interval": ("a whole number, at least 1", lambda n: n >= 1),
+    "interval": ("at least 1, at most 1000000", _countable),
     "arms": ("each arm once", lambda arms: 0 < len(arms) == len(set(arms))),
     "seed": ("0 to 4294967295", lambda n: 0 <= n < 2**32),
 }

@@ -1,7 +1,7 @@
 """An arm from its first epoch to its last, with records and checkpoints."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ from benchmarks.checkpoints import newest, open_checkpoints
 from benchmarks.configs import Config
 from benchmarks.data import Dataset
 from benchmarks.loop import Program, TrainState, make_program
+from benchmarks.preemption import Preempted
 from benchmarks.records import Row, RunDirectory
 
 
@@ -44,9 +45,14 @@ def newest_epochs(config: Config, directory: RunDirectory) -> Mapping[str, int]:
 
 
 def run_arm(
-    name: str, config: Config, data: Dataset, directory: RunDirectory, progress: tqdm
+    name: str,
+    config: Config,
+    data: Dataset,
+    directory: RunDirectory,
+    progress: tqdm,
+    stopping: Callable[[], bool],
 ) -> Trained:
-    """Train an arm from its newest checkpoint on."""
+    """Train an arm from its newest checkpoint on; raise `Preempted` between epochs."""
     arm = ARMS[name]
     program = make_program(config, arm, data)
     rate = cosine_by_epochs(config, 1)
@@ -61,6 +67,9 @@ def run_arm(
         train = jax.device_put((data.train_images, data.train_labels))
         test = jax.device_put((data.test_images, data.test_labels))
         for epoch in range(done, config.epochs):
+            if stopping():
+                msg = f"{name} is saved behind {epoch} of {config.epochs} epochs"
+                raise Preempted(msg)
             analysis_seconds = 0.0
             if epoch % config.interval == 0:
                 state, seconds = _analyse(name, epoch, program, state, directory)

@@ -6,15 +6,17 @@
 The first takes about a minute on two CPU cores and needs no network.  A run has a
 directory of its own, `runs/DATASET-MODEL-seedSEED`, with `config.json`,
 `metrics.jsonl`, `layers.jsonl`, checkpoints, `table.md` and pictures.  `--resume`
-continues it after a kill, on a CPU to the same bits.
+continues it after a kill, on a CPU to the same bits.  SIGTERM ends it behind the epoch
+that runs, with its checkpoint written, one line and exit code 0.
 
 Faults of arguments, data or run directory are one line on stderr and exit code 2.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from benchmarks.errors import UserError, first_line
+from benchmarks.preemption import Preempted, watched
 
 EXTRAS = 'pip install ".[train,plot]"'
 
@@ -22,7 +24,10 @@ EXTRAS = 'pip install ".[train,plot]"'
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     try:
-        _run(arguments)
+        with watched() as stopping:
+            _run(arguments, stopping)
+    except Preempted as stopped:
+        print(f"stopped by SIGTERM: {stopped}; continue with --resume")
     except UserError as error:
         return _fail(str(error))
     except ModuleNotFoundError as error:
@@ -41,7 +46,7 @@ def _fail(message: str) -> int:
     return 2
 
 
-def _run(arguments: Sequence[str] | None) -> None:
+def _run(arguments: Sequence[str] | None, stopping: Callable[[], bool]) -> None:
     # Imported here, so that a package that is not installed is one clear line.
     from tqdm import tqdm
 
@@ -61,7 +66,9 @@ def _run(arguments: Sequence[str] | None) -> None:
     trained = {}
     with tqdm(total=len(config.arms) * config.epochs, unit="epoch") as progress:
         for arm in config.arms:
-            trained[arm] = experiment.run_arm(arm, config, dataset, directory, progress)
+            trained[arm] = experiment.run_arm(
+                arm, config, dataset, directory, progress, stopping
+            )
     metrics, layers = records.read(directory.metrics), records.read(directory.layers)
     tables = report.write(metrics, layers)
     table = directory.path / "table.md"

@@ -8,10 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Float
 
 from tb_optax.assignment import Assign, layer_of_leaf, linear
 from tb_optax.checks import check_int, check_number
+from tb_optax.devices import mesh_of, on_mesh, placed
 from tb_optax.layers import Layer, expand_stacks
 from tb_optax.leaves import Leaf, leaves_of, shapes_of
 from tb_optax.naming import find_layers
@@ -35,11 +37,13 @@ class LayerAnalysis:
     layers: tuple[Layer, ...] | None
     options: Options
     max_dim: int
+    mesh: Mesh | AbstractMesh | None = None
 
     def __call__(self, params: Any) -> Analysis:
         """Analyses the layers of `params`."""
         layers, kernels = self.resolve(params)
-        return _analyze(kernels, layers, self.options)
+        kernels = placed(kernels, self.mesh)
+        return _analyze(kernels, layers, self.options, mesh_of(kernels, self.mesh))
 
     def resolve(self, params: Any) -> tuple[tuple[Layer, ...], dict[str, Any]]:
         """The layers in `params`, stacks expanded, and their kernels by path.
@@ -64,6 +68,7 @@ def layer_analysis(
     eigenvalue_floor: int | float | None = None,
     conv_norm: int | float = 0.5,
     max_dim: int = 16384,
+    mesh: Mesh | AbstractMesh | None = None,
 ) -> LayerAnalysis:
     r"""A spectral analysis: a pure jitted function from parameters to `Analysis`.
 
@@ -91,6 +96,9 @@ def layer_analysis(
         conv_norm: factor on λ where axes are pooled, a finite number > 0.
         max_dim: largest smaller side of a matrix, an int >= 1; a larger one is an
             error, since its eigenvalues cost O(max_dim³).
+        mesh: the devices to spread the eigenproblems over; None takes the mesh that
+            is set by `jax.set_mesh`, or that of the parameters, where JAX tells it.
+            Sharded parameters need nothing else: the table is the same on all devices.
 
     Returns:
         `analyze(params) -> Analysis`, which can be called inside `jit` too;
@@ -98,7 +106,8 @@ def layer_analysis(
 
     Raises:
         ValueError: if an option is out of range; when called, if a layer or a
-            follower is not in the parameters or does not fit them.
+            follower is not in the parameters or does not fit them, or if a kernel
+            differs along an axis of a `shard_map` around the call.
 
     >>> key = jax.random.key(0)
     >>> params = {"a": {"kernel": jax.random.normal(key, (128, 64))},
@@ -137,7 +146,7 @@ def layer_analysis(
         eigenvalue_floor=eigenvalue_floor,
         conv_norm=conv_norm,
     )
-    return LayerAnalysis(layers, options, max_dim)
+    return LayerAnalysis(layers, options, max_dim, mesh)
 
 
 def esd(
@@ -167,7 +176,9 @@ def esd(
     leaves = leaves_of(params)
     layers = _checked_layers(layers, leaves)
     kernels = {layer.path: leaves[layer.path].value for layer in layers}
-    eigenvalues, count = jax.device_get(_eigenvalues(kernels, layers, conv_norm))
+    mesh = mesh_of(kernels, None)
+    table = _eigenvalues(kernels, layers, conv_norm, mesh)
+    eigenvalues, count = jax.device_get(table)
     return [row[len(row) - n :] for row, n in zip(eigenvalues, count, strict=True)]
 
 
@@ -201,15 +212,29 @@ def _checked_layers(
     return layers
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _analyze(
-    kernels: dict[str, Any], layers: tuple[Layer, ...], options: Options
+    kernels: dict[str, Any],
+    layers: tuple[Layer, ...],
+    options: Options,
+    mesh: AbstractMesh | None,
 ) -> Analysis:
-    spectra = layer_spectra(kernels, layers, options.conv_norm, route_of(options))
-    return assigned_table(fitted_table(spectra, layers, options), options)
+    def analyze(kernels):
+        spectra = layer_spectra(kernels, layers, options.conv_norm, route_of(options))
+        return assigned_table(fitted_table(spectra, layers, options), options)
+
+    return on_mesh(mesh, analyze, kernels)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _eigenvalues(kernels, layers: tuple[Layer, ...], conv_norm: int | float):
-    spectra = layer_spectra(kernels, layers, conv_norm, SINGULAR_VALUES)
-    return spectra.absolute(jnp.exp(spectra.log_eigenvalues)), spectra.count
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _eigenvalues(
+    kernels,
+    layers: tuple[Layer, ...],
+    conv_norm: int | float,
+    mesh: AbstractMesh | None,
+):
+    def eigenvalues(kernels):
+        spectra = layer_spectra(kernels, layers, conv_norm, SINGULAR_VALUES)
+        return spectra.absolute(jnp.exp(spectra.log_eigenvalues)), spectra.count
+
+    return on_mesh(mesh, eigenvalues, kernels)

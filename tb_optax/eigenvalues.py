@@ -13,9 +13,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# Pivots taken in one go: compile time against loop overhead.
-_UNROLL = 4
-
 
 def by_matrix(
     function: Callable[[Float[Array, "batch _ _"]], Any],
@@ -196,6 +193,6 @@ def _count_below(
         pivot = jnp.where(jnp.abs(pivot) < tiny, -tiny, pivot)
         return (pivot, count + (pivot < 0)), None
 
-    start = (jnp.ones_like(shifts), jnp.zeros(shifts.shape, jnp.int32))
-    (_, count), _ = jax.lax.scan(next_pivot, start, pivots, unroll=_UNROLL)
+    start = jnp.ones_like(shifts), jnp.zeros_like(shifts, jnp.int32)
+    (_, count), _ = jax.lax.scan(next_pivot, start, pivots)
     return count

@@ -12,7 +12,7 @@ of its matrices.
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from tb_optax.devices import Bucket, over_devices
 from tb_optax.eigenvalues import bucket_eigenvalues, by_matrix, tridiagonal_form
 from tb_optax.layers import MatrixAxes
 from tb_optax.scale import rescale
@@ -127,51 +128,26 @@ def compute_spectra(
     for i in sorted(range(len(stacks)), key=lambda i: stacks[i].shape[1:]):
         key = (*stacks[i].shape[2:], str(stacks[i].dtype))
         buckets.setdefault(key, []).append(i)
-
-    reduced, exponents, finite = [], [], []
-    previous = jnp.zeros(())
-    for members in buckets.values():
-        vectors = []
-        for chunk in _chunks({i: stacks[i] for i in members}):
-            parts = [_matrices(stacks[i])[part] for i, part in chunk]
-
-            def reduce(matrices, previous=previous):
-                with jax.named_scope("rescale"):
-                    matrices, *scale = rescale(matrices, after=previous)
-                with jax.named_scope("reduce"):
-                    return route.reduce(matrices), *scale
-
-            some, exponent, is_finite = by_matrix(reduce, jnp.concatenate(parts))
-            vectors.append(some)
-            exponents.append(exponent)
-            finite.append(is_finite)
-            previous = some[0][0, 0]
-        reduced.append(tuple(map(jnp.concatenate, zip(*vectors, strict=True))))
-    with jax.named_scope("finish"):
-        logs = route.finish(reduced)
-    exponents, finite = jnp.concatenate(exponents), jnp.concatenate(finite)
+    matrices = [[_matrices(stacks[i]) for i in members] for members in buckets.values()]
+    tables = over_devices(functools.partial(_decompose, route=route), matrices)
 
     counts = [stack.shape[1] * min(stack.shape[2:]) for stack in stacks]
     dtype = jnp.result_type(*stacks)
-    rows, order, first = [], [], 0
-    for members, bucket in zip(buckets.values(), logs, strict=True):
+    rows, order = [], []
+    for members, columns in zip(buckets.values(), tables, strict=True):
         start = 0
         for pooled, group in itertools.groupby(members, lambda i: stacks[i].shape[1]):
             group = list(group)
             shape = (sum(len(stacks[i]) for i in group), pooled)
             stop = start + math.prod(shape)
-            here = slice(first + start, first + stop)
             row, unit, is_finite = _pool(
-                bucket[start:stop].reshape(*shape, -1),
-                exponents[here].reshape(shape),
-                finite[here].reshape(shape),
+                *(c[start:stop].reshape(*shape, *c.shape[1:]) for c in columns)
             )
             padding = ((0, 0), (max(counts) - row.shape[1], 0))
             row = jnp.pad(row.astype(dtype), padding, constant_values=-jnp.inf)
             rows.append((row, unit, is_finite))
             order += [(i, layer) for i in group for layer in range(len(stacks[i]))]
             start = stop
-        first += start
     position = np.asarray(sorted(range(len(order)), key=order.__getitem__))
     table, unit, is_finite = (
         jnp.concatenate(c)[position] for c in zip(*rows, strict=True)
@@ -188,6 +164,32 @@ def compute_spectra(
         finite=is_finite,
         log_noise=np.repeat(noise.astype(dtype), repeats),
     )
+
+
+def _decompose(buckets: list[Bucket], route: Route):
+    """Ascending ln λ, exponents and finiteness of all matrices, bucket by bucket."""
+    reduced, exponents, finite = [], [], []
+    previous = jnp.zeros(())
+    for bucket in buckets:
+        chunks = []
+        for chunk in _chunks(bucket):
+
+            def reduce(matrices, previous=previous):
+                with jax.named_scope("rescale"):
+                    matrices, *scale = rescale(matrices, after=previous)
+                with jax.named_scope("reduce"):
+                    return *route.reduce(matrices), *scale
+
+            parts = [bucket[i][part] for i, part in chunk]
+            chunks.append(by_matrix(reduce, jnp.concatenate(parts)))
+            previous = chunks[-1][0][0, 0]
+        *vectors, unit, is_finite = map(jnp.concatenate, zip(*chunks, strict=True))
+        reduced.append(tuple(vectors))
+        exponents.append(unit)
+        finite.append(is_finite)
+    with jax.named_scope("finish"):
+        logs = route.finish(reduced)
+    return list(zip(logs, exponents, finite, strict=True))
 
 
 def _pool(
@@ -209,17 +211,17 @@ def _matrices(stack):
     return stack.reshape(-1, *stack.shape[2:])
 
 
-def _chunks(stacks: Mapping[int, Array]) -> list[list[tuple[int, slice]]]:
+def _chunks(bucket: Bucket) -> list[list[tuple[int, slice]]]:
     """Cuts a bucket into runs of matrices that are reduced together.
 
     Returns:
-        Chunks of (key of the stack, slice of its layers·pooled matrices).
+        Chunks of (number of the array, slice of its matrices).
     """
     chunks: list[list[tuple[int, slice]]] = [[]]
     room = CHUNK_BYTES
-    for key, stack in stacks.items():
-        size = math.prod(stack.shape[2:]) * stack.dtype.itemsize
-        start, stop = 0, stack.shape[0] * stack.shape[1]
+    for number, matrices in enumerate(bucket):
+        size = math.prod(matrices.shape[1:]) * matrices.dtype.itemsize
+        start, stop = 0, len(matrices)
         while start < stop:
             fitting = min(room // size, stop - start)
             if not fitting and chunks[-1]:
@@ -227,7 +229,7 @@ def _chunks(stacks: Mapping[int, Array]) -> list[list[tuple[int, slice]]]:
                 room = CHUNK_BYTES
                 continue
             fitting = max(fitting, 1)
-            chunks[-1].append((key, slice(start, start + fitting)))
+            chunks[-1].append((number, slice(start, start + fitting)))
             start += fitting
             room -= fitting * size
     return chunks

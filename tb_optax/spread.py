@@ -52,23 +52,24 @@ def piece_starts(layers: Sequence[Layer], shapes: Mapping[str, Any], pieces: int
 
 def spread_refresh(
     kernels: Mapping[str, Any],
-    layers: tuple[Layer, ...],
-    options: Options,
     piece: Int[Array, ""],
-    pieces: int,
     multipliers: Float[Array, " layers"],
     alpha: Float[Array, " layers"],
+    *,
+    layers: tuple[Layer, ...],
+    options: Options,
+    pieces: int,
 ) -> tuple[Float[Array, " layers"], Float[Array, " layers"]]:
     """One piece of a refresh: alphas of its layers, multipliers after the last.
 
     Args:
         kernels: kernels by path, as they are at this step.
-        layers: layers, stacks expanded.
-        options: what to compute; its metric is alpha.
         piece: which piece, 0..pieces - 1.
-        pieces: steps of a whole refresh.
         multipliers: those in force.
         alpha: exponents, those of this refresh in the pieces before.
+        layers: layers, stacks expanded.
+        options: what to compute; its metric is alpha.
+        pieces: steps of a whole refresh.
 
     Returns:
         Multipliers, new ones from all alphas after the last piece, and alphas.

@@ -11,6 +11,7 @@ import optax
 
 from tb_optax.analysis import LayerAnalysis, layer_analysis
 from tb_optax.checks import check_int
+from tb_optax.devices import mesh_of, on_mesh
 from tb_optax.layers import Layer
 from tb_optax.leaves import is_array, path_of
 from tb_optax.spread import spread_refresh
@@ -184,15 +185,12 @@ def _spread(analyze: LayerAnalysis, interval: int, state: TempBalanceState, para
 
     def one_piece():
         layers, kernels = analyze.resolve(params)
-        return spread_refresh(
-            kernels,
-            layers,
-            analyze.options,
-            (state.count - 1) % interval,
-            interval,
-            state.multipliers,
-            state.alpha,
+        refresh = functools.partial(
+            spread_refresh, layers=layers, options=analyze.options, pieces=interval
         )
+        piece = (state.count - 1) % interval
+        mesh = mesh_of(kernels, analyze.mesh)
+        return on_mesh(mesh, refresh, kernels, piece, state.multipliers, state.alpha)
 
     return jax.lax.cond(
         state.count == 0, lambda: as_vectors(analyze(params), state), one_piece

@@ -394,7 +394,7 @@ def test_largest_side_is_bounded():
     kernels = make_kernels(19)
     with pytest.raises(ValueError, match="max_dim = 49") as error:
         analyze(kernels, max_dim=49)
-    for word in ("'dense'", "50 x 50", "part"):
+    for word in ("'dense'", "50 x 50", "leave it out", "raise max_dim", "part"):
         assert word in str(error.value)
     # The smaller side counts, and of a part its own.
     parts = [Layer("square", DENSE, part=(1, 0, 49))]

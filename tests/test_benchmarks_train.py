@@ -5,10 +5,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,50 +16,13 @@ pytest.importorskip("sklearn")
 pytest.importorskip("tabulate")
 pytest.importorskip("tqdm")
 
+from runs import EPOCHS, TINY, assert_same_run, final_state
+
 from benchmarks import arms, configs, data, loop, records
-from benchmarks.checkpoints import newest, open_checkpoints
+from benchmarks.checkpoints import newest
 from benchmarks.train import main
 
-ROOT = Path(__file__).parents[1]
-EPOCHS = 3
-TINY = ["--model", "resnet8", "--width", "0.5", "--subset", "96", "--seed", "7"]
-TINY += ["--batch-size", "32", "--epochs", str(EPOCHS)]
 PICTURES = ["alpha.png", "esd.png", "multipliers.png", "overview.png"]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The directory of a tiny run that nothing has interrupted."""
-    path = tmp_path_factory.mktemp("runs") / "finished"
-    assert main([*TINY, "--out", str(path)]) == 0
-    return path
-
-
-def timeless(path):
-    """The lines of a file without the fields that hold seconds."""
-    return [
-        {key: value for key, value in row.items() if not key.endswith("_seconds")}
-        for row in records.read(path)
-    ]
-
-
-def final_state(path, arm):
-    """The last checkpoint of an arm, as NumPy arrays."""
-    config = configs.parse(TINY).config
-    program = loop.make_program(config, arms.ARMS[arm], data.load(config))
-    with open_checkpoints(path / "checkpoints" / arm) as checkpoints:
-        return jax.device_get(checkpoints.restore(program.abstract))
-
-
-def assert_same_run(path, other):
-    for name in ("metrics.jsonl", "layers.jsonl"):
-        assert timeless(path / name) == timeless(other / name)
-    for arm in ("cal", "tb"):
-        jax.tree.map(
-            np.testing.assert_array_equal,
-            final_state(path, arm),
-            final_state(other, arm),
-        )
 
 
 def test_a_run_leaves_its_records(finished):
@@ -110,12 +70,9 @@ def test_arms_differ_only_in_the_multipliers(finished):
     jax.tree.map(np.testing.assert_array_equal, *starts)
 
 
-def test_resume_after_a_kill_gives_the_same_bits(finished, tmp_path):
+def test_resume_after_a_kill_gives_the_same_bits(finished, start_run, tmp_path):
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "benchmarks.train", *TINY, "--out", str(out)]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = start_run(out)
     # A line is written before its checkpoint, so the kill falls between the two or
     # somewhat later.
     deadline = time.monotonic() + 300
@@ -124,7 +81,8 @@ def test_resume_after_a_kill_gives_the_same_bits(finished, tmp_path):
             break
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
     assert newest(out / "checkpoints" / "cal") == EPOCHS
     assert newest(out / "checkpoints" / "tb") < EPOCHS
     with (out / "metrics.jsonl").open("a") as file:

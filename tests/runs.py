@@ -1,0 +1,42 @@
+"""Tiny runs of `benchmarks.train`, and when two of them are the same."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from benchmarks import arms, configs, data, loop, records
+from benchmarks.checkpoints import open_checkpoints
+
+ROOT = Path(__file__).parents[1]
+EPOCHS = 3
+TINY = ["--model", "resnet8", "--width", "0.5", "--subset", "96", "--seed", "7"]
+TINY += ["--batch-size", "32", "--epochs", str(EPOCHS)]
+
+
+def timeless(path):
+    """The lines of a file without the fields that hold seconds."""
+    return [
+        {key: value for key, value in row.items() if not key.endswith("_seconds")}
+        for row in records.read(path)
+    ]
+
+
+def final_state(path, arm):
+    """The last checkpoint of an arm, as NumPy arrays."""
+    config = configs.parse(TINY).config
+    program = loop.make_program(config, arms.ARMS[arm], data.load(config))
+    with open_checkpoints(path / "checkpoints" / arm) as checkpoints:
+        return jax.device_get(checkpoints.restore(program.abstract))
+
+
+def assert_same_run(path, other):
+    """The same records but for their seconds, and the same last states."""
+    for name in ("metrics.jsonl", "layers.jsonl"):
+        assert timeless(path / name) == timeless(other / name)
+    for arm in ("cal", "tb"):
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            final_state(path, arm),
+            final_state(other, arm),
+        )
