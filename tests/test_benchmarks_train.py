@@ -89,7 +89,9 @@ def test_resume_after_a_kill_gives_the_same_bits(finished, start_run, tmp_path):
         file.write('{"arm": "tb", "epo')
     with (out / "layers.jsonl").open("a") as file:
         file.write('{"arm": "tb", "epoch": 3}\n')
-    assert main([*TINY, "--out", str(out), "--resume"]) == 0
+    resumed = start_run(out)
+    resumed.communicate(timeout=300)
+    assert resumed.returncode == 0
     assert_same_run(out, finished)
 
 
