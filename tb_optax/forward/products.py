@@ -1,0 +1,304 @@
+"""What products do: matrix products, convolutions, products of groups."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from tb_optax.forward.dimensions import (
+    Dimensions,
+    Factor,
+    fresh,
+    origins_of,
+    size_of,
+)
+from tb_optax.forward.elementwise import elementwise, joined, joined_trail
+from tb_optax.forward.rearranging import Params, Rule
+from tb_optax.forward.record import (
+    Auxiliary,
+    Batched,
+    Feed,
+    Follower,
+    Product,
+    Record,
+)
+from tb_optax.forward.values import (
+    Constant,
+    Data,
+    Parameter,
+    Trail,
+    Value,
+    View,
+    computed,
+)
+
+REDUCTION, OUTPUT, POOLED, STACKED = "reduction", "output", "pooled", "stacked"
+
+
+class Roles(NamedTuple):
+    """What a product does with the dimensions of its kernel.
+
+    Attributes:
+        of: role of each dimension.
+        groups: number of groups that the outputs are divided into, first.
+    """
+
+    of: Mapping[int, str]
+    groups: int = 1
+
+
+def dot_general(
+    params: Params, values: Sequence[Value], shape: Sequence[int], record: Record
+) -> Value:
+    """`dot_general`: a matrix product with batches."""
+    contracting, batch = params["dimension_numbers"]
+    sides = [
+        _Side(value, contracted, batched)
+        for value, contracted, batched in zip(values, contracting, batch, strict=True)
+    ]
+    if not any(isinstance(value, Data) for value in values):
+        return _without_data(values, shape)
+    left, right = sides
+    pairs = list(zip(left.batch, right.batch, strict=True))
+    dims = [_agreed(left, right, i, j) for i, j in pairs]
+    dims += [left.value.dims[i] for i in left.free()]
+    dims += [right.value.dims[i] for i in right.free()]
+    if isinstance(left.value, Data) and isinstance(right.value, Data):
+        return _of_data(values, _known(dims, {}), record)
+    kernel, other = (
+        (left, right) if isinstance(left.value, Parameter) else (right, left)
+    )
+    if isinstance(kernel.value, Constant):
+        return Data(_known(dims, {}), other.value.trail)
+    if not kernel.contracted and not kernel.free():
+        return elementwise("mul", values, shape, record)
+    roles = (
+        dict.fromkeys(kernel.contracted, REDUCTION)
+        | dict.fromkeys(kernel.batch, STACKED)
+        | dict.fromkeys(kernel.free(), OUTPUT)
+    )
+    for i, j in zip(kernel.batch, other.batch, strict=True):
+        if origins_of(kernel.value.dims[i]):
+            _batched(other.value.dims[j], record)
+    last = apply_kernel(kernel.value, Roles(roles), other.value, record)
+    return Data(_known(dims, _numbers(kernel.value, last)), Trail(last=last))
+
+
+class _Side(NamedTuple):
+    """An operand of a matrix product."""
+
+    value: Value
+    contracted: Sequence[int]
+    batch: Sequence[int]
+
+    def free(self) -> list[int]:
+        taken = {*self.contracted, *self.batch}
+        return [i for i in range(len(self.value.dims)) if i not in taken]
+
+
+def _agreed(left: _Side, right: _Side, i: int, j: int) -> tuple[Factor, ...]:
+    """A batch dimension as the data has it."""
+    side, position = (left, i) if isinstance(left.value, Data) else (right, j)
+    return side.value.dims[position]
+
+
+def _numbers(kernel: Parameter, last: tuple[int, ...]) -> dict[str, int]:
+    paths = [view.path for view in kernel.views]
+    return dict(zip(paths, last, strict=True)) if len(paths) == len(last) else {}
+
+
+def _known(dims: Sequence[Any], numbers: Mapping[str, int]) -> Dimensions:
+    """Dimensions of data: axes of the kernel become axes of the product's outputs."""
+
+    def renamed(factor):
+        origins = frozenset(
+            (numbers.get(owner, owner), axis) for owner, axis in factor.origins
+        )
+        kept = frozenset(o for o in origins if isinstance(o[0], int))
+        return Factor(factor.size, kept)
+
+    return tuple(tuple(map(renamed, dim)) for dim in dims)
+
+
+def _batched(dimension: Sequence[Factor], record: Record) -> None:
+    """Data meets a kernel's batch axis: outputs along it are apart."""
+    for owner, axis in sorted(origins_of(dimension), key=str):
+        if isinstance(owner, int):
+            record.add(Batched(owner, axis))
+
+
+def conv_general_dilated(
+    params: Params, values: Sequence[Value], shape: Sequence[int], record: Record
+) -> Value:
+    """`conv_general_dilated`, of any layout and any number of groups."""
+    data, kernel = values
+    numbers = params["dimension_numbers"]
+    outputs, inputs, *positions = numbers.rhs_spec
+    if isinstance(kernel, Constant):
+        return joined(values, shape)
+    if isinstance(data, Constant):
+        return _without_data(values, shape)
+    if isinstance(data, Data) and isinstance(kernel, Data):
+        return _of_data(values, fresh(shape), record)
+    if isinstance(data, Parameter) or params["batch_group_count"] > 1:
+        leaves = joined([v for v in values if isinstance(v, Parameter)], shape)
+        record.unclear(
+            leaves.leaves if isinstance(leaves, Parameter) else (),
+            "it is convolved in a way that only gradients have",
+        )
+        return joined(values, shape)
+    groups = params["feature_group_count"]
+    roles = Roles(
+        {outputs: OUTPUT, inputs: REDUCTION} | dict.fromkeys(positions, POOLED), groups
+    )
+    shared = leading(kernel.dims[outputs], groups)
+    if groups > 1 and shared and size_of(kernel.dims[inputs]) > 1:
+        _batched(leading(data.dims[numbers.lhs_spec[1]], groups), record)
+    last = apply_kernel(kernel, roles, data, record)
+    dims = list(fresh(shape))
+    dims[numbers.out_spec[0]] = data.dims[numbers.lhs_spec[0]]
+    dims[numbers.out_spec[1]] = kernel.dims[outputs]
+    return Data(_known(dims, _numbers(kernel, last)), Trail(last=last))
+
+
+def leading(dimension: Sequence[Factor], size: int) -> tuple[Factor, ...]:
+    """The first factors of a dimension, of this size together and not all of it."""
+    for count in range(1, len(dimension)):
+        if size_of(dimension[:count]) == size and size_of(dimension[count:]) > 1:
+            return tuple(dimension[:count])
+    return ()
+
+
+def ragged_dot_general(
+    params: Params, values: Sequence[Value], shape: Sequence[int], record: Record
+) -> Value:
+    """`ragged_dot_general`: rows of each group meet their own kernel."""
+    data, kernel = values[:2]
+    numbers = params["ragged_dot_dimension_numbers"]
+    (_, contracted), (_, batch) = numbers.dot_dimension_numbers
+    stacked = {*batch, *numbers.rhs_group_dimensions}
+    if not isinstance(data, Data) or not isinstance(kernel, Parameter):
+        return joined(values, shape)
+    free = set(range(len(kernel.dims))) - stacked - set(contracted)
+    roles = (
+        dict.fromkeys(contracted, REDUCTION)
+        | dict.fromkeys(stacked, STACKED)
+        | dict.fromkeys(free, OUTPUT)
+    )
+    last = apply_kernel(kernel, Roles(roles), data, record)
+    return Data(fresh(shape), Trail(last=last))
+
+
+def _without_data(values: Sequence[Value], shape: Sequence[int]) -> Value:
+    leaves = [value.leaves for value in values if isinstance(value, Parameter)]
+    if leaves:
+        return computed(frozenset().union(*leaves), shape)
+    return Constant(fresh(shape))
+
+
+def _of_data(values: Sequence[Any], dims: Dimensions, record: Record) -> Data:
+    """Data by data, as in attention."""
+    trail = joined_trail([value.trail for value in values])
+    record.unclear(
+        trail.matrices,
+        "it is added to or multiplied with data and then enters a product of data "
+        "with data",
+    )
+    given = [path for path in trail.matrices if record.given.get(path)]
+    if given:
+        return Data(dims, Trail(last=hidden_kernels(given, trail.last, "", record)))
+    return Data(dims, Trail(last=trail.last, mixed=True))
+
+
+def apply_kernel(
+    kernel: Parameter, roles: Roles, data: Data, record: Record
+) -> tuple[int, ...]:
+    """Writes down a product of data with a parameter; returns its numbers."""
+    inputs = data.trail.last
+    if not kernel.views:
+        numbers = hidden_kernels(
+            kernel.leaves,
+            inputs,
+            "it is computed with before it enters a product: its axes are lost",
+            record,
+        )
+    else:
+        numbers = tuple(_seen(view, roles, inputs, record) for view in kernel.views)
+        paths = {view.path for view in kernel.views}
+        for number in numbers:
+            for path in sorted(kernel.leaves - paths):
+                record.add(Follower(path, number, norm=False))
+        for number in sorted(record.ancestors(kernel.products)):
+            if record.path(number) in paths:
+                record.add(Auxiliary(number))
+    for path in sorted(data.trail.pending):
+        record.add(Feed(path, numbers[0]))
+    return numbers
+
+
+def hidden_kernels(
+    leaves: Iterable[str], inputs: tuple[int, ...], reason: str, record: Record
+) -> tuple[int, ...]:
+    """Writes down a product in which the axes of its parameters are out of sight."""
+    numbers = []
+    for path in sorted(leaves):
+        numbers.append(record.number())
+        shape = record.shapes[path]
+        record.add(
+            Product(
+                number=numbers[-1],
+                path=path,
+                roles={},
+                picks={},
+                outputs=0,
+                inputs=inputs,
+                kernel=record.given.get(path) is not None,
+            )
+        )
+        if sum(size > 1 for size in shape) > 1:
+            record.unclear([path], reason)
+    return tuple(numbers)
+
+
+def _seen(view: View, roles: Roles, inputs: tuple[int, ...], record: Record) -> int:
+    number = record.number()
+    outputs = [dim for dim, role in roles.of.items() if role == OUTPUT]
+    record.add(
+        Product(
+            number=number,
+            path=view.path,
+            roles=_axes(view, roles),
+            picks=dict(view.picks),
+            outputs=math.prod(size_of(view.dims[dim]) for dim in outputs),
+            inputs=inputs,
+        )
+    )
+    return number
+
+
+def _axes(view: View, roles: Roles) -> dict[int, frozenset[str]]:
+    """Roles of the axes of a parameter, from those of its dimensions in a product."""
+    found: dict[int, set[str]] = {}
+
+    def take(factors, role):
+        for _, axis in origins_of(factors):
+            found.setdefault(axis, set()).add(role)
+
+    inputs = [dim for dim, role in roles.of.items() if role == REDUCTION]
+    several = any(size_of(view.dims[dim]) > 1 for dim in inputs)
+    for position, role in roles.of.items():
+        dim = view.dims[position]
+        if role == OUTPUT and roles.groups > 1 and several:
+            groups = leading(dim, roles.groups)
+            rest = dim[len(groups) :]
+            if not origins_of(groups) & origins_of(rest):
+                take(groups, STACKED)
+                dim = rest
+        take(dim, role)
+    return {axis: frozenset(names) for axis, names in found.items()}
+
+
+PRODUCTS: dict[str, Rule] = {
+    "dot_general": dot_general,
+    "conv_general_dilated": conv_general_dilated,
+    "ragged_dot_general": ragged_dot_general,
+}
