@@ -165,6 +165,7 @@ def _meet(name, value: Parameter, data, trail: Trail, record: Record) -> Trail:
         )
     norm = trail.normalized or trail.reduced or value.scaled
     if not trail.last and _same_entries(value, data):
+        trail = trail._replace(matrices=trail.matrices | matrices)
         return trail._replace(coefficients=trail.coefficients | value.leaves)
     follows = name in AFFINE and (norm or not trail.mixed) and trail.last
     if not (follows and _follow(value, trail.last, norm, record)):

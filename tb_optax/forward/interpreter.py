@@ -10,8 +10,9 @@ from tb_optax.forward import control
 from tb_optax.forward.dimensions import fresh, resize
 from tb_optax.forward.elementwise import elementwise, joined, joined_trail
 from tb_optax.forward.indexing import INDEXING
+from tb_optax.forward.kernels import hidden_kernels
 from tb_optax.forward.primitives import CALLS, COMPUTED, ELEMENTWISE, REDUCTIONS
-from tb_optax.forward.products import PRODUCTS, hidden_kernels
+from tb_optax.forward.products import PRODUCTS
 from tb_optax.forward.rearranging import REARRANGING, split_values
 from tb_optax.forward.record import Record
 from tb_optax.forward.values import (

@@ -1,7 +1,6 @@
 """What products do: matrix products, convolutions, products of groups."""
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tb_optax.forward.dimensions import (
@@ -12,38 +11,19 @@ from tb_optax.forward.dimensions import (
     size_of,
 )
 from tb_optax.forward.elementwise import elementwise, joined, joined_trail
+from tb_optax.forward.kernels import (
+    OUTPUT,
+    POOLED,
+    REDUCTION,
+    STACKED,
+    Roles,
+    apply_kernel,
+    hidden_kernels,
+    leading,
+)
 from tb_optax.forward.rearranging import Params, Rule
-from tb_optax.forward.record import (
-    Auxiliary,
-    Batched,
-    Feed,
-    Follower,
-    Product,
-    Record,
-)
-from tb_optax.forward.values import (
-    Constant,
-    Data,
-    Parameter,
-    Trail,
-    Value,
-    View,
-    computed,
-)
-
-REDUCTION, OUTPUT, POOLED, STACKED = "reduction", "output", "pooled", "stacked"
-
-
-class Roles(NamedTuple):
-    """What a product does with the dimensions of its kernel.
-
-    Attributes:
-        of: role of each dimension.
-        groups: number of groups that the outputs are divided into, first.
-    """
-
-    of: Mapping[int, str]
-    groups: int = 1
+from tb_optax.forward.record import Batched, Record
+from tb_optax.forward.values import Constant, Data, Parameter, Trail, Value, computed
 
 
 def dot_general(
@@ -64,9 +44,7 @@ def dot_general(
     dims += [right.value.dims[i] for i in right.free()]
     if isinstance(left.value, Data) and isinstance(right.value, Data):
         return _of_data(values, _known(dims, {}), record)
-    kernel, other = (
-        (left, right) if isinstance(left.value, Parameter) else (right, left)
-    )
+    kernel, other = (left, right) if isinstance(right.value, Data) else (right, left)
     if isinstance(kernel.value, Constant):
         return Data(_known(dims, {}), other.value.trail)
     if not kernel.contracted and not kernel.free():
@@ -160,14 +138,6 @@ def conv_general_dilated(
     return Data(_known(dims, _numbers(kernel, last)), Trail(last=last))
 
 
-def leading(dimension: Sequence[Factor], size: int) -> tuple[Factor, ...]:
-    """The first factors of a dimension, of this size together and not all of it."""
-    for count in range(1, len(dimension)):
-        if size_of(dimension[:count]) == size and size_of(dimension[count:]) > 1:
-            return tuple(dimension[:count])
-    return ()
-
-
 def ragged_dot_general(
     params: Params, values: Sequence[Value], shape: Sequence[int], record: Record
 ) -> Value:
@@ -207,94 +177,6 @@ def _of_data(values: Sequence[Any], dims: Dimensions, record: Record) -> Data:
     if given:
         return Data(dims, Trail(last=hidden_kernels(given, trail.last, "", record)))
     return Data(dims, Trail(last=trail.last, mixed=True))
-
-
-def apply_kernel(
-    kernel: Parameter, roles: Roles, data: Data, record: Record
-) -> tuple[int, ...]:
-    """Writes down a product of data with a parameter; returns its numbers."""
-    inputs = data.trail.last
-    if not kernel.views:
-        numbers = hidden_kernels(
-            kernel.leaves,
-            inputs,
-            "it is computed with before it enters a product: its axes are lost",
-            record,
-        )
-    else:
-        numbers = tuple(_seen(view, roles, inputs, record) for view in kernel.views)
-        paths = {view.path for view in kernel.views}
-        for number in numbers:
-            for path in sorted(kernel.leaves - paths):
-                record.add(Follower(path, number, norm=False))
-        for number in sorted(record.ancestors(kernel.products)):
-            if record.path(number) in paths:
-                record.add(Auxiliary(number))
-    for path in sorted(data.trail.pending):
-        record.add(Feed(path, numbers[0]))
-    return numbers
-
-
-def hidden_kernels(
-    leaves: Iterable[str], inputs: tuple[int, ...], reason: str, record: Record
-) -> tuple[int, ...]:
-    """Writes down a product in which the axes of its parameters are out of sight."""
-    numbers = []
-    for path in sorted(leaves):
-        numbers.append(record.number())
-        shape = record.shapes[path]
-        record.add(
-            Product(
-                number=numbers[-1],
-                path=path,
-                roles={},
-                picks={},
-                outputs=0,
-                inputs=inputs,
-                kernel=record.given.get(path) is not None,
-            )
-        )
-        if sum(size > 1 for size in shape) > 1:
-            record.unclear([path], reason)
-    return tuple(numbers)
-
-
-def _seen(view: View, roles: Roles, inputs: tuple[int, ...], record: Record) -> int:
-    number = record.number()
-    outputs = [dim for dim, role in roles.of.items() if role == OUTPUT]
-    record.add(
-        Product(
-            number=number,
-            path=view.path,
-            roles=_axes(view, roles),
-            picks=dict(view.picks),
-            outputs=math.prod(size_of(view.dims[dim]) for dim in outputs),
-            inputs=inputs,
-        )
-    )
-    return number
-
-
-def _axes(view: View, roles: Roles) -> dict[int, frozenset[str]]:
-    """Roles of the axes of a parameter, from those of its dimensions in a product."""
-    found: dict[int, set[str]] = {}
-
-    def take(factors, role):
-        for _, axis in origins_of(factors):
-            found.setdefault(axis, set()).add(role)
-
-    inputs = [dim for dim, role in roles.of.items() if role == REDUCTION]
-    several = any(size_of(view.dims[dim]) > 1 for dim in inputs)
-    for position, role in roles.of.items():
-        dim = view.dims[position]
-        if role == OUTPUT and roles.groups > 1 and several:
-            groups = leading(dim, roles.groups)
-            rest = dim[len(groups) :]
-            if not origins_of(groups) & origins_of(rest):
-                take(groups, STACKED)
-                dim = rest
-        take(dim, role)
-    return {axis: frozenset(names) for axis, names in found.items()}
 
 
 PRODUCTS: dict[str, Rule] = {

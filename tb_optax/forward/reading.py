@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from tb_optax.forward.products import OUTPUT, REDUCTION, STACKED
+from tb_optax.forward.kernels import OUTPUT, REDUCTION, STACKED
 from tb_optax.forward.record import (
     Auxiliary,
     Batched,
