@@ -80,6 +80,16 @@ def broadcast(
     return tuple(result)
 
 
+def tile(dims: Dimensions, shape: Sequence[int]) -> Dimensions:
+    """`lax.tile`: copies along a dimension are its slowest factor."""
+    return tuple(
+        dim
+        if size_of(dim) == size
+        else (Factor(size // size_of(dim), broadcast=True), *dim)
+        for dim, size in zip(dims, shape, strict=True)
+    )
+
+
 def reshape(dims: Dimensions, shape: Sequence[int]) -> Dimensions | None:
     """Splits and joins dimensions; None where a factor would be cut unevenly."""
     if 0 in shape:

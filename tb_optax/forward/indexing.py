@@ -27,7 +27,7 @@ def slice_value(
     """`slice`, one dimension after the other."""
     value = values[0]
     sizes = list(shape_of(value.dims))
-    for position, start in enumerate(params["start_indices"]):
+    for position, start in enumerate(map(int, params["start_indices"])):
         if sizes[position] != shape[position]:
             sizes[position] = shape[position]
             value = _sliced(value, position, start, sizes, record)

@@ -117,7 +117,7 @@ def _reduced(params, values, shape) -> Value:
 
 
 def _shape(variable) -> tuple[int, ...]:
-    return tuple(getattr(variable.aval, "shape", ()))
+    return tuple(map(int, getattr(variable.aval, "shape", ())))
 
 
 def _literal(atom: Literal) -> Constant:

@@ -12,6 +12,7 @@ from tb_optax.forward.dimensions import (
     reshape,
     resize,
     shape_of,
+    tile,
 )
 from tb_optax.forward.elementwise import joined, joined_trail
 from tb_optax.forward.record import Record
@@ -54,12 +55,19 @@ def broadcast_value(
     params: Params, values: Sequence[Value], shape: Sequence[int], _: Record
 ) -> Value:
     """`broadcast_in_dim`."""
-    positions = params["broadcast_dimensions"]
+    positions = tuple(map(int, params["broadcast_dimensions"]))
 
     def move(dims, shape):
         return broadcast(dims, shape, positions)
 
     return rearranged(values[0], shape, move)
+
+
+def tile_value(
+    _: Params, values: Sequence[Value], shape: Sequence[int], __: Record
+) -> Value:
+    """`tile`: copies side by side along some dimensions."""
+    return rearranged(values[0], shape, tile)
 
 
 def squeeze_value(
@@ -146,7 +154,7 @@ def split_values(
     """`split`: one value for each piece."""
     starts = [0]
     for size in params["sizes"]:
-        starts.append(starts[-1] + size)
+        starts.append(starts[-1] + int(size))
     cut = functools.partial(piece_of, values[0], params["axis"])
     return [cut(start, shape) for start, shape in zip(starts, shapes, strict=False)]
 
@@ -182,6 +190,7 @@ REARRANGING: dict[str, Rule] = {
     "reshape": reshape_value,
     "broadcast_in_dim": broadcast_value,
     "squeeze": squeeze_value,
+    "tile": tile_value,
     "concatenate": concatenate_values,
     "pad": other_sizes,
     "all_gather": other_sizes,
