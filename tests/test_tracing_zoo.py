@@ -144,8 +144,11 @@ def test_nnx_resnet18(train):
     model = nnx.eval_shape(
         lambda: models.build("resnet18", num_classes=10, width=0.125, rngs=nnx.Rngs(0))
     )
-    paths = [f"{path.removesuffix('/kernel')}" for path in model.kernel_paths()]
-    expected = [conv(path, path.replace("conv", "bn")) for path in paths[:-1]]
+    paths = ["conv1"]
+    for i in range(8):
+        paths += [f"blocks/{i}/conv1", f"blocks/{i}/conv2"]
+        paths += [f"blocks/{i}/shortcut/conv1"] * (i in (2, 4, 6))
+    expected = [conv(path, path.replace("conv", "bn")) for path in paths]
     found = trace_layers(lambda model, x: model(x, train=train), model, IMAGE)
     check(found, [*expected, dense("linear")])
 

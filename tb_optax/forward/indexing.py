@@ -156,12 +156,11 @@ INDEXING: dict[str, Rule] = {
     (
         "dynamic_update_slice",
         "scatter",
-        "scatter_add",
         "scatter-add",
-        "scatter_mul",
-        "scatter_max",
-        "scatter_min",
-        "scatter-update",
+        "scatter-max",
+        "scatter-min",
+        "scatter-mul",
+        "scatter-sub",
     ),
     scatter_value,
 )

@@ -7,7 +7,7 @@ def _words(text: str) -> frozenset[str]:
 
 CALLS = _words(
     """
-    checkpoint closed_call core_call custom_jvp_call custom_vjp_call jit pjit remat
+    call checkpoint closed_call core_call custom_jvp_call custom_vjp_call jit pjit remat
     remat2
     """
 )
