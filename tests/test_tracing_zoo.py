@@ -9,6 +9,7 @@ import flax.linen as nn
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
@@ -129,12 +130,14 @@ def test_linen_resnet18_without_norms(train):
 def test_linen_resnet18_by_closure(train):
     """State that is closed over is a constant, as state that is passed is data."""
     model = ResNet18()
-    variables = model.init(jax.random.key(0), jnp.ones((2, 32, 32, 3)), train=False)
+    init = functools.partial(model.init, train=train)
+    variables = jax.eval_shape(init, jax.random.key(0), IMAGE)
     params = variables.pop("params")
+    state = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), variables)
 
     def forward(params, x):
-        variables_ = {"params": params, **variables}
-        return model.apply(variables_, x, train=train, mutable=["batch_stats"])
+        variables = {"params": params, **state}
+        return model.apply(variables, x, train=train, mutable=["batch_stats"])
 
     check(trace_layers(forward, params, IMAGE), RESNET18)
 
