@@ -12,6 +12,7 @@ from tb_optax.forward.dimensions import (
     varies,
     varying_size,
 )
+from tb_optax.forward.kernels import hidden_kernels
 from tb_optax.forward.record import Follower, Record
 from tb_optax.forward.values import Constant, Data, Parameter, Trail, Value, View
 
@@ -157,7 +158,11 @@ def _merged(name, data, values, record) -> Trail:
 def _meet(name, value: Parameter, data, trail: Trail, record: Record) -> Trail:
     """A parameter meets data: as a bias, a gain, a norm or a table of positions."""
     matrices = _matrices(value)
-    if name == "mul" and matrices and _is_outer(value, data):
+    outer = name == "mul" and matrices and _is_outer(value, data)
+    kernels = [path for path in sorted(matrices) if record.given.get(path)]
+    if kernels and (outer or not value.views):
+        return Trail(last=hidden_kernels(kernels, trail.last, "", record))
+    if outer:
         record.unclear(
             matrices,
             "it multiplies data that is constant along one of its axes: a matrix "

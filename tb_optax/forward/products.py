@@ -124,7 +124,7 @@ def conv_general_dilated(
             "it is convolved in a way that only gradients have",
         )
         return joined(values, shape)
-    groups = params["feature_group_count"]
+    groups = int(params["feature_group_count"])
     roles = Roles(
         {outputs: OUTPUT, inputs: REDUCTION} | dict.fromkeys(positions, POOLED), groups
     )

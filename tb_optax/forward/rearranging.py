@@ -46,7 +46,9 @@ def reshape_value(
     order = params.get("dimensions")
 
     def move(dims, shape):
-        return reshape(dims if order is None else [dims[i] for i in order], shape)
+        if order is not None:
+            dims = tuple(dims[axis] for axis in order)
+        return reshape(dims, shape)
 
     return rearranged(values[0], shape, move)
 
