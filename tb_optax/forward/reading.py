@@ -86,7 +86,9 @@ def _read(
             spare.append(axis)
         else:
             return f"what becomes of its axis {axis} cannot be followed"
-    for role in (REDUCTION, OUTPUT):
+    for role, other in ((REDUCTION, OUTPUT), (OUTPUT, REDUCTION)):
+        if role not in fields and not spare:
+            spare = _lent(fields.get(other, []), shape)
         if role not in fields and spare:
             fields[role] = [spare.pop()]
     if OUTPUT not in fields or len(shape) < 2:
@@ -100,6 +102,15 @@ def _read(
             f"or a stack of layers along one of them?"
         )
     return MatrixAxes(**{role: tuple(axes) for role, axes in fields.items()})
+
+
+def _lent(axes: list[int], shape: Sequence[int]) -> list[int]:
+    """An axis of size 1 that may be in another field, taken out of this one."""
+    single = [axis for axis in axes if shape[axis] == 1]
+    if len(axes) < 2 or not single:
+        return []
+    axes.remove(single[-1])
+    return single[-1:]
 
 
 def _contiguous(fields: Mapping[str, list[int]], shape: Sequence[int]) -> bool:
