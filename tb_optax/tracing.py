@@ -57,8 +57,8 @@ def trace_layers(
         x -> N1 -> L1 -> gelu -> L2 -> (+x) -> N2 ->   norms="before": N1 => L1
 
     `"after"` is the published rule for convolutional networks: a norm follows the
-    newest layer that its input came through; at the start of a scanned block, where
-    that layer is in another iteration, it follows none.  `"before"` is for pre-norm
+    newest layer that its input came through; at the start of a scanned block and behind
+    a scan, where that layer is one slice of another iteration, it follows none.  `"before"` is for pre-norm
     blocks: a norm follows the first layer that it feeds (query, of query, key and
     value), or the one before it where it feeds none, as in post-norm.  `"none"`: norms
     follow no layer and keep multiplier 1.  A norm whose parameters are used in several

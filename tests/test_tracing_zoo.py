@@ -294,7 +294,7 @@ class ViT(nn.Module):
         x = x + self.param("positions", normal, (1, 17, 16))
         y = nn.LayerNorm(name="norm1")(x)
         qkv = nn.Dense(48, name="qkv")(y).reshape(*y.shape[:2], 3, 4, 4)
-        y = nn.dot_product_attention(*(qkv[:, :, i] for i in range(3)))
+        y = nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
         y = nn.Dense(16, name="out")(y.reshape(x.shape))
         x = x + y * self.param("scale", nn.initializers.ones, (16,))
         y = nn.Dense(32, name="up")(nn.LayerNorm(name="norm2")(x))
@@ -327,14 +327,15 @@ class GPT(nn.Module):
         embed = nn.Embed(11, 16, dtype=self.dtype, name="embed")
         positions = nn.Embed(5, 16, dtype=self.dtype, name="positions")
         # pyrefly: ignore [unsupported-operation]
-        x = embed(tokens) + positions(jnp.arange(5))
+        x: Any = embed(tokens) + positions(jnp.arange(5))
         norm = functools.partial(nn.LayerNorm, dtype=self.dtype)
         for i in range(2):
             attention = nn.MultiHeadDotProductAttention(
                 4, dtype=self.dtype, dropout_rate=0.1, name=f"attention{i}"
             )
             y = norm(name=f"norm{i}a")(x)
-            x = x + attention(y, mask=nn.make_causal_mask(tokens), deterministic=False)
+            mask = nn.make_causal_mask(tokens)
+            x = x + attention(y, mask=mask, deterministic=False)
             y = nn.Dense(32, dtype=self.dtype, name=f"up{i}")(norm(name=f"norm{i}b")(x))
             x = x + nn.Dense(16, dtype=self.dtype, name=f"down{i}")(nn.gelu(y))
         return embed.attend(norm(name="norm")(x))

@@ -73,7 +73,9 @@ def broadcast(
     dims: Dimensions, shape: Sequence[int], positions: Sequence[int]
 ) -> Dimensions:
     """`lax.broadcast_in_dim`: dimension i goes to `positions[i]` of the new shape."""
-    result = [(Factor(size, broadcast=True),) for size in shape]
+    result: list[tuple[Factor, ...]] = [
+        (Factor(size, broadcast=True),) for size in shape
+    ]
     for dim, position in zip(dims, positions, strict=True):
         if size_of(dim) == shape[position]:
             result[position] = dim
@@ -149,7 +151,7 @@ def merge(several: Sequence[Dimensions], shape: Sequence[int]) -> Dimensions:
     )
 
 
-def _merge(candidates, size):
+def _merge(candidates: list[tuple[Factor, ...]], size: int) -> tuple[Factor, ...]:
     candidates = [dim for dim in candidates if size_of(dim) == size]
     if not candidates:
         return (Factor(size),)

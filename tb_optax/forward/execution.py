@@ -1,7 +1,7 @@
 """The order in which the slices of all kernels run."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tb_optax.forward.reading import kernel_products
@@ -73,7 +73,7 @@ def _body(events: Iterator[Any]) -> Iterator[Any]:
 
 
 def _indices(product, axes: MatrixAxes, shape, iteration) -> Iterator[tuple[int, ...]]:
-    ranges = []
+    ranges: list[Sequence[int]] = []
     for axis in axes.stacked:
         pick = product.picks.get(axis)
         if isinstance(pick, Loop):

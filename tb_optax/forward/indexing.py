@@ -64,8 +64,9 @@ def picked_from(view: View, position: int, pick: Pick, record: Record) -> View:
     """A view with one slice of a dimension, which keeps the dimension itself."""
     factors = [factor for factor in view.dims[position] if factor.size > 1]
     for factor in factors:
-        for path, axis in factor.origins:
-            whole = len(factors) == 1 and factor.size == record.shapes[path][axis]
+        for _, axis in factor.origins:
+            size = record.shapes[view.path][axis]
+            whole = len(factors) == 1 and factor.size == size
             view = view.picked(axis, pick if whole else None)
     return view
 
@@ -152,15 +153,16 @@ INDEXING: dict[str, Rule] = {
     "slice": slice_value,
     "dynamic_slice": dynamic_slice_value,
     "gather": gather_value,
-} | dict.fromkeys(
-    (
-        "dynamic_update_slice",
-        "scatter",
-        "scatter-add",
-        "scatter-max",
-        "scatter-min",
-        "scatter-mul",
-        "scatter-sub",
+    **dict.fromkeys(
+        (
+            "dynamic_update_slice",
+            "scatter",
+            "scatter-add",
+            "scatter-max",
+            "scatter-min",
+            "scatter-mul",
+            "scatter-sub",
+        ),
+        scatter_value,
     ),
-    scatter_value,
-)
+}

@@ -46,7 +46,7 @@ class Interpreter:
             return known[atom]
 
         for variable in jaxpr.constvars:
-            known[variable] = Constant(fresh(variable.aval.shape))
+            known[variable] = Constant(fresh(_shape(variable)))
         known.update(zip(jaxpr.invars, values, strict=True))
         for equation in jaxpr.eqns:
             operands = [read(atom) for atom in equation.invars]

@@ -44,21 +44,23 @@ def dot_general(
     dims += [right.value.dims[i] for i in right.free()]
     if isinstance(left.value, Data) and isinstance(right.value, Data):
         return _of_data(values, _known(dims, {}), record)
-    kernel, other = (left, right) if isinstance(right.value, Data) else (right, left)
-    if isinstance(kernel.value, Constant):
-        return Data(_known(dims, {}), other.value.trail)
-    if not kernel.contracted and not kernel.free():
+    side, other = (left, right) if isinstance(right.value, Data) else (right, left)
+    kernel, data = side.value, other.value
+    assert isinstance(data, Data)
+    if not isinstance(kernel, Parameter):
+        return Data(_known(dims, {}), data.trail)
+    if not side.contracted and not side.free():
         return elementwise("mul", values, shape, record)
     roles = (
-        dict.fromkeys(kernel.contracted, REDUCTION)
-        | dict.fromkeys(kernel.batch, STACKED)
-        | dict.fromkeys(kernel.free(), OUTPUT)
+        dict.fromkeys(side.contracted, REDUCTION)
+        | dict.fromkeys(side.batch, STACKED)
+        | dict.fromkeys(side.free(), OUTPUT)
     )
-    for i, j in zip(kernel.batch, other.batch, strict=True):
-        if origins_of(kernel.value.dims[i]):
-            _batched(other.value.dims[j], record)
-    last = apply_kernel(kernel.value, Roles(roles), other.value, record)
-    return Data(_known(dims, _numbers(kernel.value, last)), Trail(last=last))
+    for i, j in zip(side.batch, other.batch, strict=True):
+        if origins_of(kernel.dims[i]):
+            _batched(data.dims[j], record)
+    last = apply_kernel(kernel, Roles(roles), data, record)
+    return Data(_known(dims, _numbers(kernel, last)), Trail(last=last))
 
 
 class _Side(NamedTuple):
@@ -111,19 +113,19 @@ def conv_general_dilated(
     data, kernel = values
     numbers = params["dimension_numbers"]
     outputs, inputs, *positions = numbers.rhs_spec
-    if isinstance(kernel, Constant):
-        return joined(values, shape)
-    if isinstance(data, Constant):
+    if not any(isinstance(value, Data) for value in values):
         return _without_data(values, shape)
-    if isinstance(data, Data) and isinstance(kernel, Data):
-        return _of_data(values, fresh(shape), record)
-    if isinstance(data, Parameter) or params["batch_group_count"] > 1:
-        leaves = joined([v for v in values if isinstance(v, Parameter)], shape)
+    parameters = [value for value in values if isinstance(value, Parameter)]
+    if not parameters:
+        if isinstance(data, Data) and isinstance(kernel, Data):
+            return _of_data(values, fresh(shape), record)
+        return joined(values, shape)
+    if not isinstance(kernel, Parameter) or params["batch_group_count"] > 1:
         record.unclear(
-            leaves.leaves if isinstance(leaves, Parameter) else (),
-            "it is convolved in a way that only gradients have",
+            parameters[0].leaves, "it is convolved in a way that only gradients have"
         )
         return joined(values, shape)
+    assert isinstance(data, Data)
     groups = int(params["feature_group_count"])
     roles = Roles(
         {outputs: OUTPUT, inputs: REDUCTION} | dict.fromkeys(positions, POOLED), groups

@@ -86,8 +86,8 @@ def squeeze_value(
         (view,) = value.views
         for position in gone:
             for factor in view.dims[position]:
-                for path, axis in factor.origins:
-                    if record.shapes[path][axis] > 1:
+                for _, axis in factor.origins:
+                    if record.shapes[view.path][axis] > 1:
                         view = view.picked(axis, None)
         value = dataclasses.replace(value, views=(view,))
     return rearranged(value, shape, move)
@@ -199,30 +199,31 @@ REARRANGING: dict[str, Rule] = {
     "all_gather_invariant": other_sizes,
     "reduce_scatter": other_sizes,
     "all_to_all": other_sizes,
-} | dict.fromkeys(
-    (
-        "convert_element_type",
-        "copy",
-        "copy_p",
-        "device_put",
-        "mesh_cast",
-        "optimization_barrier",
-        "pbroadcast",
-        "pcast",
-        "pmax",
-        "pmin",
-        "ppermute",
-        "psum",
-        "psum_invariant",
-        "psum2",
-        "pvary",
-        "reduce_precision",
-        "reshard",
-        "rev",
-        "sharding_constraint",
-        "layout_constraint",
-        "bitcast_convert_type",
-        "name",
+    **dict.fromkeys(
+        (
+            "convert_element_type",
+            "copy",
+            "copy_p",
+            "device_put",
+            "mesh_cast",
+            "optimization_barrier",
+            "pbroadcast",
+            "pcast",
+            "pmax",
+            "pmin",
+            "ppermute",
+            "psum",
+            "psum_invariant",
+            "psum2",
+            "pvary",
+            "reduce_precision",
+            "reshard",
+            "rev",
+            "sharding_constraint",
+            "layout_constraint",
+            "bitcast_convert_type",
+            "name",
+        ),
+        same_entries,
     ),
-    same_entries,
-)
+}
