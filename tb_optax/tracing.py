@@ -57,12 +57,12 @@ def trace_layers(
         x -> N1 -> L1 -> gelu -> L2 -> (+x) -> N2 ->   norms="before": N1 => L1
 
     `"after"` is the published rule for convolutional networks: a norm follows the
-    newest layer that its input came through; at the start of a scanned block and behind
-    a scan, where that layer is one slice of another iteration, it follows none.  `"before"` is for pre-norm
-    blocks: a norm follows the first layer that it feeds (query, of query, key and
-    value), or the one before it where it feeds none, as in post-norm.  `"none"`: norms
-    follow no layer and keep multiplier 1.  A norm whose parameters are used in several
-    places follows none in any case.
+    newest layer that its input came through.  At the start of a scanned block and
+    behind a scan that layer is one slice, of another iteration: there it follows none.
+    `"before"` is for pre-norm blocks: a norm follows the first layer that it feeds
+    (query, of query, key and value), or the one before it where it feeds none, as in
+    post-norm.  `"none"`: norms follow no layer and keep multiplier 1.  A norm whose
+    parameters are used in several places follows none in any case.
 
     Args:
         fn: the forward pass, `fn(params, *inputs)`; or an nnx module, called as
