@@ -341,6 +341,16 @@ UNCLEAR = {
         {"w": (8, 2), "v": (2, 6)},
         "'w' of shape .*is computed with before it enters a product",
     ),
+    "beside its transpose": (
+        lambda p, x: x @ (p["w"] + p["w"].T),
+        {"w": (8, 8)},
+        "'w' of shape .*is computed with before it enters a product",
+    ),
+    "a sum of slices": (
+        lambda p, x: x @ (p["w"][0] + p["w"][1]),
+        {"w": (2, 8, 6)},
+        "'w' of shape .*is computed with before it enters a product",
+    ),
     "used both ways": (
         lambda p, x: x @ p["w"] @ p["w"].T,
         {"w": (8, 6)},

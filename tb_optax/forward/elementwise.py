@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from tb_optax.forward.dimensions import (
     Dimensions,
@@ -96,8 +97,9 @@ def _of_parameters(name, parameters, values, shape) -> Parameter:
     scaled = name in AFFINE and any(
         not isinstance(value, Parameter) and _varies(value) for value in values
     )
+    # A kernel plus its own transpose, or another of its slices, has no axes.
     covering = {
-        tuple(view.path for view in value.views): value
+        tuple(map(_layout, value.views)): value
         for value in reversed(parameters)
         if value.views and _covers(value, dims)
     }
@@ -113,6 +115,11 @@ def _of_parameters(name, parameters, values, shape) -> Parameter:
         scaled=scaled or any(value.scaled for value in parameters),
         products=frozenset().union(*(value.products for value in parameters)),
     )
+
+
+def _layout(view: View) -> Any:
+    """Where each axis of a parameter is, and which slices there are of it."""
+    return view.path, view.picks, tuple(map(origins_of, view.dims))
 
 
 def _own(view: View, shape: Sequence[int]) -> Dimensions:
