@@ -1,6 +1,5 @@
 """The rules that find layers in a parameter tree by names and shapes."""
 
-import fnmatch
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -9,7 +8,8 @@ import jax.numpy as jnp
 
 from tb_optax.followers import BIASES, NORM_LEAVES, followers_by_name
 from tb_optax.layers import Layer, MatrixAxes
-from tb_optax.leaves import Leaf, leaves_of, listing
+from tb_optax.leaves import Leaf, leaves_of
+from tb_optax.patterns import match_paths
 
 
 class Reading(NamedTuple):
@@ -98,26 +98,14 @@ def read_leaves(
     leaves: Mapping[str, Leaf], axes: Mapping[str, MatrixAxes | None] | None = None
 ) -> dict[str, Reading]:
     """Reads every leaf of a tree, by pattern or else by rule."""
-    patterns = dict(axes or {})
-    unused = set(patterns)
+    given = match_paths("axes", axes, leaves)
     siblings: dict[tuple[str, ...], dict[str, Leaf]] = {}
     for leaf in leaves.values():
         siblings.setdefault(leaf.module, {})[leaf.name] = leaf
-    readings = {}
-    for path, leaf in leaves.items():
-        matching = [p for p in patterns if fnmatch.fnmatchcase(path, p)]
-        unused.difference_update(matching)
-        if matching:
-            readings[path] = _given(leaf, patterns[matching[0]])
-        else:
-            readings[path] = _read(leaf, siblings)
-    if unused:
-        msg = (
-            f"axes: no leaf matches {listing(sorted(unused))}; the paths are "
-            f"{listing(leaves)}."
-        )
-        raise ValueError(msg)
-    return readings
+    return {
+        path: _given(leaf, given[path]) if path in given else _read(leaf, siblings)
+        for path, leaf in leaves.items()
+    }
 
 
 def _given(leaf, axes) -> Reading:

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
 import tb_optax
@@ -41,8 +43,7 @@ def build(
         rngs: random numbers for the initial weights.
 
     Returns:
-        A module that is called as `model(images, train=...)`, images NHWC, and that
-        names its kernels in the order of execution: `model.kernel_paths()`.
+        A module that is called as `model(images, train=...)`, images NHWC.
     """
     if name not in _RESNETS:
         msg = f"model is {name!r}; allowed: {', '.join(NAMES)}"
@@ -58,14 +59,10 @@ def build(
 
 
 def layers_in_order(model: ResNet) -> tuple[tb_optax.Layer, ...]:
-    """Return the layers of a model in the order of execution.
-
-    A parameter tree is sorted by name, so the order comes from the model.
-    """
-    found = tb_optax.find_layers(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-    layers = {layer.path: layer for layer in found}
-    paths = model.kernel_paths()
-    if set(paths) != set(layers):
-        msg = f"kernel_paths() and find_layers() differ: {set(paths) ^ set(layers)}"
-        raise ValueError(msg)
-    return tuple(layers[path] for path in paths)
+    """Return the layers of a model in the order of execution."""
+    shape = (1, 8, 8, model.image_channels)
+    return tb_optax.trace_layers(
+        lambda model, images: model(images, train=False),
+        model,
+        jax.ShapeDtypeStruct(shape, jnp.float32),
+    )

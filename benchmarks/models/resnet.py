@@ -91,6 +91,7 @@ class ResNet(nnx.Module):
         num_classes: int,
         rngs: nnx.Rngs,
     ):
+        self.image_channels = image_channels
         self.conv1 = _conv(image_channels, channels[0], 3, 1, rngs)
         self.bn1 = _norm(channels[0], rngs)
         self.blocks = nnx.List([])
@@ -108,12 +109,3 @@ class ResNet(nnx.Module):
         for block in self.blocks:
             x = block(x, train=train)
         return self.linear(x.mean((1, 2)))
-
-    def kernel_paths(self) -> tuple[str, ...]:
-        """Return the paths of all kernels, in the order the forward pass runs them."""
-        paths = ["conv1/kernel"]
-        for i, block in enumerate(self.blocks):
-            paths += [f"blocks/{i}/conv1/kernel", f"blocks/{i}/conv2/kernel"]
-            if block.shortcut is not None:
-                paths.append(f"blocks/{i}/shortcut/conv1/kernel")
-        return (*paths, "linear/kernel")

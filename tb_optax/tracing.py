@@ -1,0 +1,226 @@
+"""Layers read off the forward pass: order, axes and followers."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tb_optax.assignment import layer_of_leaf
+from tb_optax.forward.association import POLICIES, followers
+from tb_optax.forward.execution import slices_in_order
+from tb_optax.forward.interpreter import Interpreter
+from tb_optax.forward.program import program_of
+from tb_optax.forward.reading import read_kernels
+from tb_optax.forward.record import Record
+from tb_optax.layers import Layer, MatrixAxes
+from tb_optax.patterns import match_paths
+
+Parts = int | Sequence[int]
+
+
+def trace_layers(
+    fn: Callable[..., Any],
+    params: Any = None,
+    *inputs: Any,
+    axes: Mapping[str, MatrixAxes | None] | None = None,
+    strict: bool = True,
+    norms: str = "after",
+    split: Mapping[str, tuple[int, Parts]] | None = None,
+) -> tuple[Layer, ...]:
+    r"""Finds the layers of a model by what its forward pass does with its parameters.
+
+    The forward pass is traced once, abstractly: nothing is computed, arrays may be
+    `jax.ShapeDtypeStruct`.  A parameter that enters a product with data is a kernel;
+    the product says which of its axes are inputs, outputs, positions of a convolution
+    or a stack.  Kernels are followed through transposes, reshapes, slices, casts,
+    loops, branches and sharding; through what scales or shifts them (weight norm,
+    spectral norm, LoRA), where the layer is still the kernel's own leaf.
+
+    | the parameter | is |
+    |---|---|
+    | in a matrix product or a convolution with data | a kernel |
+    | scanned, or batched in a product | a kernel with `stacked` axes |
+    | looked up by indices (an embedding) | no layer; one if it is a head too |
+    | added to or multiplied with a kernel's output | its follower: bias, layer scale |
+    | the scale or offset of a norm | a follower as `norms` says |
+    | what a kernel is computed from (gain, LoRA factors) | the kernel's follower |
+    | acting on the outputs of several kernels | no follower of any |
+
+    Layers come in order of execution.  A loop's stacks are listed slice by slice, as
+    they run, so that `[1:-1]` leaves out the first and the last layer and not whole
+    stacks; slices that run side by side (experts, ensembles), or in an order that
+    the program does not say, are one entry, which `layer_analysis` expands.
+
+    Norms (`L` is a layer, `N` a norm, the arrow points from a norm to its layer):
+
+        x -> L1 -> N1 -> relu -> L2 -> N2 -> ...       norms="after":  N1 => L1
+        x -> N1 -> L1 -> gelu -> L2 -> (+x) -> N2 ->   norms="before": N1 => L1
+
+    `"after"` is the published rule for convolutional networks: a norm follows the
+    newest layer that its input came through.  At the start of a scanned block and
+    behind a scan that layer is one slice, of another iteration: there it follows none.
+    `"before"` is for pre-norm blocks: a norm follows the first layer that it feeds
+    (query, of query, key and value), or the one before it where it feeds none, as in
+    post-norm.  `"none"`: norms follow no layer and keep multiplier 1.  A norm whose
+    parameters are used in several places follows none in any case.
+
+    Args:
+        fn: the forward pass, `fn(params, *inputs)`; or an nnx module, called as
+            `module(*inputs)` with its other state as constants: then its inputs come
+            next, in the place of `params`.
+        params: any pytree of arrays; an nnx module stands for its `nnx.Param` leaves.
+        *inputs: pytrees; leaves that are no arrays are static.
+        axes: fnmatch patterns on paths, each with the axes of the kernels it matches,
+            or None for leaves that are no kernels; the first match wins.
+        strict: False leaves out what is unclear, with one warning that lists it.
+        norms: "after", "before" or "none".
+        split: fnmatch patterns on paths, each with `(axis, parts)`: kernels that hold
+            several layers side by side along an output axis, as a fused qkv does;
+            `parts` is their number or their sizes.  Without it a kernel stays whole.
+
+    Returns:
+        Layers in order of execution.
+
+    Raises:
+        ValueError: if the axes of a leaf cannot be told, naming each such leaf and why:
+            output axes that are apart (`einsum("td,edf->tef")`: experts or heads?),
+            uses that disagree, a kernel that is computed beyond recognition, a
+            primitive that is not known, a leaf with two axes that is never used; or if
+            an option does not fit.
+        NotImplementedError: if this JAX names the parameters of a loop differently.
+
+    >>> import jax, jax.numpy as jnp
+    >>> def forward(params, x):
+    ...     x = jax.nn.relu(x @ params["first"] + params["bias"])
+    ...     return x @ params["second"].T
+    >>> shapes = {"first": (8, 16), "bias": (16,), "second": (4, 16)}
+    >>> params = {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()}
+    >>> x = jax.ShapeDtypeStruct((2, 8), jnp.float32)
+    >>> for layer in trace_layers(forward, params, x):
+    ...     print(layer)
+    Layer('first', MatrixAxes((0,), (1,)), follows=('bias',))
+    Layer('second', MatrixAxes((1,), (0,)))
+
+    References:
+        Zhou et al, `Temperature Balancing, Layer-wise Weight Analysis, and Neural
+        Network Training <https://arxiv.org/abs/2312.00359>`_, 2023
+    """
+    _check(norms)
+    program = program_of(fn, params, inputs)
+    arrays = {path: leaf for path, leaf in program.leaves.items() if leaf.is_array}
+    shapes = {path: leaf.shape for path, leaf in arrays.items()}
+    given = match_paths("axes", axes, arrays)
+    parts = match_paths("split", split, arrays)
+    _check_ranks(given, shapes)
+    record = Record(shapes, given)
+    Interpreter(record).run(program.jaxpr, program.values)
+    kernels = read_kernels(record)
+    _check_uses(given, kernels.axes)
+    if kernels.unclear:
+        _complain(kernels.unclear, shapes, strict)
+    follows: dict[str, list[str]] = {}
+    for path, kernel in followers(record, POLICIES[norms]).items():
+        if kernel in kernels.axes and path not in kernels.axes:
+            follows.setdefault(kernel, []).append(path)
+    layers = []
+    for path, index in slices_in_order(record, kernels.axes):
+        layer = Layer(path, kernels.axes[path], index=index)
+        for piece in _pieces(layer, shapes[path], parts.get(path)):
+            fitting = [f for f in follows.get(path, ()) if _fits(piece, f, shapes)]
+            layers.append(dataclasses.replace(piece, follows=tuple(fitting)))
+    return tuple(layers)
+
+
+def _check(norms: str) -> None:
+    if norms not in POLICIES:
+        allowed = ", ".join(map(repr, POLICIES))
+        msg = f"norms must be one of {allowed}, got norms = {norms!r}."
+        raise ValueError(msg)
+
+
+def _check_ranks(
+    given: Mapping[str, MatrixAxes | None], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    for path, axes in given.items():
+        if axes is not None and axes.rank != len(shapes[path]):
+            msg = (
+                f"axes: {axes} is for kernels of rank {axes.rank}, {path!r} has "
+                f"shape {shapes[path]}."
+            )
+            raise ValueError(msg)
+
+
+def _check_uses(
+    given: Mapping[str, MatrixAxes | None], found: Mapping[str, MatrixAxes]
+) -> None:
+    for path, axes in given.items():
+        if axes is not None and path not in found:
+            msg = (
+                f"axes: the forward pass multiplies no data with {path!r}, which "
+                f"therefore has no place among the layers; give None for it."
+            )
+            raise ValueError(msg)
+
+
+def _complain(
+    unclear: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], strict: bool
+) -> None:
+    """Raises for the leaves whose axes cannot be told, or warns and goes on."""
+    listed = "\n".join(
+        f"  {path!r} of shape {shapes[path]}: {reason}"
+        for path, reason in unclear.items()
+    )
+    first = next(iter(unclear))
+    remedy = (
+        f"Pass axes={{{first!r}: MatrixAxes(reduction=..., output=..., pooled=..., "
+        f"stacked=...)}}, or None for a leaf that is no kernel; patterns such as "
+        f"'*/kernel' settle many at once."
+    )
+    what = f"trace_layers cannot tell how to read {len(unclear)} leaves"
+    if strict:
+        msg = f"{what}:\n{listed}\n{remedy}"
+        raise ValueError(msg)
+    warnings.warn(f"{what} and leaves them out:\n{listed}\n{remedy}", stacklevel=3)
+
+
+def _pieces(
+    layer: Layer, shape: tuple[int, ...], split: tuple[int, Parts] | None
+) -> list[Layer]:
+    """A layer cut along an output axis, or whole."""
+    if split is None:
+        return [layer]
+    axis, parts = split
+    if axis not in layer.axes.output:
+        msg = (
+            f"split: {layer.path!r} has the output axes {layer.axes.output}, got axis "
+            f"{axis}."
+        )
+        raise ValueError(msg)
+    size = shape[axis]
+    if isinstance(parts, int):
+        sizes = [size // parts] * parts if parts > 0 else []
+    else:
+        sizes = list(parts)
+    if sum(sizes) != size or any(part < 1 for part in sizes):
+        msg = (
+            f"split: axis {axis} of {layer.path!r} has {size} outputs, which do not "
+            f"fall into {parts} parts; give a divisor, or sizes that add up."
+        )
+        raise ValueError(msg)
+    pieces, start = [], 0
+    for part in sizes:
+        pieces.append(dataclasses.replace(layer, part=(axis, start, start + part)))
+        start += part
+    return pieces
+
+
+def _fits(layer: Layer, path: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a leaf can be cut as the layer is: into the same slices and parts."""
+    index = layer.index or (0,) * len(layer.axes.stacked)
+    try:
+        layer_of_leaf(
+            [dataclasses.replace(layer, index=index, follows=(path,))], shapes
+        )
+    except ValueError:
+        return False
+    return True
