@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 def rescale(
-    matrices: Float[Array, "batch rows columns"], *, after: Float[Array, ""]
+    matrices: Float[Array, "batch rows columns"],
 ) -> tuple[
     Float[Array, "batch rows columns"], Int[Array, " batch"], Bool[Array, " batch"]
 ]:
@@ -19,14 +19,12 @@ def rescale(
 
     Args:
         matrices: the matrices.
-        after: a number below infinity, to be known before the result. It orders the
-            chunks: what is done one by one needs the memory of one.
 
     Returns:
         The matrices with their largest magnitude in [1/2, 4), zero where they are
         zero or not finite; the exponents of the powers; whether each is finite.
 
-    >>> rescaled, exponent, _ = rescale(jnp.full((1, 1, 2), 3e-20), after=jnp.zeros(()))
+    >>> rescaled, exponent, _ = rescale(jnp.full((1, 1, 2), 3e-20))
     >>> print(rescaled.round(4), exponent)
     [[[0.5534 0.5534]]] [-64]
     """
@@ -51,7 +49,6 @@ def rescale(
     _, exponent = jnp.frexp(jnp.where(low, lifted(top), largest))
     exponent = jnp.clip(exponent, info.minexp + 2, info.maxexp - 2)
     factor = jnp.ldexp(jnp.ones_like(largest), -exponent)
-    factor = jnp.where(after == jnp.inf, 0, factor)
     exponent = exponent - jnp.where(low, lift, 0)
     exponent = jnp.where(top == 0, info.minexp - lift, exponent)
 

@@ -28,7 +28,7 @@ from tb_optax.scale import rescale
 # Bytes of the matrices that are reduced in one go.
 CHUNK_BYTES = 64 * 2**20
 
-# Gram matrices from this size on are computed by blocks.
+# Of Gram matrices from this size on, a quarter is left out.
 _LARGE = 256
 
 # A few vectors per matrix of a bucket.
@@ -109,8 +109,8 @@ def compute_spectra(
 
     Matrices of n x m are reduced CHUNK_BYTES / (n·m·itemsize) at a time, at least one.
     On CPU, where they pass through the reduction one by one, the peak of temporary
-    memory is about CHUNK_BYTES and two of the matrices with their Gram matrices;
-    elsewhere about (2 + 2 min(n, m) / max(n, m)) times CHUNK_BYTES.
+    memory is about CHUNK_BYTES and 3·(n·m + min(n, m)²)·itemsize; elsewhere about
+    (2 + 2 min(n, m) / max(n, m)) times CHUNK_BYTES.
 
     Args:
         stacks: kernels as matrices, (layers, pooled, rows, columns) each, of any
@@ -168,20 +168,22 @@ def compute_spectra(
 
 def _decompose(buckets: list[Bucket], route: Route):
     """Ascending ln λ, exponents and finiteness of all matrices, bucket by bucket."""
+
+    def reduce(matrices):
+        with jax.named_scope("rescale"):
+            matrices, *scale = rescale(matrices)
+        with jax.named_scope("reduce"):
+            return *route.reduce(matrices), *scale
+
     reduced, exponents, finite = [], [], []
     previous = jnp.zeros(())
     for bucket in buckets:
         chunks = []
         for chunk in _chunks(bucket):
-
-            def reduce(matrices, previous=previous):
-                with jax.named_scope("rescale"):
-                    matrices, *scale = rescale(matrices, after=previous)
-                with jax.named_scope("reduce"):
-                    return *route.reduce(matrices), *scale
-
-            parts = [bucket[i][part] for i, part in chunk]
-            chunks.append(by_matrix(reduce, jnp.concatenate(parts)))
+            stack = jnp.concatenate([bucket[i][part] for i, part in chunk])
+            # Never so, but not before the chunk before is done: they share memory.
+            stack = jnp.where(previous == jnp.inf, 0, stack)
+            chunks.append(by_matrix(reduce, stack))
             previous = chunks[-1][0][0, 0]
         *vectors, unit, is_finite = map(jnp.concatenate, zip(*chunks, strict=True))
         reduced.append(tuple(vectors))
@@ -237,22 +239,25 @@ def _chunks(bucket: Bucket) -> list[list[tuple[int, slice]]]:
 
 def _reduce_gram(matrices: Float[Array, "_ _ _"]) -> Vectors:
     """Tridiagonal forms of WᵀW or WWᵀ: half the work of singular values."""
-    tall = matrices.shape[1] > matrices.shape[2]
-    return tridiagonal_form(_gram(matrices.swapaxes(1, 2) if tall else matrices))
+    return tridiagonal_form(_gram(matrices))
 
 
-def _gram(w: Float[Array, "batch n m"]) -> Float[Array, "batch n n"]:
-    """WWᵀ; of a large one only what is needed, the blocks below the diagonal."""
+def _gram(w: Float[Array, "batch rows columns"]) -> Float[Array, "batch n n"]:
+    """WᵀW or WWᵀ; of a large one without the block above the diagonal."""
+    side = 1 if w.shape[1] <= w.shape[2] else 2
     product = functools.partial(
-        jnp.einsum, "bik,bjk->bij", precision=jax.lax.Precision.HIGHEST
+        jnp.einsum,
+        "bik,bjk->bij" if side == 1 else "bki,bkj->bij",
+        precision=jax.lax.Precision.HIGHEST,
     )
-    half = w.shape[1] // 2
-    if w.shape[1] < _LARGE:
+    if w.shape[side] < _LARGE:
         return product(w, w)
-    first, second = w[:, :half], w[:, half:]
+    first, second = jnp.split(w, [w.shape[side] // 2], axis=side)
     beside = product(second, first)
     above = jnp.zeros_like(beside).swapaxes(1, 2)
-    return jnp.block([[_gram(first), above], [beside, _gram(second)]])
+    return jnp.block(
+        [[product(first, first), above], [beside, product(second, second)]]
+    )
 
 
 def _finish_gram(buckets: list[Vectors]) -> list[Float[Array, "_ _"]]:
