@@ -114,7 +114,7 @@ class _Shape(NamedTuple):
     width: float
     image_channels: int
 
-    def build(self, key: Array) -> models.ResNet:
+    def build(self, key: Array) -> models.Model:
         return models.build(**self._asdict(), rngs=nnx.Rngs(key))
 
 
