@@ -37,11 +37,14 @@ def lookahead(
     Returns:
         A transform whose `update` needs `params`; nothing may follow it in a chain.
 
+    Raises:
+        ValueError: in `update`, if params is None.
+
     References:
         Zhang et al, `Lookahead Optimizer: k steps forward, 1 step back
         <https://arxiv.org/abs/1907.08610>`_, 2019
     """
-    pairwise = optax.lookahead(optimizer, period, step_size)
+    pairwise: Any = optax.lookahead(optimizer, period, step_size)
 
     def init_fn(params: optax.Params) -> LookaheadState:
         slow = jax.tree.map(jnp.copy, params)  # Distinct arrays can both be donated.
@@ -50,6 +53,9 @@ def lookahead(
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, LookaheadState]:
+        if params is None:
+            msg = "update needs the parameters: update(updates, state, params)."
+            raise ValueError(msg)
         pair = optax.LookaheadParams(params, state.slow)
         moves, fast = pairwise.update(updates, state.fast, pair)
         slow = optax.apply_updates(state.slow, moves.slow)

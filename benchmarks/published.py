@@ -1,9 +1,9 @@
 """The numbers of each arm, as published where they are.
 
-Table 1 of the reference's experiments, 200 epochs of batches of 128, gives learning
-rates and coefficients by data set and network; what it leaves out is taken from
-CIFAR-10 with ResNet-18, or from CIFAR-100 for the other optimizers.  Where an arm
-departs from the published runs:
+The published configurations, for 200 epochs of batches of 128, give learning rates
+and coefficients by data set and network.  What they leave out is taken from CIFAR-10
+with ResNet-18, and for the other optimizers from CIFAR-100.  Where an arm departs from
+the published runs:
 
 - SNR on SVHN has the learning rate of CAL; TB + SNR has that of TempBalance.  The
   published SNR term did nothing beside weight decay until it was mended in 2025; here

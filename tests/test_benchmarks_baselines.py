@@ -1,6 +1,7 @@
 """SNR, SGDP and Lookahead against steps in NumPy; each arm's chain and numbers."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +30,12 @@ def normal(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape)
 
 
-def as_float32(tree):
+def as_float32(tree) -> Any:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
+
+
+def first_updates(transform, gradients, params) -> Any:
+    return transform.update(gradients, transform.init(params), params)[0]
 
 
 def test_power_iteration_is_that_of_numpy():
@@ -39,7 +44,7 @@ def test_power_iteration_is_that_of_numpy():
     for _ in range(5):
         v = matrix.T @ u / np.linalg.norm(matrix.T @ u)
         u = matrix @ v / np.linalg.norm(matrix @ v)
-    ours = power_iteration(*as_float32((matrix, start)), 5)
+    ours = power_iteration(as_float32(matrix), as_float32(start), 5)
     for one, other in zip(ours, (u @ matrix @ v, u, v), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
@@ -56,9 +61,8 @@ def test_snr_adds_the_gradient_of_the_squared_spectral_norm():
     kernel = (left * [4, 1, 0.5, 0.2, 0.1]) @ right
     params = {"conv": kernel.reshape(3, 3, 2, 5), "bias": normal(5, seed=2)}
     gradients = {"conv": normal(3, 3, 2, 5, seed=3), "bias": normal(5, seed=4)}
-    transform = add_spectral_norm_gradient(0.1)
-    updates, _ = transform.update(
-        as_float32(gradients), transform.init(params), as_float32(params)
+    updates = first_updates(
+        add_spectral_norm_gradient(0.1), as_float32(gradients), as_float32(params)
     )
     term = 0.1 * 4 * np.outer(left[:, 0], right[0]).reshape(3, 3, 2, 5)
     np.testing.assert_allclose(updates["conv"], gradients["conv"] + term, atol=1e-5)
@@ -102,7 +106,7 @@ def test_sgdp_is_that_of_numpy_in_every_view():
     # Along the weights of one channel, against those of another: orthogonal as a whole.
     norms = (weight**2).sum((0, 1, 2))
     whole = by_row + weight * (np.array([1, -1, 0, 0, 0, 0]) / norms)
-    transform = scale_by_sgdp(0.9, 0.01)
+    transform: Any = scale_by_sgdp(0.9, 0.01)
     state = transform.init(as_float32(weight))
     buffer, views = np.zeros_like(weight), []
     for gradient in (free + weight, by_row, whole):
@@ -117,7 +121,7 @@ def test_sgdp_is_that_of_numpy_in_every_view():
 
 def test_sgdp_of_a_vector_is_momentum_with_decay():
     weight, gradient = normal(5), normal(5, seed=1)
-    transform = scale_by_sgdp(0.9, 0.01)
+    transform: Any = scale_by_sgdp(0.9, 0.01)
     state = transform.init(as_float32(weight))
     for momentum in (1, 1.9):
         updates, state = transform.update(
@@ -129,7 +133,7 @@ def test_sgdp_of_a_vector_is_momentum_with_decay():
 
 def test_lookahead_pulls_the_weights_back_at_the_end_of_a_period():
     start = fast = slow = normal(4)
-    transform = lookahead(optax.sgd(0.5), period=2, step_size=0.8)
+    transform: Any = lookahead(optax.sgd(0.5), period=2, step_size=0.8)
     params = as_float32(start)
     state = transform.init(params)
     for count in range(1, 5):
@@ -145,7 +149,12 @@ def test_lookahead_pulls_the_weights_back_at_the_end_of_a_period():
 
 
 @pytest.mark.parametrize(
-    "transform", [add_spectral_norm_gradient(0.1), scale_by_sgdp()]
+    "transform",
+    [
+        add_spectral_norm_gradient(0.1),
+        scale_by_sgdp(),
+        lookahead(optax.sgd(0.1), period=2, step_size=0.5),
+    ],
 )
 def test_parameters_are_asked_for(transform):
     params = jnp.ones((2, 2))
@@ -230,7 +239,7 @@ def test_the_shuffled_control_permutes_the_multipliers(two_steps):
 
 
 def test_only_tuned_layers_are_shuffled():
-    def analyze(params):
+    def analyze(params) -> Any:
         del params
         return Table(tuple("abcdef"), multipliers, tuned)
 

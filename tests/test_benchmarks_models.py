@@ -67,6 +67,7 @@ def test_torch_initialisation_is_uniform_within_the_root_of_the_fan_in():
         (parts.head(256, 512, init=TORCH, rngs=rngs), 256),
     ):
         for leaf in (module.kernel, module.bias):
+            assert leaf is not None
             values = np.asarray(leaf.get_value(), np.float64) * np.sqrt(fan_in)
             assert np.abs(values).max() <= 1 + 1e-6
             # Relative standard deviation of the mean square of n uniform numbers:
@@ -80,6 +81,7 @@ def test_build_passes_the_initialisation_on():
         model = models.build(
             "resnet8", num_classes=10, width=0.1, init=init, rngs=nnx.Rngs(0)
         )
+        assert model.linear.bias is not None
         return model.linear.bias.get_value()
 
     flax, torch = jax.jit(lambda: (bias("flax"), bias("torch")))()
