@@ -33,6 +33,7 @@ _LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "learning_rate": ("a finite number above 0", _positive),
     "weight_decay": ("a finite number, at least 0", _not_negative),
     "momentum": ("at least 0, below 1", lambda m: 0 <= m < 1),
+    "snr": ("a finite number, at least 0", _not_negative),
     "low": ("a finite number, at least 0", _not_negative),
     "high": ("a finite number, at least 0", _not_negative),
     "interval": ("at least 1, at most 1000000", _countable),
@@ -54,11 +55,14 @@ class Config:
         epochs: passes over the training rows.
         batch_size: rows of a step; what is left of an epoch behind the last whole
             batch is dropped, other rows in every epoch.
-        learning_rate: rate of the first epoch; a cosine takes it to 0, by epochs.
+        learning_rate: rate of the first epoch, of all arms; a cosine takes it to 0,
+            by epochs.  Here and below, None is the number in `benchmarks.published`.
         weight_decay: added to the gradient, of all parameters, as lambda * w.
         momentum: of SGD, without Nesterov's correction.
+        snr: coefficient of spectral norm regularisation.
         low: smallest multiplier of TempBalance.
         high: largest multiplier of TempBalance.
+        init: whose default initialisation the weights have, "flax" or "torch".
         interval: epochs from one analysis of the weights to the next.
         arms: names in `benchmarks.arms`, trained one after the other.
         seed: of the initial weights, the order of the rows and their augmentation.
@@ -68,14 +72,16 @@ class Config:
     model: str
     epochs: int
     batch_size: int
-    learning_rate: float
+    learning_rate: float | None = None
     data_dir: str | None = None
     subset: int | None = None
     width: float = 1.0
     weight_decay: float = 5e-4
     momentum: float = 0.9
-    low: float = 0.5
-    high: float = 1.5
+    snr: float | None = None
+    low: float | None = None
+    high: float | None = None
+    init: str = "flax"
     interval: int = 1
     arms: tuple[str, ...] = ("cal", "tb")
     seed: int = 43
@@ -94,7 +100,6 @@ DIGITS = Config(
     model="resnet14",
     epochs=20,
     batch_size=64,
-    learning_rate=0.1,
 )
 
 CIFAR10 = Config(
@@ -104,7 +109,6 @@ CIFAR10 = Config(
     model="resnet18",
     epochs=200,
     batch_size=128,
-    learning_rate=0.1,
 )
 
 RECIPES = {recipe.dataset: recipe for recipe in (DIGITS, CIFAR10)}
@@ -142,11 +146,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    from benchmarks import arms, models  # Heavy imports, not for the import of Config.
+    # Heavy imports, not for the import of Config.
+    from benchmarks import arms, models
+    from benchmarks.models.initialisation import INITIALISATIONS
 
     parser = _Parser(
         prog="python -m benchmarks.train",
-        description="Train the same network plainly and with TempBalance.",
+        description="Train the same network plainly, with TempBalance, or otherwise.",
         epilog="Numbers that are not given come from the recipe of the data set.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -159,11 +165,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--width", type=float, help="factor on its channels")
     add("--epochs", type=int, help="passes over the training rows")
     add("--batch-size", type=int, help="rows of a step")
-    add("--learning-rate", type=float, help="rate of the first epoch")
+    add("--learning-rate", type=float, help="rate of the first epoch, of all arms")
     add("--weight-decay", type=float, help="L2 coefficient, of all parameters")
     add("--momentum", type=float, help="momentum of SGD")
+    add("--snr", type=float, help="coefficient of spectral norm regularisation")
     add("--low", type=float, help="smallest multiplier")
     add("--high", type=float, help="largest multiplier")
+    add("--init", choices=tuple(INITIALISATIONS), help="initial weights as in these")
     add("--interval", type=int, help="epochs from one analysis to the next")
     add("--arms", nargs="+", choices=tuple(arms.ARMS), help="what to compare")
     add("--seed", type=int, help="seed of weights, row order and augmentation")

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 import tb_optax
 from benchmarks import records
-from benchmarks.arms import ARMS, cosine_by_epochs
+from benchmarks.arms import ARMS
 from benchmarks.checkpoints import newest, open_checkpoints
 from benchmarks.configs import Config
 from benchmarks.data import Dataset
@@ -55,7 +55,7 @@ def run_arm(
     """Train an arm from its newest checkpoint on; raise `Preempted` between epochs."""
     arm = ARMS[name]
     program = make_program(config, arm, data)
-    rate = cosine_by_epochs(config, 1)
+    rate = arm.schedule(config, 1)
     done = newest(directory.checkpoints / name)
     with open_checkpoints(directory.checkpoints / name) as checkpoints:
         state = checkpoints.restore(program.abstract) if done else program.start()

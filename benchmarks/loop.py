@@ -14,8 +14,9 @@ from jax import Array
 
 import tb_optax
 from benchmarks import models
-from benchmarks.arms import Analyze, Arm
+from benchmarks.arms import Arm
 from benchmarks.configs import Config
+from benchmarks.controls import Analyze
 from benchmarks.data import Dataset
 from benchmarks.data.augment import Preparation
 
@@ -73,14 +74,16 @@ def make_program(config: Config, arm: Arm, data: Dataset) -> Program:
     """Put together the functions of an arm; nothing is computed yet."""
     init_key, order_key = jax.random.split(jax.random.key(config.seed))
     shape = _Shape(
-        config.model, data.num_classes, config.width, data.train_images.shape[-1]
+        config.model,
+        data.num_classes,
+        config.width,
+        data.train_images.shape[-1],
+        config.init,
     )
     model = nnx.eval_shape(lambda: shape.build(init_key))
     graph = nnx.graphdef(model)
     layers = models.layers_in_order(model)[1:-1]  # Published: not the first, the last.
-    analyze = tb_optax.layer_analysis(
-        layers, assign=tb_optax.linear(config.low, config.high)
-    )
+    analyze = arm.analysis(config, layers)
     steps = len(data.train_images) // config.batch_size
     optimizer = arm.build(config, analyze, steps)
 
@@ -113,8 +116,9 @@ class _Shape(NamedTuple):
     num_classes: int
     width: float
     image_channels: int
+    init: str
 
-    def build(self, key: Array) -> models.ResNet:
+    def build(self, key: Array) -> models.Model:
         return models.build(**self._asdict(), rngs=nnx.Rngs(key))
 
 

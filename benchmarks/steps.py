@@ -37,7 +37,7 @@ class Task:
     side: int
     dtype: str
 
-    def build(self) -> models.ResNet:
+    def build(self) -> models.Model:
         """Build the model."""
         return models.build(
             self.model, num_classes=CLASSES, width=self.width, rngs=nnx.Rngs(0)

@@ -1,6 +1,8 @@
 """The models of the benchmarks, their convolution and the steps that train them."""
 
 import dataclasses
+import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,9 @@ nnx = pytest.importorskip("flax.nnx")
 
 from benchmarks import arms, configs, data, loop, models  # noqa: E402
 from benchmarks.data.augment import Preparation  # noqa: E402
+from benchmarks.models import parts  # noqa: E402
 from benchmarks.models.convolution import NHWC, convolution  # noqa: E402
+from benchmarks.models.initialisation import TORCH  # noqa: E402
 
 
 def parameter_count(name, num_classes, width=1.0):
@@ -24,8 +28,82 @@ def parameter_count(name, num_classes, width=1.0):
     return sum(leaf.size for leaf in leaves)
 
 
-def test_resnet18_has_the_published_number_of_parameters():
-    assert parameter_count("resnet18", 100) == 11_220_132
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("resnet18", 11_220_132),
+        ("resnet34", 21_328_292),
+        ("vgg16", 14_774_436),
+        ("wrn16_8", 11_012_036),
+        ("wrn28_6", 13_185_508),
+    ],
+)
+def test_models_have_the_published_number_of_parameters(name, count):
+    assert parameter_count(name, 100) == count
+
+
+@pytest.mark.parametrize("width", [0.5, 1.0, 1.5])
+def test_vgg19_has_the_parameters_of_sixteen_convolutions(width):
+    sizes = [3, *[64] * 2, *[128] * 2, *[256] * 4, *[512] * 8]
+    sizes = [3, *(round(width * size) for size in sizes[1:])]
+    # Each convolution has a bias and a norm.
+    count = sum(9 * a * b + 3 * b for a, b in itertools.pairwise(sizes))
+    assert parameter_count("vgg19", 100, width) == count + (sizes[-1] + 1) * 100
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34"])
+def test_resnets_take_64_pixels(name):
+    def run(images):
+        model = models.build(name, num_classes=200, width=0.125, rngs=nnx.Rngs(0))
+        return model(images, train=True)
+
+    assert jax.eval_shape(run, jnp.ones((2, 64, 64, 3))).shape == (2, 200)
+
+
+def test_torch_initialisation_is_uniform_within_the_root_of_the_fan_in():
+    rngs = nnx.Rngs(0)
+    for module, fan_in in (
+        (parts.conv(64, 512, 3, bias=True, init=TORCH, rngs=rngs), 9 * 64),
+        (parts.head(256, 512, init=TORCH, rngs=rngs), 256),
+    ):
+        for leaf in (module.kernel, module.bias):
+            assert leaf is not None
+            values = np.asarray(leaf.get_value(), np.float64) * np.sqrt(fan_in)
+            assert np.abs(values).max() <= 1 + 1e-6
+            # Relative standard deviation of the mean square of n uniform numbers:
+            # sqrt((1/5 - 1/9) / n) / (1/3); of their mean: sqrt(1 / (3 n)).
+            assert abs(3 * np.mean(values**2) - 1) < 5 * np.sqrt(0.8 / values.size)
+            assert abs(values.mean()) < 5 / np.sqrt(3 * values.size)
+
+
+def test_build_passes_the_initialisation_on():
+    def bias(init):
+        model = models.build(
+            "resnet8", num_classes=10, width=0.1, init=init, rngs=nnx.Rngs(0)
+        )
+        assert model.linear.bias is not None
+        return model.linear.bias.get_value()
+
+    flax, torch = jax.jit(lambda: (bias("flax"), bias("torch")))()
+    assert not np.any(flax)
+    assert np.all(np.abs(torch) <= 6**-0.5)
+    assert np.any(torch)
+
+
+def test_norms_have_the_momentum_and_epsilon_of_pytorch():
+    for name in ("resnet18", "vgg16", "wrn16_8"):
+        build = functools.partial(models.build, name, num_classes=10)
+        model = nnx.eval_shape(lambda build=build: build(rngs=nnx.Rngs(0)))
+        norms = {
+            "/".join(map(str, path)): module
+            for path, module in nnx.iter_modules(model)
+            if isinstance(module, nnx.BatchNorm)
+        }
+        assert {norm.epsilon for norm in norms.values()} == {1e-5}
+        # Published: the last norm of a wide network has PyTorch's momentum 0.9.
+        wide = {"bn1": 0.1} if name == "wrn16_8" else {}
+        momenta = {path: norm.momentum for path, norm in norms.items()}
+        assert momenta == dict.fromkeys(norms, 0.9) | wide
 
 
 def test_width_scales_every_layer():
@@ -43,15 +121,17 @@ def test_width_scales_every_layer():
 def test_unknown_model_is_named_with_those_there_are():
     with pytest.raises(ValueError, match="'resnet1'; allowed: resnet8, resnet14"):
         models.build("resnet1", num_classes=10, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="'keras'; allowed: flax, torch"):
+        models.build("resnet8", num_classes=10, init="keras", rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize("name", models.NAMES)
 def test_layers_are_in_execution_order_and_norms_follow(name):
     calls = []
 
-    def record(function, path):
+    def record(function, path, module):
         def recorded(*args, **kwargs):
-            calls.append(path)
+            calls.append((path, module))
             return function(*args, **kwargs)
 
         return recorded
@@ -60,18 +140,22 @@ def test_layers_are_in_execution_order_and_norms_follow(name):
         model = models.build(name, num_classes=10, rngs=nnx.Rngs(0))
         layers.extend(models.layers_in_order(model))
         for path, module in nnx.iter_modules(model):
-            if isinstance(module, nnx.Conv | nnx.Linear):
-                path = "/".join(map(str, (*path, "kernel")))
-                module.promote_dtype = record(module.promote_dtype, path)
+            if isinstance(module, nnx.Conv | nnx.Linear | nnx.BatchNorm):
+                path = "/".join(map(str, path))
+                module.promote_dtype = record(module.promote_dtype, path, module)
         return model(images, train=False)
 
     layers = []
     jax.eval_shape(run, jnp.ones((2, 8, 8, 3)))
-    assert [layer.path for layer in layers] == calls
-    for layer in layers[:-1]:
-        norm = layer.path.replace("conv", "bn").removesuffix("/kernel")
-        assert set(layer.follows) == {f"{norm}/scale", f"{norm}/bias"}
-    assert layers[-1].follows == ("linear/bias",)
+    expected = {}
+    for path, module in calls:
+        if isinstance(module, nnx.BatchNorm):
+            expected[next(reversed(expected))] |= {f"{path}/scale", f"{path}/bias"}
+        else:
+            biases = set() if module.bias is None else {f"{path}/bias"}
+            expected[f"{path}/kernel"] = biases
+    assert [layer.path for layer in layers] == list(expected)
+    assert {layer.path: set(layer.follows) for layer in layers} == expected
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -98,14 +182,22 @@ def test_convolution_and_its_gradients_are_those_of_jax(size, padding, stride, s
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", models.NAMES)
-def test_two_steps_of_every_model_have_a_finite_loss(name):
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [
+        ("resnet8", 0.5),
+        ("resnet14", 0.5),
+        ("resnet18", 0.125),
+        ("vgg16", 0.0625),
+        ("wrn16_8", 0.0625),
+    ],
+)
+def test_two_steps_of_every_model_have_a_finite_loss(name, width):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (8, 8, 8, 3), np.uint8)
     labels = rng.integers(0, 10, 8, np.int32)
     preparation = Preparation.of(images, pad=1, flip=True)
     dataset = data.Dataset(images, labels, images, labels, 10, preparation)
-    width = 0.125 if name == "resnet18" else 0.5
     config = dataclasses.replace(
         configs.DIGITS, model=name, width=width, epochs=2, batch_size=4
     )

@@ -65,7 +65,9 @@ def test_arms_differ_only_in_the_multipliers(finished):
     )
     config = configs.parse(TINY).config
     dataset = data.load(config)
-    programs = [loop.make_program(config, arms.ARMS[arm], dataset) for arm in arms.ARMS]
+    programs = [
+        loop.make_program(config, arms.ARMS[arm], dataset) for arm in config.arms
+    ]
     starts = [jax.device_get(program.start().params) for program in programs]
     jax.tree.map(np.testing.assert_array_equal, *starts)
 
@@ -132,6 +134,8 @@ def fails(capsys, arguments, *words):
         ("--learning-rate nan", "--learning-rate nan finite"),
         ("--momentum 1", "--momentum 1.0 below"),
         ("--low -1", "--low -1.0 least"),
+        ("--snr -1", "--snr -1.0 least"),
+        ("--init keras", "--init 'keras' flax torch"),
         ("--high inf", "--high inf finite"),
         ("--interval 0", "--interval 0 least"),
         ("--seed -1", "--seed -1 4294967295"),

@@ -1,28 +1,44 @@
 """Models by name, and their layers in the order of the forward pass."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 import tb_optax
+from benchmarks.models.initialisation import INITIALISATIONS
 from benchmarks.models.resnet import ResNet
+from benchmarks.models.vgg import VGG
+from benchmarks.models.wide_resnet import WideResNet
+
+Model: TypeAlias = ResNet | VGG | WideResNet
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
+    model: Callable[..., Model]
     channels: tuple[int, ...]
     blocks: tuple[int, ...]
 
 
-_RESNETS = {
-    "resnet8": _Plan(channels=(16, 32, 64), blocks=(1, 1, 1)),
-    "resnet14": _Plan(channels=(16, 32, 64), blocks=(2, 2, 2)),
-    "resnet18": _Plan(channels=(64, 128, 256, 512), blocks=(2, 2, 2, 2)),
+_SMALL = (16, 32, 64)
+_LARGE = (64, 128, 256, 512)
+
+_PLANS = {
+    "resnet8": _Plan(ResNet, _SMALL, (1, 1, 1)),
+    "resnet14": _Plan(ResNet, _SMALL, (2, 2, 2)),
+    "resnet18": _Plan(ResNet, _LARGE, (2, 2, 2, 2)),
+    "resnet34": _Plan(ResNet, _LARGE, (3, 4, 6, 3)),
+    "vgg16": _Plan(VGG, (*_LARGE, 512), (2, 2, 3, 3, 3)),
+    "vgg19": _Plan(VGG, (*_LARGE, 512), (2, 2, 4, 4, 4)),
+    "wrn16_8": _Plan(WideResNet, (16, 128, 256, 512), (2, 2, 2)),
+    "wrn28_6": _Plan(WideResNet, (16, 96, 192, 384), (4, 4, 4)),
 }
 
-NAMES = tuple(_RESNETS)
+NAMES = tuple(_PLANS)
 
 
 def build(
@@ -31,8 +47,9 @@ def build(
     num_classes: int,
     width: float = 1.0,
     image_channels: int = 3,
+    init: str = "flax",
     rngs: nnx.Rngs,
-) -> ResNet:
+) -> Model:
     """Build a model.
 
     Args:
@@ -40,25 +57,30 @@ def build(
         num_classes: number of logits.
         width: factor on the channels of every layer.
         image_channels: 3 for colour, 1 for grey images.
+        init: "flax" or "torch", whose default initialisation the weights have; the
+            published experiments have PyTorch's.
         rngs: random numbers for the initial weights.
 
     Returns:
         A module that is called as `model(images, train=...)`, images NHWC.
+
+    Raises:
+        ValueError: if there is no such model or initialisation.
     """
-    if name not in _RESNETS:
-        msg = f"model is {name!r}; allowed: {', '.join(NAMES)}"
-        raise ValueError(msg)
-    plan = _RESNETS[name]
-    return ResNet(
+    _check("model", name, NAMES)
+    _check("init", init, tuple(INITIALISATIONS))
+    plan = _PLANS[name]
+    return plan.model(
         [max(1, round(width * channels)) for channels in plan.channels],
         plan.blocks,
         image_channels=image_channels,
         num_classes=num_classes,
+        init=INITIALISATIONS[init],
         rngs=rngs,
     )
 
 
-def layers_in_order(model: ResNet) -> tuple[tb_optax.Layer, ...]:
+def layers_in_order(model: Model) -> tuple[tb_optax.Layer, ...]:
     """Return the layers of a model in the order of execution."""
     shape = (1, 8, 8, model.image_channels)
     return tb_optax.trace_layers(
@@ -66,3 +88,9 @@ def layers_in_order(model: ResNet) -> tuple[tb_optax.Layer, ...]:
         model,
         jax.ShapeDtypeStruct(shape, jnp.float32),
     )
+
+
+def _check(what: str, name: str, allowed: tuple[str, ...]) -> None:
+    if name not in allowed:
+        msg = f"{what} is {name!r}; allowed: {', '.join(allowed)}"
+        raise ValueError(msg)

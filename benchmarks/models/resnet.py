@@ -2,7 +2,8 @@
 
 A 3x3 stem without pooling, stages of basic blocks, global average pooling and one
 linear head.  Convolutions have no biases; where a block changes its shape, the
-shortcut is a 1x1 convolution with a BatchNorm.  Inputs are NHWC.
+shortcut is a 1x1 convolution with a BatchNorm.  Inputs are NHWC, of any resolution:
+the published networks for 64 x 64 pixels are those for 32 x 32.
 
 References:
     He et al, `Deep Residual Learning for Image Recognition
@@ -14,35 +15,24 @@ from collections.abc import Sequence
 from flax import nnx
 from jax import Array
 
-from benchmarks.models.convolution import convolution
-
-
-def _conv(
-    inputs: int, outputs: int, size: int, stride: int, rngs: nnx.Rngs
-) -> nnx.Conv:
-    return nnx.Conv(
-        inputs,
-        outputs,
-        (size, size),
-        strides=stride,
-        padding=size // 2,
-        use_bias=False,
-        conv_general_dilated=convolution,
-        rngs=rngs,
-    )
-
-
-def _norm(channels: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
-    # PyTorch counts momentum from the other end: its 0.1 is 0.9 here.
-    return nnx.BatchNorm(channels, momentum=0.9, epsilon=1e-5, rngs=rngs)
+from benchmarks.models.initialisation import FLAX, Initialisation
+from benchmarks.models.parts import conv, head, norm
 
 
 class Shortcut(nnx.Module):
     """The 1x1 convolution around a block that changes the shape."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, *, rngs: nnx.Rngs):
-        self.conv1 = _conv(inputs, outputs, 1, stride, rngs)
-        self.bn1 = _norm(outputs, rngs)
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        stride: int,
+        *,
+        init: Initialisation,
+        rngs: nnx.Rngs,
+    ):
+        self.conv1 = conv(inputs, outputs, 1, stride, bias=False, init=init, rngs=rngs)
+        self.bn1 = norm(outputs, rngs=rngs)
 
     def __call__(self, x: Array, *, train: bool) -> Array:
         """Project x to the shape behind the block."""
@@ -52,14 +42,24 @@ class Shortcut(nnx.Module):
 class BasicBlock(nnx.Module):
     """Two 3x3 convolutions and a shortcut around them."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, *, rngs: nnx.Rngs):
-        self.conv1 = _conv(inputs, outputs, 3, stride, rngs)
-        self.bn1 = _norm(outputs, rngs)
-        self.conv2 = _conv(outputs, outputs, 3, 1, rngs)
-        self.bn2 = _norm(outputs, rngs)
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        stride: int,
+        *,
+        init: Initialisation,
+        rngs: nnx.Rngs,
+    ):
+        self.conv1 = conv(inputs, outputs, 3, stride, bias=False, init=init, rngs=rngs)
+        self.bn1 = norm(outputs, rngs=rngs)
+        self.conv2 = conv(outputs, outputs, 3, bias=False, init=init, rngs=rngs)
+        self.bn2 = norm(outputs, rngs=rngs)
         reshapes = stride != 1 or inputs != outputs
         self.shortcut = (
-            Shortcut(inputs, outputs, stride, rngs=rngs) if reshapes else None
+            Shortcut(inputs, outputs, stride, init=init, rngs=rngs)
+            if reshapes
+            else None
         )
 
     def __call__(self, x: Array, *, train: bool) -> Array:
@@ -79,6 +79,7 @@ class ResNet(nnx.Module):
         blocks: blocks of each stage.
         image_channels: channels of the images.
         num_classes: number of logits.
+        init: how weights start.
         rngs: random numbers for the initial weights.
     """
 
@@ -89,19 +90,24 @@ class ResNet(nnx.Module):
         *,
         image_channels: int,
         num_classes: int,
+        init: Initialisation = FLAX,
         rngs: nnx.Rngs,
     ):
         self.image_channels = image_channels
-        self.conv1 = _conv(image_channels, channels[0], 3, 1, rngs)
-        self.bn1 = _norm(channels[0], rngs)
+        self.conv1 = conv(
+            image_channels, channels[0], 3, bias=False, init=init, rngs=rngs
+        )
+        self.bn1 = norm(channels[0], rngs=rngs)
         self.blocks = nnx.List([])
         inputs = channels[0]
         for stage, (outputs, count) in enumerate(zip(channels, blocks, strict=True)):
             for block in range(count):
                 stride = 2 if stage > 0 and block == 0 else 1
-                self.blocks.append(BasicBlock(inputs, outputs, stride, rngs=rngs))
+                self.blocks.append(
+                    BasicBlock(inputs, outputs, stride, init=init, rngs=rngs)
+                )
                 inputs = outputs
-        self.linear = nnx.Linear(inputs, num_classes, rngs=rngs)
+        self.linear = head(inputs, num_classes, init=init, rngs=rngs)
 
     def __call__(self, images: Array, *, train: bool) -> Array:
         """Return the logits (batch, num_classes) of images (batch, H, W, channels)."""
