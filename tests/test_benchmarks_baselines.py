@@ -137,7 +137,7 @@ def test_lookahead_pulls_the_weights_back_at_the_end_of_a_period():
             slow = slow + 0.8 * (fast - slow)
             fast = slow
         updates, state = transform.update(as_float32(gradient), state, params)
-        params = optax.apply_updates(params, updates)
+        params = params + updates
         np.testing.assert_allclose(params, fast, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(state.slow, slow, rtol=1e-5, atol=1e-5)
 
