@@ -17,7 +17,7 @@ from jax import Array
 import tb_optax
 from benchmarks.machine import torch_on_same_device
 from benchmarks.networks import Network
-from tb_optax.eigenvalues import bucket_eigenvalues, by_matrix, tridiagonal_form
+from tb_optax.eigenvalues import after, bucket_eigenvalues, by_matrix, tridiagonal_form
 
 Params = Mapping[str, Array]
 Alphas = Callable[[], np.ndarray]
@@ -107,7 +107,7 @@ def reduction(grams: Sequence[Array]) -> list[tuple[Array, Array]]:
     forms = []
     previous = jnp.zeros(())
     for stack in grams:
-        forms.append(by_matrix(tridiagonal_form, _after(stack, previous)))
+        forms.append(by_matrix(tridiagonal_form, after(previous, stack)))
         previous = forms[-1][0][0, 0]
     return forms
 
@@ -139,7 +139,7 @@ def _alphas(kernels: Sequence[Array], eigenvalues: Callable[[Array], Array]) -> 
     previous = jnp.zeros(())
     for members in buckets.values():
         batch = jnp.concatenate([stacks[i] for i in members])
-        values = eigenvalues(_after(batch, previous))
+        values = eigenvalues(after(previous, batch))
         previous = values[0, 0]
         ends = np.cumsum([len(stacks[i]) for i in members])
         for i, own in zip(members, jnp.split(values, ends[:-1]), strict=True):
@@ -161,8 +161,3 @@ def _gram_eigenvalues(matrices: Array) -> Array:
     return jnp.linalg.eigvalsh(
         jnp.einsum("bki,bkj->bij", matrices, matrices, precision=highest)
     )
-
-
-def _after(batch: Array, previous: Array) -> Array:
-    """The same matrices, but not before `previous`, a finite number, is known."""
-    return batch * jnp.where(previous == jnp.inf, 0, 1).astype(batch.dtype)

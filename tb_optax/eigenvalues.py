@@ -14,6 +14,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
+def after(known: Float[Array, ""], array: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The same array, but not before a number below infinity is known."""
+    return jnp.where(known == jnp.inf, 0, array)
+
+
 def by_matrix(
     function: Callable[[Float[Array, "batch _ _"]], Any],
     matrices: Float[Array, "batch _ _"],

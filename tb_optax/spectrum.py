@@ -21,7 +21,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from tb_optax.devices import Bucket, over_devices
-from tb_optax.eigenvalues import bucket_eigenvalues, by_matrix, tridiagonal_form
+from tb_optax.eigenvalues import (
+    after,
+    bucket_eigenvalues,
+    by_matrix,
+    tridiagonal_form,
+)
 from tb_optax.layers import MatrixAxes
 from tb_optax.scale import rescale
 
@@ -181,9 +186,8 @@ def _decompose(buckets: list[Bucket], route: Route):
         chunks = []
         for chunk in _chunks(bucket):
             stack = jnp.concatenate([bucket[i][part] for i, part in chunk])
-            # Never so, but not before the chunk before is done: they share memory.
-            stack = jnp.where(previous == jnp.inf, 0, stack)
-            chunks.append(by_matrix(reduce, stack))
+            # One chunk after the other, in the memory of one.
+            chunks.append(by_matrix(reduce, after(previous, stack)))
             previous = chunks[-1][0][0, 0]
         *vectors, unit, is_finite = map(jnp.concatenate, zip(*chunks, strict=True))
         reduced.append(tuple(vectors))
@@ -219,21 +223,20 @@ def _chunks(bucket: Bucket) -> list[list[tuple[int, slice]]]:
     Returns:
         Chunks of (number of the array, slice of its matrices).
     """
+    size = math.prod(bucket[0].shape[1:]) * bucket[0].dtype.itemsize
+    most = max(1, CHUNK_BYTES // size)
     chunks: list[list[tuple[int, slice]]] = [[]]
-    room = CHUNK_BYTES
+    room = most
     for number, matrices in enumerate(bucket):
-        size = math.prod(matrices.shape[1:]) * matrices.dtype.itemsize
         start, stop = 0, len(matrices)
         while start < stop:
-            fitting = min(room // size, stop - start)
-            if not fitting and chunks[-1]:
+            if not room:
                 chunks.append([])
-                room = CHUNK_BYTES
-                continue
-            fitting = max(fitting, 1)
+                room = most
+            fitting = min(room, stop - start)
             chunks[-1].append((number, slice(start, start + fitting)))
             start += fitting
-            room -= fitting * size
+            room -= fitting
     return chunks
 
 

@@ -7,11 +7,21 @@ import numpy as np
 
 from benchmarks import arms, configs, data, loop, records
 from benchmarks.checkpoints import open_checkpoints
+from benchmarks.data.augment import Preparation
 
 ROOT = Path(__file__).parents[1]
 EPOCHS = 3
 TINY = ["--model", "resnet8", "--width", "0.5", "--subset", "96", "--seed", "7"]
 TINY += ["--batch-size", "32", "--epochs", str(EPOCHS)]
+
+
+def eight_images():
+    """Random colour images of 8 x 8 pixels in ten classes, to train and to test on."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (8, 8, 8, 3), np.uint8)
+    labels = rng.integers(0, 10, 8, np.int32)
+    preparation = Preparation.of(images, pad=1, flip=True)
+    return data.Dataset(images, labels, images, labels, 10, preparation)
 
 
 def timeless(path):

@@ -8,13 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
-pytest.importorskip("flax.nnx")
+from runs import eight_images
 
 import tb_optax
-from benchmarks import arms, configs, data, loop
+from benchmarks import arms, configs, loop
 from benchmarks.controls import shuffled
-from benchmarks.data.augment import Preparation
 from benchmarks.published import settings
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -125,11 +123,8 @@ class Table:
 
 
 def test_lookahead_trains_with_donated_states():
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (8, 8, 8, 3), np.uint8)
-    labels = rng.integers(0, 10, 8, np.int32)
-    preparation = Preparation.of(images, pad=1, flip=True)
-    dataset = data.Dataset(images, labels, images, labels, 10, preparation)
+    dataset = eight_images()
+    images, labels = dataset.train_images, dataset.train_labels
     config = dataclasses.replace(
         configs.DIGITS, model="resnet8", width=0.25, epochs=2, batch_size=4
     )

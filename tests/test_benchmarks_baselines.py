@@ -8,8 +8,6 @@ import numpy as np
 import optax
 import pytest
 
-pytest.importorskip("flax.nnx")
-
 from benchmarks.baselines import (
     add_spectral_norm_gradient,
     power_iteration,

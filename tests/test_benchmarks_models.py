@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from runs import eight_images
 
-nnx = pytest.importorskip("flax.nnx")
-
-from benchmarks import arms, configs, data, loop, models  # noqa: E402
-from benchmarks.data.augment import Preparation  # noqa: E402
-from benchmarks.models import parts  # noqa: E402
-from benchmarks.models.convolution import NHWC, convolution  # noqa: E402
-from benchmarks.models.initialisation import TORCH  # noqa: E402
+from benchmarks import arms, configs, loop, models
+from benchmarks.models import parts
+from benchmarks.models.convolution import NHWC, convolution
+from benchmarks.models.initialisation import TORCH
 
 
 def parameter_count(name, num_classes, width=1.0):
@@ -193,11 +192,8 @@ def test_convolution_and_its_gradients_are_those_of_jax(size, padding, stride, s
     ],
 )
 def test_two_steps_of_every_model_have_a_finite_loss(name, width):
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (8, 8, 8, 3), np.uint8)
-    labels = rng.integers(0, 10, 8, np.int32)
-    preparation = Preparation.of(images, pad=1, flip=True)
-    dataset = data.Dataset(images, labels, images, labels, 10, preparation)
+    dataset = eight_images()
+    images, labels = dataset.train_images, dataset.train_labels
     config = dataclasses.replace(
         configs.DIGITS, model=name, width=width, epochs=2, batch_size=4
     )

@@ -10,12 +10,6 @@ import time
 import jax
 import numpy as np
 import pytest
-
-pytest.importorskip("matplotlib")
-pytest.importorskip("sklearn")
-pytest.importorskip("tabulate")
-pytest.importorskip("tqdm")
-
 from runs import EPOCHS, TINY, assert_same_run, final_state
 
 from benchmarks import arms, configs, data, loop, records

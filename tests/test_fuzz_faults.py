@@ -9,16 +9,9 @@ import random
 import shutil
 
 import numpy as np
-import pytest
-
-pytest.importorskip("matplotlib")
-pytest.importorskip("sklearn")
-pytest.importorskip("tabulate")
-pytest.importorskip("tqdm")
-pytest.importorskip("datasets")
-
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from PIL import Image
 from runs import TINY
 

@@ -8,12 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("matplotlib")
-pytest.importorskip("sklearn")
-pytest.importorskip("tabulate")
-pytest.importorskip("tqdm")
-
 from runs import assert_same_run
 
 from benchmarks import records

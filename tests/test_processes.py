@@ -8,9 +8,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
-
-pytest.importorskip("flax")
 
 ROOT = Path(__file__).parents[1]
 

@@ -5,10 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("orbax.checkpoint")
-
 CASES = Path(__file__).parent / "eight_devices.py"
 
 

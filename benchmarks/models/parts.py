@@ -1,5 +1,7 @@
 """Convolutions, norms and heads as all models of this package have them."""
 
+from collections.abc import Callable, Sequence
+
 from flax import nnx
 
 from benchmarks.models.convolution import convolution
@@ -34,6 +36,34 @@ def conv(
 def norm(channels: int, *, momentum: float = 0.9, rngs: nnx.Rngs) -> nnx.BatchNorm:
     """Build a BatchNorm; PyTorch counts momentum from the other end: its 0.1 is 0.9."""
     return nnx.BatchNorm(channels, momentum=momentum, epsilon=1e-5, rngs=rngs)
+
+
+def residual_stages(
+    block: Callable[..., nnx.Module],
+    inputs: int,
+    channels: Sequence[int],
+    blocks: Sequence[int],
+    *,
+    init: Initialisation,
+    rngs: nnx.Rngs,
+) -> nnx.List:
+    """Build stages of residual blocks; all but the first halve the resolution.
+
+    Args:
+        block: `(inputs, outputs, stride)` to a block.
+        inputs: channels that come in.
+        channels: channels of each stage.
+        blocks: blocks of each stage.
+        init: how weights start.
+        rngs: random numbers for the initial weights.
+    """
+    built = nnx.List([])
+    for stage, (outputs, count) in enumerate(zip(channels, blocks, strict=True)):
+        for position in range(count):
+            stride = 2 if stage > 0 and position == 0 else 1
+            built.append(block(inputs, outputs, stride, init=init, rngs=rngs))
+            inputs = outputs
+    return built
 
 
 def head(

@@ -16,7 +16,7 @@ from flax import nnx
 from jax import Array
 
 from benchmarks.models.initialisation import FLAX, Initialisation
-from benchmarks.models.parts import conv, head, norm
+from benchmarks.models.parts import conv, head, norm, residual_stages
 
 
 class Shortcut(nnx.Module):
@@ -98,16 +98,10 @@ class ResNet(nnx.Module):
             image_channels, channels[0], 3, bias=False, init=init, rngs=rngs
         )
         self.bn1 = norm(channels[0], rngs=rngs)
-        self.blocks = nnx.List([])
-        inputs = channels[0]
-        for stage, (outputs, count) in enumerate(zip(channels, blocks, strict=True)):
-            for block in range(count):
-                stride = 2 if stage > 0 and block == 0 else 1
-                self.blocks.append(
-                    BasicBlock(inputs, outputs, stride, init=init, rngs=rngs)
-                )
-                inputs = outputs
-        self.linear = head(inputs, num_classes, init=init, rngs=rngs)
+        self.blocks = residual_stages(
+            BasicBlock, channels[0], channels, blocks, init=init, rngs=rngs
+        )
+        self.linear = head(channels[-1], num_classes, init=init, rngs=rngs)
 
     def __call__(self, images: Array, *, train: bool) -> Array:
         """Return the logits (batch, num_classes) of images (batch, H, W, channels)."""

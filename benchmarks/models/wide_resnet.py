@@ -17,7 +17,7 @@ from flax import nnx
 from jax import Array
 
 from benchmarks.models.initialisation import Initialisation
-from benchmarks.models.parts import conv, head, norm
+from benchmarks.models.parts import conv, head, norm, residual_stages
 
 
 class PreActivationBlock(nnx.Module):
@@ -72,18 +72,13 @@ class WideResNet(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.image_channels = image_channels
-        inputs, *widths = channels
-        self.conv1 = conv(image_channels, inputs, 3, bias=True, init=init, rngs=rngs)
-        self.blocks = nnx.List([])
-        for stage, (outputs, count) in enumerate(zip(widths, blocks, strict=True)):
-            for block in range(count):
-                stride = 2 if stage > 0 and block == 0 else 1
-                self.blocks.append(
-                    PreActivationBlock(inputs, outputs, stride, init=init, rngs=rngs)
-                )
-                inputs = outputs
-        self.bn1 = norm(inputs, momentum=0.1, rngs=rngs)
-        self.linear = head(inputs, num_classes, init=init, rngs=rngs)
+        stem, *widths = channels
+        self.conv1 = conv(image_channels, stem, 3, bias=True, init=init, rngs=rngs)
+        self.blocks = residual_stages(
+            PreActivationBlock, stem, widths, blocks, init=init, rngs=rngs
+        )
+        self.bn1 = norm(widths[-1], momentum=0.1, rngs=rngs)
+        self.linear = head(widths[-1], num_classes, init=init, rngs=rngs)
 
     def __call__(self, images: Array, *, train: bool) -> Array:
         """Return the logits (batch, num_classes) of images (batch, H, W, channels)."""
