@@ -124,7 +124,7 @@ def test_damaged_files_of_a_run(copy):
     cases = 0
     for file in files:
         content = file.read_bytes()
-        for damaged in rng.sample(list(damages(content, rng)), 3):
+        for damaged in rng.sample(list(damages(content, rng)), 4):
             file.write_bytes(damaged)
             before = snapshot(copy)
             check_one_line([*TINY, "--no-plots", "--out", str(copy), "--resume"])
