@@ -5,6 +5,7 @@ of negative pivots of T - xI is the number of eigenvalues below x. All shifts of
 matrices advance together, so that one short loop serves a whole batch.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -147,23 +148,28 @@ def tridiagonal_eigenvalues(
     n = diagonal.shape[-1]
     info = jnp.finfo(diagonal.dtype)
     low, high = _bounds(diagonal, off_diagonal)
-    # A little wider, against rounding.
-    slack = 4 * info.eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
-    low, high = low - slack, high + slack
+    largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
+    # A little wider, against rounding; divided by a power of two, which is exact.
+    slack = 4 * info.eps * largest
+    _, exponent = jnp.frexp(largest)
+    diagonal, off_diagonal, low, high = (
+        jnp.ldexp(x, -exponent)
+        for x in (diagonal, off_diagonal, low - slack, high + slack)
+    )
 
-    before = jnp.pad(off_diagonal, ((0, 0), (1, 0)))
-    pivots = (diagonal.T[:, :, None], (before**2).T[:, :, None])
-    wanted = jnp.arange(n)[None]
+    rows = _pairs_of_rows(diagonal, off_diagonal, above=high + 1)
+    wanted = jnp.arange(n)
     points = jnp.linspace(0, 1, n + 2, dtype=diagonal.dtype)[None]
     grid = low + (high - low) * points
 
     def narrow(i, bounds):
         low, high = bounds
         shifts = jnp.where(i == 0, grid[:, 1:-1], (low + high) / 2)
-        counts = _count_below(pivots, shifts)
+        counts = _count_below(rows, shifts)
 
         def locate():
-            cell = jnp.sum(counts[:, :, None] <= wanted[:, None], axis=1)
+            search = functools.partial(jnp.searchsorted, side="right")
+            cell = jax.vmap(search, in_axes=(0, None))(counts, wanted)
             return tuple(
                 jnp.take_along_axis(grid, cell + side, axis=-1) for side in (0, 1)
             )
@@ -177,27 +183,55 @@ def tridiagonal_eigenvalues(
     halvings = max(0, math.ceil(info.nmant + 5 - math.log2(n)))
     bounds = grid[:, :-2], grid[:, 2:]
     low, high = jax.lax.fori_loop(0, 1 + halvings, narrow, bounds)
-    return (low + high) / 2
+    return jnp.ldexp((low + high) / 2, exponent)
+
+
+def _pairs_of_rows(diagonal, off_diagonal, above):
+    """Rows (d_k, e²_{k-1}) of T, |T| <= 1, two by two; a 1x1 block evens them out.
+
+    Args:
+        above: a number above all eigenvalues, for that block.
+    """
+    batch, n = diagonal.shape
+    odd = n % 2
+    before = jnp.pad(off_diagonal, ((0, 0), (1 + odd, 0)))
+    diagonal = jnp.concatenate([above] * odd + [diagonal], axis=1)
+    squared = jnp.maximum(before**2, _smallest(diagonal.dtype))
+    return tuple(x.T.reshape(-1, 2, batch, 1) for x in (diagonal, squared))
+
+
+def _smallest(dtype) -> float:
+    """The square of a number far below the rounding error of 1."""
+    return float(jnp.finfo(dtype).eps) ** 2 / 2**14
 
 
 def _count_below(
-    pivots: tuple[Float[Array, "n batch 1"], Float[Array, "n batch 1"]],
+    rows: tuple[Float[Array, "pairs 2 batch 1"], Float[Array, "pairs 2 batch 1"]],
     shifts: Float[Array, "batch shifts"],
 ) -> Int[Array, "batch shifts"]:
     """Number of eigenvalues below each shift, by Sylvester's law of inertia.
 
-    The pivots of T - xI are q_k = d_k - x - e²_{k-1} / q_{k-1}; a vanishing one is
-    moved to a tiny negative number, a change of the matrix below its rounding error.
-    """
-    tiny = jnp.finfo(shifts.dtype).tiny * 4
+    The pivots of T - xI are q_k = a_k - e²_{k-1} / q_{k-1}, a_k = d_k - x; as many are
+    negative as there are eigenvalues below x. Two at a time they need one division:
 
-    def next_pivot(carry, row):
-        pivot, count = carry
-        diagonal, before_squared = row
-        pivot = diagonal - shifts - before_squared / pivot
-        pivot = jnp.where(jnp.abs(pivot) < tiny, -tiny, pivot)
-        return (pivot, count + (pivot < 0)), None
+        q_k = a_k - e²_{k-1} · y
+        1 / q_{k+1} = q_k / (a_{k+1} q_k - e²_k) = y'
+
+    A vanishing q_{k+1} is moved to a tiny number, which changes d_{k+1} by as much; no
+    e² is zero, so that not both are. Nothing overflows, and nothing is 0 / 0.
+    """
+    tiny = _smallest(shifts.dtype)
+
+    def next_pivots(carry, row):
+        inverse, count = carry
+        (first, second), (before, between) = row
+        pivot = first - shifts - before * inverse
+        product = (second - shifts) * pivot - between
+        least = tiny * pivot
+        product = jnp.where(jnp.abs(product) < jnp.abs(least), least, product)
+        inverse = pivot / product
+        return (inverse, count + jnp.signbit(pivot) + jnp.signbit(inverse)), None
 
     start = jnp.ones_like(shifts), jnp.zeros_like(shifts, jnp.int32)
-    (_, count), _ = jax.lax.scan(next_pivot, start, pivots)
+    (_, count), _ = jax.lax.scan(next_pivots, start, rows, unroll=4)
     return count
