@@ -5,14 +5,19 @@ of negative pivots of T - xI is the number of eigenvalues below x. All shifts of
 matrices advance together, so that one short loop serves a whole batch.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
+
+# Shifts that are counted side by side for one matrix.
+LANES = 64
+# Rows of a step of the loop that counts them, an even number.
+ROWS = 8
 
 
 def after(known: Float[Array, ""], array: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -45,8 +50,8 @@ def by_matrix(
 
 def tridiagonal_form(
     matrices: Float[Array, "batch n n"],
-) -> tuple[Float[Array, "batch n"], Float[Array, "batch m"]]:
-    """Diagonals and off-diagonals of similar tridiagonal matrices, m = n - 1.
+) -> Float[Array, "batch 2 n"]:
+    """Similar tridiagonal matrices: diagonals, and what is before them in the rows.
 
     By Householder reflections on CPU and GPU. Where JAX has none (TPU), the
     eigenvalues themselves are the diagonal, by `jnp.linalg.eigvalsh`.
@@ -65,139 +70,141 @@ def tridiagonal_form(
 
 def _by_householder(matrices):
     _, diagonal, off_diagonal, _ = jax.lax.linalg.tridiagonal(matrices)
-    return diagonal, off_diagonal
+    return jnp.stack([diagonal, jnp.pad(off_diagonal, ((0, 0), (1, 0)))], axis=1)
 
 
 def _by_eigenvalues(matrices):
     eigenvalues = jnp.linalg.eigvalsh(matrices, symmetrize_input=False)
-    return eigenvalues, jnp.zeros_like(eigenvalues[:, 1:])
-
-
-def bucket_eigenvalues(
-    buckets: Sequence[tuple[Float[Array, "_ _"], ...]],
-) -> list[Float[Array, "_ _"]]:
-    """Eigenvalues of tridiagonal matrices of several sizes, a few sizes at once.
-
-    Sizes up to 64, up to 256, up to 1024, ... are padded to the largest among them:
-    a bisection costs seconds to compile, and half as much again to run on padding.
-
-    Args:
-        buckets: diagonals (batch, n) and off-diagonals (batch, n - 1).
-
-    Returns:
-        Ascending eigenvalues (batch, n) of each bucket.
-    """
-    classes: dict[tuple, list[int]] = {}
-    for i, (diagonal, _) in enumerate(buckets):
-        size = 4 ** math.ceil(math.log(max(diagonal.shape[1], 64), 4))
-        classes.setdefault((size, str(diagonal.dtype)), []).append(i)
-    results: list = [None] * len(buckets)
-    for members in classes.values():
-        width = max(buckets[i][0].shape[1] for i in members)
-        padded = [_pad(buckets[i], width) for i in members]
-        diagonal, off_diagonal = map(jnp.concatenate, zip(*padded, strict=True))
-        eigenvalues = tridiagonal_eigenvalues(diagonal, off_diagonal)
-        start = 0
-        for i in members:
-            batch, n = buckets[i][0].shape
-            results[i] = eigenvalues[start : start + batch, width - n :]
-            start += batch
-    return results
-
-
-def _pad(bucket, width: int):
-    """Puts 1x1 blocks in front, with the lower bound of the eigenvalues in them."""
-    diagonal, off_diagonal = bucket
-    more = width - diagonal.shape[1]
-    low, _ = _bounds(diagonal, off_diagonal)
-    block = jnp.broadcast_to(low, (len(diagonal), more))
-    zeros = ((0, 0), (more, 0))
-    return jnp.concatenate([block, diagonal], axis=1), jnp.pad(off_diagonal, zeros)
-
-
-def _bounds(diagonal, off_diagonal):
-    """Gershgorin's discs hold all eigenvalues."""
-    beside = jnp.abs(off_diagonal)
-    left, right = ((0, 0), (1, 0)), ((0, 0), (0, 1))
-    radius = jnp.pad(beside, left) + jnp.pad(beside, right)
-    low = jnp.min(diagonal - radius, axis=-1, keepdims=True)
-    high = jnp.max(diagonal + radius, axis=-1, keepdims=True)
-    return low, high
+    return jnp.stack([eigenvalues, jnp.zeros_like(eigenvalues)], axis=1)
 
 
 def tridiagonal_eigenvalues(
-    diagonal: Float[Array, "batch n"], off_diagonal: Float[Array, "batch m"]
-) -> Float[Array, "batch n"]:
-    """Ascending eigenvalues of symmetric tridiagonal matrices, m = n - 1.
+    buckets: Sequence[Float[Array, "_ 2 _"]],
+) -> list[Float[Array, "_ _"]]:
+    """Ascending eigenvalues of symmetric tridiagonal matrices of several sizes.
 
     One count on a grid of n points finds the cell of every eigenvalue at once;
     bisection of the cells then halves all intervals together, until they are
     narrower than the rounding error of a count.
 
     Args:
-        diagonal: diagonals.
-        off_diagonal: the diagonals beside them; signs do not matter.
+        buckets: matrices of one size each, as `tridiagonal_form` returns them: their
+            diagonals, and what is beside them, whose signs do not matter, behind a
+            number that is not read.
 
     Returns:
-        Eigenvalues within a few eps·|λ|_max.
+        Eigenvalues (batch, n) of each bucket, within a few eps·|λ|_max.
 
-    >>> diagonal, off_diagonal = jnp.asarray([[2.0, 2.0]]), jnp.asarray([[1.0]])
-    >>> print(tridiagonal_eigenvalues(diagonal, off_diagonal).round(4))
+    >>> matrix = jnp.asarray([[[2.0, 2.0], [0.0, 1.0]]])
+    >>> print(tridiagonal_eigenvalues([matrix])[0].round(4))
     [[1. 3.]]
     """
-    n = diagonal.shape[-1]
-    info = jnp.finfo(diagonal.dtype)
-    low, high = _bounds(diagonal, off_diagonal)
-    largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
-    # A little wider, against rounding; divided by a power of two, which is exact.
-    slack = 4 * info.eps * largest
-    _, exponent = jnp.frexp(largest)
-    diagonal, off_diagonal, low, high = (
-        jnp.ldexp(x, -exponent)
-        for x in (diagonal, off_diagonal, low - slack, high + slack)
-    )
+    info = jnp.finfo(buckets[0].dtype)
+    order = sorted(range(len(buckets)), key=lambda i: buckets[i].shape[2])
+    buckets = [buckets[i] for i in order]
+    size = np.repeat([b.shape[2] for b in buckets], [len(b) for b in buckets])
+    # The intervals of a matrix lie in blocks of LANES.
+    blocks = -(-size // LANES)
+    matrix = np.repeat(np.arange(len(size)), blocks)
+    first = (np.cumsum(blocks) - blocks)[matrix][:, None] * LANES
+    lane = np.arange(len(matrix) * LANES).reshape(-1, LANES)
+    cells = blocks[matrix][:, None] * LANES + 1
 
-    rows = _pairs_of_rows(diagonal, off_diagonal, above=high + 1)
-    wanted = jnp.arange(n)
-    points = jnp.linspace(0, 1, n + 2, dtype=diagonal.dtype)[None]
-    grid = low + (high - low) * points
+    rows, low, high, unit = _prepared(buckets, size)
+    low, high = low[matrix], high[matrix]
+    groups = _groups(rows[..., matrix, :], size[matrix])
+
+    def grid(number):
+        return low + (high - low) * (number.astype(low.dtype) / cells.astype(low.dtype))
 
     def narrow(i, bounds):
-        low, high = bounds
-        shifts = jnp.where(i == 0, grid[:, 1:-1], (low + high) / 2)
-        counts = _count_below(rows, shifts)
+        below, above = bounds
+        shifts = jnp.where(i == 0, grid(lane - first + 1), (below + above) / 2)
+        counts = jnp.concatenate([_count_below(r, shifts[part]) for r, part in groups])
 
         def locate():
-            search = functools.partial(jnp.searchsorted, side="right")
-            cell = jax.vmap(search, in_axes=(0, None))(counts, wanted)
-            return tuple(
-                jnp.take_along_axis(grid, cell + side, axis=-1) for side in (0, 1)
-            )
+            # Ascending over all matrices, as `lane` is.
+            keys = (first + counts).reshape(-1)
+            cell = jnp.searchsorted(keys, lane, side="right") - first
+            return grid(cell), grid(cell + 1)
 
         def halve():
-            above = counts > wanted
-            return jnp.where(above, low, shifts), jnp.where(above, shifts, high)
+            fewer = counts <= lane - first
+            return jnp.where(fewer, shifts, below), jnp.where(fewer, above, shifts)
 
         return jax.lax.cond(i == 0, locate, halve)
 
-    halvings = max(0, math.ceil(info.nmant + 5 - math.log2(n)))
-    bounds = grid[:, :-2], grid[:, 2:]
-    low, high = jax.lax.fori_loop(0, 1 + halvings, narrow, bounds)
-    return jnp.ldexp((low + high) / 2, exponent)
+    halvings = max(0, math.ceil(info.nmant + 3 - math.log2(cells.min())))
+    start = jnp.broadcast_to(low, lane.shape), jnp.broadcast_to(high, lane.shape)
+    below, above = jax.lax.fori_loop(0, 1 + halvings, narrow, start)
+    found = ((below + above) / 2 * unit[matrix]).reshape(-1)
+    results: list = [None] * len(buckets)
+    stop = 0
+    for i, bucket in zip(order, buckets, strict=True):
+        batch, _, n = bucket.shape
+        width = -(-n // LANES) * LANES
+        begin, stop = stop, stop + batch * width
+        results[i] = found[begin:stop].reshape(batch, width)[:, :n]
+    return results
 
 
-def _pairs_of_rows(diagonal, off_diagonal, above):
-    """Rows (d_k, e²_{k-1}) of T, |T| <= 1, two by two; a 1x1 block evens them out.
+def _groups(rows, size: Int[np.ndarray, " blocks"]):
+    """Blocks of sizes up to 64, up to 256, up to 1024, ..., without the rows before.
 
-    Args:
-        above: a number above all eigenvalues, for that block.
+    A loop over the rows of each is half a tenth of a second to compile.
+
+    Returns:
+        Rows and blocks of each group.
     """
-    batch, n = diagonal.shape
-    odd = n % 2
-    before = jnp.pad(off_diagonal, ((0, 0), (1 + odd, 0)))
-    diagonal = jnp.concatenate([above] * odd + [diagonal], axis=1)
-    squared = jnp.maximum(before**2, _smallest(diagonal.dtype))
-    return tuple(x.T.reshape(-1, 2, batch, 1) for x in (diagonal, squared))
+    group = np.ceil(np.log2(np.maximum(size, 64)) / 2)
+    groups, start = [], 0
+    for stop in [*np.flatnonzero(np.diff(group)) + 1, len(size)]:
+        steps = -(-size[start:stop].max() // ROWS)
+        part = slice(start, stop)
+        groups.append((rows[len(rows) - steps :, ..., part, :], part))
+        start = stop
+    return groups
+
+
+def _prepared(buckets, size):
+    """Brings all matrices to |T| < 2 and to one number of rows.
+
+    Returns:
+        Rows (d_k, e²_{k-1}) as (steps, ROWS, 2, matrices, 1); bounds of the eigenvalues
+        and what they were divided by, (matrices, 1). Rows before the first are above
+        all eigenvalues.
+    """
+    n = ROWS * -(-size.max() // ROWS)
+    form = jnp.concatenate(
+        [jnp.pad(b, ((0, 0), (0, 0), (n - b.shape[2], 0)), "edge") for b in buckets]
+    )
+    column = np.arange(n)
+    start = (n - size)[:, None]
+    diagonal, before = form[:, 0], jnp.where(column > start, form[:, 1], 0)
+    # Gershgorin's discs hold all eigenvalues.
+    beside = jnp.abs(before)
+    radius = beside + jnp.pad(beside[:, 1:], ((0, 0), (0, 1)))
+    low = jnp.min(diagonal - radius, axis=1, keepdims=True)
+    high = jnp.max(diagonal + radius, axis=1, keepdims=True)
+    largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
+    # A little wider, against rounding.
+    slack = 4 * jnp.finfo(form.dtype).eps * largest
+    unit = _power_of_two(largest)
+    diagonal, before, low, high = (
+        x / unit for x in (diagonal, before, low - slack, high + slack)
+    )
+    diagonal = jnp.where(column >= start, diagonal, high + 1)
+    squared = jnp.maximum(before**2, _smallest(form.dtype))
+    rows = jnp.stack([diagonal.T, squared.T], axis=1)
+    return rows.reshape(-1, ROWS, 2, len(form), 1), low, high, unit
+
+
+def _power_of_two(x):
+    """The power of two at or below a number, exact to divide by; 1 for 0."""
+    info = jnp.finfo(x.dtype)
+    integer = jnp.int32 if info.bits == 32 else jnp.int64
+    bits = jax.lax.bitcast_convert_type(x, integer) & ~integer(2**info.nmant - 1)
+    return jnp.where(bits == 0, 1, jax.lax.bitcast_convert_type(bits, x.dtype))
 
 
 def _smallest(dtype) -> float:
@@ -206,9 +213,8 @@ def _smallest(dtype) -> float:
 
 
 def _count_below(
-    rows: tuple[Float[Array, "pairs 2 batch 1"], Float[Array, "pairs 2 batch 1"]],
-    shifts: Float[Array, "batch shifts"],
-) -> Int[Array, "batch shifts"]:
+    rows: Float[Array, "steps rows 2 blocks 1"], shifts: Float[Array, "blocks lanes"]
+) -> Int[Array, "blocks lanes"]:
     """Number of eigenvalues below each shift, by Sylvester's law of inertia.
 
     The pivots of T - xI are q_k = a_k - e²_{k-1} / q_{k-1}, a_k = d_k - x; as many are
@@ -222,16 +228,17 @@ def _count_below(
     """
     tiny = _smallest(shifts.dtype)
 
-    def next_pivots(carry, row):
+    def next_pivots(carry, rows):
         inverse, count = carry
-        (first, second), (before, between) = row
-        pivot = first - shifts - before * inverse
-        product = (second - shifts) * pivot - between
-        least = tiny * pivot
-        product = jnp.where(jnp.abs(product) < jnp.abs(least), least, product)
-        inverse = pivot / product
-        return (inverse, count + jnp.signbit(pivot) + jnp.signbit(inverse)), None
+        for (first, before), (second, between) in zip(rows[::2], rows[1::2]):
+            pivot = first - shifts - before * inverse
+            product = (second - shifts) * pivot - between
+            least = tiny * pivot
+            product = jnp.where(jnp.abs(product) < jnp.abs(least), least, product)
+            inverse = pivot / product
+            count = count + jnp.signbit(pivot) + jnp.signbit(inverse)
+        return (inverse, count), None
 
     start = jnp.ones_like(shifts), jnp.zeros_like(shifts, jnp.int32)
-    (_, count), _ = jax.lax.scan(next_pivots, start, rows, unroll=4)
+    (_, count), _ = jax.lax.scan(next_pivots, start, rows)
     return count

@@ -10,7 +10,6 @@ of its matrices.
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
@@ -18,17 +17,17 @@ from typing import NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from tb_optax.devices import Bucket, over_devices
 from tb_optax.eigenvalues import (
     after,
-    bucket_eigenvalues,
+    tridiagonal_eigenvalues,
     by_matrix,
     tridiagonal_form,
 )
 from tb_optax.layers import MatrixAxes
-from tb_optax.scale import rescale
+from tb_optax.scale import exponents, rescale
 
 # Bytes of the matrices that are reduced in one go.
 CHUNK_BYTES = 64 * 2**20
@@ -36,8 +35,8 @@ CHUNK_BYTES = 64 * 2**20
 # Of Gram matrices from this size on, a quarter is left out.
 _LARGE = 256
 
-# A few vectors per matrix of a bucket.
-Vectors: TypeAlias = tuple[Float[Array, "_ _"], ...]
+# One or two vectors per matrix of a bucket.
+Vectors: TypeAlias = Float[Array, "_ ..."]
 
 
 class Spectra(NamedTuple):
@@ -126,61 +125,103 @@ def compute_spectra(
     Returns:
         Spectra, one row per layer, in the order given.
     """
-    stacks = [
-        stack.astype(jnp.promote_types(stack.dtype, jnp.float32)) for stack in stacks
-    ]
-    buckets: dict[tuple, list[int]] = {}
-    for i in sorted(range(len(stacks)), key=lambda i: stacks[i].shape[1:]):
-        key = (*stacks[i].shape[2:], str(stacks[i].dtype))
-        buckets.setdefault(key, []).append(i)
+    dtype = jnp.result_type(jnp.float32, *stacks)
+    stacks = [stack.astype(dtype) for stack in stacks]
+    buckets: dict[tuple[int, ...], list[int]] = {}
+    for i, stack in enumerate(stacks):
+        buckets.setdefault(stack.shape[2:], []).append(i)
     matrices = [[_matrices(stacks[i]) for i in members] for members in buckets.values()]
-    tables = over_devices(functools.partial(_decompose, route=route), matrices)
+    columns = over_devices(functools.partial(_decompose, route=route), matrices)
 
-    counts = [stack.shape[1] * min(stack.shape[2:]) for stack in stacks]
-    dtype = jnp.result_type(*stacks)
-    rows, order = [], []
-    for members, columns in zip(buckets.values(), tables, strict=True):
-        start = 0
-        for pooled, group in itertools.groupby(members, lambda i: stacks[i].shape[1]):
-            group = list(group)
-            shape = (sum(len(stacks[i]) for i in group), pooled)
-            stop = start + math.prod(shape)
-            row, unit, is_finite = _pool(
-                *(c[start:stop].reshape(*shape, *c.shape[1:]) for c in columns)
-            )
-            padding = ((0, 0), (max(counts) - row.shape[1], 0))
-            row = jnp.pad(row.astype(dtype), padding, constant_values=-jnp.inf)
-            rows.append((row, unit, is_finite))
-            order += [(i, layer) for i in group for layer in range(len(stacks[i]))]
-            start = stop
-    position = np.asarray(sorted(range(len(order)), key=order.__getitem__))
-    table, unit, is_finite = (
-        jnp.concatenate(c)[position] for c in zip(*rows, strict=True)
-    )
-
+    members = np.concatenate([*buckets.values()])
+    sizes = np.asarray([stack.shape for stack in stacks])[members]
+    places = _Places.of(members, sizes[:, 0], sizes[:, 1], sizes[:, 2:].min(axis=1))
+    logs, tops = zip(*columns, strict=True)
+    table, unit, is_finite = _pool(logs, jnp.concatenate(tops), places)
     repeats = [len(stack) for stack in stacks]
-    eps = [float(jnp.finfo(stack.dtype).eps) for stack in stacks]
-    noise = route.noise * np.log(8 * np.asarray(eps))
+    noise = route.noise * math.log(8 * jnp.finfo(dtype).eps)
     return Spectra(
         log_eigenvalues=table,
-        count=np.repeat(np.asarray(counts, np.int32), repeats),
+        count=places.count,
         factor=np.repeat(np.asarray(factors, dtype), repeats),
         exponent=unit,
         finite=is_finite,
-        log_noise=np.repeat(noise.astype(dtype), repeats),
+        log_noise=np.full(len(places.count), noise, dtype),
     )
 
 
+class _Places(NamedTuple):
+    """Where the layers are among the matrices, and among their eigenvalues.
+
+    Attributes:
+        pooled: number of matrices of each layer.
+        n: number of eigenvalues of each matrix of a layer.
+        first: number of its first matrix.
+        start: number of its first eigenvalue.
+    """
+
+    pooled: Int[np.ndarray, " layers"]
+    n: Int[np.ndarray, " layers"]
+    first: Int[np.ndarray, " layers"]
+    start: Int[np.ndarray, " layers"]
+
+    @classmethod
+    def of(cls, stack, layers, pooled, n):
+        """From stacks as they lie one behind the other, to layers as they are asked."""
+        stack, pooled, n = (np.repeat(x, layers) for x in (stack, pooled, n))
+        first = np.cumsum(pooled) - pooled
+        start = np.cumsum(pooled * n) - pooled * n
+        asked = np.argsort(stack, kind="stable")
+        columns = (pooled, n, first, start)
+        return cls(*(column[asked].astype(np.int32) for column in columns))
+
+    @property
+    def count(self) -> Int[np.ndarray, " layers"]:
+        """N, number of eigenvalues of each layer."""
+        return self.pooled * self.n
+
+
+def _pool(
+    logs: Sequence[Float[Array, "_ _"]], top: UInt[Array, " matrices"], places: _Places
+):
+    """Brings the matrices of each layer to one unit, and sorts their eigenvalues."""
+    exponent, finite = exponents(top)
+    # Of a layer with fewer matrices than others the last stands for those it lacks.
+    slots = np.arange(places.pooled.max())
+    members = places.first[:, None] + np.minimum(slots, places.pooled[:, None] - 1)
+    unit = exponent[members].max(axis=1)
+    is_finite = finite[members].all(axis=1)
+    flat = jnp.concatenate([bucket.reshape(-1) for bucket in logs])
+
+    def rows(layers):
+        count, n, first, start = (
+            jnp.asarray(x[layers])[:, None]
+            for x in (places.count, places.n, places.first, places.start)
+        )
+        column = jnp.arange(places.count.max()) - (places.count.max() - count)
+        valid = (column >= 0) & is_finite[layers, None]
+        column = jnp.maximum(column, 0)
+        offset = exponent[first + column // n] - unit[layers, None]
+        values = flat[start + column] + 2 * math.log(2) * offset.astype(flat.dtype)
+        return jnp.where(valid, values, -jnp.inf)
+
+    several, single = (
+        np.flatnonzero(x) for x in (places.pooled > 1, places.pooled == 1)
+    )
+    table = jnp.concatenate([jnp.sort(rows(several), axis=-1), rows(single)])
+    return table[np.argsort(np.concatenate([several, single]))], unit, is_finite
+
+
 def _decompose(buckets: list[Bucket], route: Route):
-    """Ascending ln λ, exponents and finiteness of all matrices, bucket by bucket."""
+    """Ascending ln λ of all matrices, bucket by bucket, and what `exponents` reads."""
 
     def reduce(matrices):
         with jax.named_scope("rescale"):
-            matrices, *scale = rescale(matrices)
+            matrices, top = rescale(matrices)
         with jax.named_scope("reduce"):
-            return *route.reduce(matrices), *scale
+            return route.reduce(matrices), top
 
-    reduced, exponents, finite = [], [], []
+    reduced, tops = [], []
     previous = jnp.zeros(())
     for bucket in buckets:
         chunks = []
@@ -188,29 +229,13 @@ def _decompose(buckets: list[Bucket], route: Route):
             stack = jnp.concatenate([bucket[i][part] for i, part in chunk])
             # One chunk after the other, in the memory of one.
             chunks.append(by_matrix(reduce, after(previous, stack)))
-            previous = chunks[-1][0][0, 0]
-        *vectors, unit, is_finite = map(jnp.concatenate, zip(*chunks, strict=True))
-        reduced.append(tuple(vectors))
-        exponents.append(unit)
-        finite.append(is_finite)
+            previous = chunks[-1][0].reshape(-1)[0]
+        form, top = map(jnp.concatenate, zip(*chunks, strict=True))
+        reduced.append(form)
+        tops.append(top)
     with jax.named_scope("finish"):
         logs = route.finish(reduced)
-    return list(zip(logs, exponents, finite, strict=True))
-
-
-def _pool(
-    logs: Float[Array, "layers pooled n"],
-    exponent: Int[Array, "layers pooled"],
-    finite: Bool[Array, "layers pooled"],
-):
-    """Brings the matrices of each layer to one unit, and sorts their eigenvalues."""
-    layers, pooled, n = logs.shape
-    unit = exponent.max(axis=1)
-    offset = 2 * math.log(2) * (exponent - unit[:, None]).astype(logs.dtype)
-    is_finite = finite.all(axis=1)
-    pool = jnp.where(is_finite[:, None, None], logs + offset[:, :, None], -jnp.inf)
-    pool = pool.reshape(layers, pooled * n)
-    return jnp.sort(pool, axis=-1) if pooled > 1 else pool, unit, is_finite
+    return list(zip(logs, tops, strict=True))
 
 
 def _matrices(stack):
@@ -246,7 +271,7 @@ def _reduce_gram(matrices: Float[Array, "_ _ _"]) -> Vectors:
 
 
 def _gram(w: Float[Array, "batch rows columns"]) -> Float[Array, "batch n n"]:
-    """WᵀW or WWᵀ; of a large one without the block above the diagonal."""
+    """WᵀW or WWᵀ, by columns as LAPACK has it; of a large one without a quarter."""
     side = 1 if w.shape[1] <= w.shape[2] else 2
     product = functools.partial(
         jnp.einsum,
@@ -254,26 +279,27 @@ def _gram(w: Float[Array, "batch rows columns"]) -> Float[Array, "batch n n"]:
         precision=jax.lax.Precision.HIGHEST,
     )
     if w.shape[side] < _LARGE:
-        return product(w, w)
+        return product(w, w).swapaxes(1, 2)
     first, second = jnp.split(w, [w.shape[side] // 2], axis=side)
-    beside = product(second, first)
-    above = jnp.zeros_like(beside).swapaxes(1, 2)
-    return jnp.block(
-        [[product(first, first), above], [beside, product(second, second)]]
-    )
+    beside = product(first, second)
+    below = jnp.zeros_like(beside).swapaxes(1, 2)
+    rows = [[product(first, first), beside], [below, product(second, second)]]
+    return jnp.block(rows).swapaxes(1, 2)
 
 
 def _finish_gram(buckets: list[Vectors]) -> list[Float[Array, "_ _"]]:
-    return [jnp.log(jnp.maximum(values, 0)) for values in bucket_eigenvalues(buckets)]
+    return [
+        jnp.log(jnp.maximum(values, 0)) for values in tridiagonal_eigenvalues(buckets)
+    ]
 
 
 def _reduce_singular(matrices: Float[Array, "_ _ _"]) -> Vectors:
-    return (jnp.linalg.svd(matrices, compute_uv=False),)
+    return jnp.linalg.svd(matrices, compute_uv=False)
 
 
 def _finish_singular(buckets: list[Vectors]) -> list[Float[Array, "_ _"]]:
     """2 ln σ, exact to the smallest singular values."""
-    return [2 * jnp.log(values[:, ::-1]) for (values,) in buckets]
+    return [2 * jnp.log(values[:, ::-1]) for values in buckets]
 
 
 GRAM = Route(_reduce_gram, _finish_gram, noise=1)
