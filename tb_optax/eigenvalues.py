@@ -7,16 +7,14 @@ matrices advance together, so that one short loop serves a whole batch.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-# Shifts that are counted side by side for one matrix.
-LANES = 64
-# Rows of a step of the loop that counts them, an even number.
+# Rows of a step of the loop that counts eigenvalues, an even number.
 ROWS = 8
 
 
@@ -103,65 +101,108 @@ def tridiagonal_eigenvalues(
     order = sorted(range(len(buckets)), key=lambda i: buckets[i].shape[2])
     buckets = [buckets[i] for i in order]
     size = np.repeat([b.shape[2] for b in buckets], [len(b) for b in buckets])
-    # The intervals of a matrix lie in blocks of LANES.
-    blocks = -(-size // LANES)
-    matrix = np.repeat(np.arange(len(size)), blocks)
-    first = (np.cumsum(blocks) - blocks)[matrix][:, None] * LANES
-    lane = np.arange(len(matrix) * LANES).reshape(-1, LANES)
-    cells = blocks[matrix][:, None] * LANES + 1
-
+    groups = _groups(size)
+    # Intervals of each matrix, some more than it has eigenvalues.
+    width = np.concatenate([group.blocks * group.lanes for group in groups])
+    start = np.cumsum(width) - width
     rows, low, high, unit = _prepared(buckets, size)
-    low, high = low[matrix], high[matrix]
-    groups = _groups(rows[..., matrix, :], size[matrix])
+    rows = [group.rows_of(rows) for group in groups]
+
+    def by_interval(column):
+        """What there is one of for each matrix, for each of its intervals."""
+        return jnp.concatenate([group.spread(column) for group in groups])
+
+    low, high, unit = map(by_interval, (low, high, unit))
+    first, cells = by_interval(start), by_interval(width + 1).astype(low.dtype)
+    interval = jnp.arange(width.sum())
 
     def grid(number):
-        return low + (high - low) * (number.astype(low.dtype) / cells.astype(low.dtype))
+        return low + (high - low) * (number.astype(low.dtype) / cells)
 
     def narrow(i, bounds):
         below, above = bounds
-        shifts = jnp.where(i == 0, grid(lane - first + 1), (below + above) / 2)
-        counts = jnp.concatenate([_count_below(r, shifts[part]) for r, part in groups])
+        shifts = jnp.where(i == 0, grid(interval - first + 1), (below + above) / 2)
+        parts = jnp.split(shifts, np.cumsum([group.total for group in groups])[:-1])
+        counts = jnp.concatenate(
+            [
+                _count_below(own, part.reshape(-1, group.lanes)).reshape(-1)
+                for group, own, part in zip(groups, rows, parts, strict=True)
+            ]
+        )
 
         def locate():
-            # Ascending over all matrices, as `lane` is.
-            keys = (first + counts).reshape(-1)
-            cell = jnp.searchsorted(keys, lane, side="right") - first
+            # The keys ascend over all matrices, as the intervals do.
+            cell = jnp.searchsorted(first + counts, interval, side="right") - first
             return grid(cell), grid(cell + 1)
 
         def halve():
-            fewer = counts <= lane - first
+            fewer = counts <= interval - first
             return jnp.where(fewer, shifts, below), jnp.where(fewer, above, shifts)
 
         return jax.lax.cond(i == 0, locate, halve)
 
-    halvings = max(0, math.ceil(info.nmant + 3 - math.log2(cells.min())))
-    start = jnp.broadcast_to(low, lane.shape), jnp.broadcast_to(high, lane.shape)
-    below, above = jax.lax.fori_loop(0, 1 + halvings, narrow, start)
-    found = ((below + above) / 2 * unit[matrix]).reshape(-1)
+    halvings = max(0, math.ceil(info.nmant + 3 - math.log2(width.min())))
+    below, above = jax.lax.fori_loop(0, 1 + halvings, narrow, (low, high))
+    found = (below + above) / 2 * unit
     results: list = [None] * len(buckets)
-    stop = 0
+    matrix = 0
     for i, bucket in zip(order, buckets, strict=True):
         batch, _, n = bucket.shape
-        width = -(-n // LANES) * LANES
-        begin, stop = stop, stop + batch * width
-        results[i] = found[begin:stop].reshape(batch, width)[:, :n]
+        begin, wide = start[matrix], width[matrix]
+        own = found[begin : begin + batch * wide].reshape(batch, wide)
+        results[i] = own[:, :n]
+        matrix += batch
     return results
 
 
-def _groups(rows, size: Int[np.ndarray, " blocks"]):
-    """Blocks of sizes up to 64, up to 256, up to 1024, ..., without the rows before.
+class _Group(NamedTuple):
+    """Matrices of similar sizes, whose rows are counted in one loop.
 
-    A loop over the rows of each is half a tenth of a second to compile.
-
-    Returns:
-        Rows and blocks of each group.
+    Attributes:
+        matrices: which they are.
+        steps: of that loop, each of ROWS rows.
+        lanes: shifts side by side in a block, which has one matrix.
+        blocks: of each matrix.
     """
-    group = np.ceil(np.log2(np.maximum(size, 64)) / 2)
+
+    matrices: slice
+    steps: int
+    lanes: int
+    blocks: Int[np.ndarray, " matrices"]
+
+    @property
+    def total(self) -> int:
+        """Number of intervals."""
+        return int(self.blocks.sum()) * self.lanes
+
+    def rows_of(self, rows):
+        """Returns the rows of each block, without those before the first."""
+        own = rows[len(rows) - self.steps :, :, :, self.matrices]
+        return own[:, :, :, self._matrix_of_block(), None]
+
+    def spread(self, column):
+        """Returns the number of its matrix for each interval."""
+        own = jnp.asarray(column)[self.matrices][self._matrix_of_block(), None]
+        return jnp.broadcast_to(own, (len(own), self.lanes)).reshape(-1)
+
+    def _matrix_of_block(self):
+        return np.repeat(np.arange(len(self.blocks)), self.blocks)
+
+
+def _groups(size: Int[np.ndarray, " matrices"]) -> list[_Group]:
+    """Ascending sizes up to 64, up to 256, up to 1024, ...
+
+    A loop takes a tenth of a second to compile; running over rows that a matrix does
+    not have takes less than that.
+    """
+    number = np.ceil(np.log2(np.maximum(size, 64)) / 2)
+    ends = [*np.flatnonzero(np.diff(number)) + 1, len(size)]
     groups, start = [], 0
-    for stop in [*np.flatnonzero(np.diff(group)) + 1, len(size)]:
-        steps = -(-size[start:stop].max() // ROWS)
-        part = slice(start, stop)
-        groups.append((rows[len(rows) - steps :, ..., part, :], part))
+    for stop in ends:
+        own = size[start:stop]
+        lanes = max(64, int(own[0]) // 4)
+        steps = -(-int(own[-1]) // ROWS)
+        groups.append(_Group(slice(start, stop), steps, lanes, -(-own // lanes)))
         start = stop
     return groups
 
@@ -170,9 +211,8 @@ def _prepared(buckets, size):
     """Brings all matrices to |T| < 2 and to one number of rows.
 
     Returns:
-        Rows (d_k, e²_{k-1}) as (steps, ROWS, 2, matrices, 1); bounds of the eigenvalues
-        and what they were divided by, (matrices, 1). Rows before the first are above
-        all eigenvalues.
+        Rows (d_k, e²_{k-1}), those before the first above all eigenvalues, as (steps,
+        ROWS, 2, matrices); bounds of the eigenvalues; what all were divided by.
     """
     n = ROWS * -(-size.max() // ROWS)
     form = jnp.concatenate(
@@ -195,8 +235,8 @@ def _prepared(buckets, size):
     )
     diagonal = jnp.where(column >= start, diagonal, high + 1)
     squared = jnp.maximum(before**2, _smallest(form.dtype))
-    rows = jnp.stack([diagonal.T, squared.T], axis=1)
-    return rows.reshape(-1, ROWS, 2, len(form), 1), low, high, unit
+    rows = jnp.stack([diagonal.T, squared.T], axis=1).reshape(-1, ROWS, 2, len(form))
+    return rows, *(column[:, 0] for column in (low, high, unit))
 
 
 def _power_of_two(x):
@@ -230,7 +270,9 @@ def _count_below(
 
     def next_pivots(carry, rows):
         inverse, count = carry
-        for (first, before), (second, between) in zip(rows[::2], rows[1::2]):
+        for (first, before), (second, between) in zip(
+            rows[::2], rows[1::2], strict=True
+        ):
             pivot = first - shifts - before * inverse
             product = (second - shifts) * pivot - between
             least = tiny * pivot

@@ -17,17 +17,18 @@ from typing import NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int
 
 from tb_optax.devices import Bucket, over_devices
 from tb_optax.eigenvalues import (
     after,
-    tridiagonal_eigenvalues,
     by_matrix,
+    tridiagonal_eigenvalues,
     tridiagonal_form,
 )
 from tb_optax.layers import MatrixAxes
-from tb_optax.scale import exponents, rescale
+from tb_optax.pooling import Places, pool
+from tb_optax.scale import rescale
 
 # Bytes of the matrices that are reduced in one go.
 CHUNK_BYTES = 64 * 2**20
@@ -78,16 +79,18 @@ class Spectra(NamedTuple):
 
 
 class Route(NamedTuple):
-    """A way from matrices to eigenvalues, in two steps.
+    """A way from matrices to eigenvalues, in three steps.
 
     Attributes:
-        reduce: matrices of one shape to a few vectors per matrix.
-        finish: those vectors, bucket by bucket, to ascending ln λ.
+        reduce: matrices of one shape to one or two vectors per matrix.
+        finish: those vectors, bucket by bucket, to ascending λ or σ.
+        log: these to ln λ.
         noise: power of 8·eps below which λ / λ_max is rounding noise.
     """
 
     reduce: Callable[[Float[Array, "_ _ _"]], Vectors]
     finish: Callable[[list[Vectors]], list[Float[Array, "_ _"]]]
+    log: Callable[[Float[Array, "..."]], Float[Array, "..."]]
     noise: int
 
 
@@ -135,9 +138,10 @@ def compute_spectra(
 
     members = np.concatenate([*buckets.values()])
     sizes = np.asarray([stack.shape for stack in stacks])[members]
-    places = _Places.of(members, sizes[:, 0], sizes[:, 1], sizes[:, 2:].min(axis=1))
-    logs, tops = zip(*columns, strict=True)
-    table, unit, is_finite = _pool(logs, jnp.concatenate(tops), places)
+    places = Places.of(members, sizes[:, 0], sizes[:, 1], sizes[:, 2:].min(axis=1))
+    values, tops = zip(*columns, strict=True)
+    top = jnp.concatenate(tops)
+    table, unit, is_finite = pool(values, top, places, route.log)
     repeats = [len(stack) for stack in stacks]
     noise = route.noise * math.log(8 * jnp.finfo(dtype).eps)
     return Spectra(
@@ -150,70 +154,8 @@ def compute_spectra(
     )
 
 
-class _Places(NamedTuple):
-    """Where the layers are among the matrices, and among their eigenvalues.
-
-    Attributes:
-        pooled: number of matrices of each layer.
-        n: number of eigenvalues of each matrix of a layer.
-        first: number of its first matrix.
-        start: number of its first eigenvalue.
-    """
-
-    pooled: Int[np.ndarray, " layers"]
-    n: Int[np.ndarray, " layers"]
-    first: Int[np.ndarray, " layers"]
-    start: Int[np.ndarray, " layers"]
-
-    @classmethod
-    def of(cls, stack, layers, pooled, n):
-        """From stacks as they lie one behind the other, to layers as they are asked."""
-        stack, pooled, n = (np.repeat(x, layers) for x in (stack, pooled, n))
-        first = np.cumsum(pooled) - pooled
-        start = np.cumsum(pooled * n) - pooled * n
-        asked = np.argsort(stack, kind="stable")
-        columns = (pooled, n, first, start)
-        return cls(*(column[asked].astype(np.int32) for column in columns))
-
-    @property
-    def count(self) -> Int[np.ndarray, " layers"]:
-        """N, number of eigenvalues of each layer."""
-        return self.pooled * self.n
-
-
-def _pool(
-    logs: Sequence[Float[Array, "_ _"]], top: UInt[Array, " matrices"], places: _Places
-):
-    """Brings the matrices of each layer to one unit, and sorts their eigenvalues."""
-    exponent, finite = exponents(top)
-    # Of a layer with fewer matrices than others the last stands for those it lacks.
-    slots = np.arange(places.pooled.max())
-    members = places.first[:, None] + np.minimum(slots, places.pooled[:, None] - 1)
-    unit = exponent[members].max(axis=1)
-    is_finite = finite[members].all(axis=1)
-    flat = jnp.concatenate([bucket.reshape(-1) for bucket in logs])
-
-    def rows(layers):
-        count, n, first, start = (
-            jnp.asarray(x[layers])[:, None]
-            for x in (places.count, places.n, places.first, places.start)
-        )
-        column = jnp.arange(places.count.max()) - (places.count.max() - count)
-        valid = (column >= 0) & is_finite[layers, None]
-        column = jnp.maximum(column, 0)
-        offset = exponent[first + column // n] - unit[layers, None]
-        values = flat[start + column] + 2 * math.log(2) * offset.astype(flat.dtype)
-        return jnp.where(valid, values, -jnp.inf)
-
-    several, single = (
-        np.flatnonzero(x) for x in (places.pooled > 1, places.pooled == 1)
-    )
-    table = jnp.concatenate([jnp.sort(rows(several), axis=-1), rows(single)])
-    return table[np.argsort(np.concatenate([several, single]))], unit, is_finite
-
-
 def _decompose(buckets: list[Bucket], route: Route):
-    """Ascending ln λ of all matrices, bucket by bucket, and what `exponents` reads."""
+    """What finds all eigenvalues, bucket by bucket, and what `exponents` reads."""
 
     def reduce(matrices):
         with jax.named_scope("rescale"):
@@ -234,8 +176,7 @@ def _decompose(buckets: list[Bucket], route: Route):
         reduced.append(form)
         tops.append(top)
     with jax.named_scope("finish"):
-        logs = route.finish(reduced)
-    return list(zip(logs, tops, strict=True))
+        return list(zip(route.finish(reduced), tops, strict=True))
 
 
 def _matrices(stack):
@@ -287,20 +228,19 @@ def _gram(w: Float[Array, "batch rows columns"]) -> Float[Array, "batch n n"]:
     return jnp.block(rows).swapaxes(1, 2)
 
 
-def _finish_gram(buckets: list[Vectors]) -> list[Float[Array, "_ _"]]:
-    return [
-        jnp.log(jnp.maximum(values, 0)) for values in tridiagonal_eigenvalues(buckets)
-    ]
+def _log_eigenvalues(eigenvalues: Float[Array, "..."]) -> Float[Array, "..."]:
+    return jnp.log(jnp.maximum(eigenvalues, 0))
 
 
-def _reduce_singular(matrices: Float[Array, "_ _ _"]) -> Vectors:
-    return jnp.linalg.svd(matrices, compute_uv=False)
+def _ascending(singular_values: list[Vectors]) -> list[Float[Array, "_ _"]]:
+    return [values[:, ::-1] for values in singular_values]
 
 
-def _finish_singular(buckets: list[Vectors]) -> list[Float[Array, "_ _"]]:
+def _log_squares(singular_values: Float[Array, "..."]) -> Float[Array, "..."]:
     """2 ln σ, exact to the smallest singular values."""
-    return [2 * jnp.log(values[:, ::-1]) for values in buckets]
+    return 2 * jnp.log(singular_values)
 
 
-GRAM = Route(_reduce_gram, _finish_gram, noise=1)
-SINGULAR_VALUES = Route(_reduce_singular, _finish_singular, noise=2)
+_svd = functools.partial(jnp.linalg.svd, compute_uv=False)
+GRAM = Route(_reduce_gram, tridiagonal_eigenvalues, _log_eigenvalues, noise=1)
+SINGULAR_VALUES = Route(_svd, _ascending, _log_squares, noise=2)
