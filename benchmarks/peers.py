@@ -17,7 +17,12 @@ from jax import Array
 import tb_optax
 from benchmarks.machine import torch_on_same_device
 from benchmarks.networks import Network
-from tb_optax.eigenvalues import after, bucket_eigenvalues, by_matrix, tridiagonal_form
+from tb_optax.eigenvalues import (
+    after,
+    by_matrix,
+    tridiagonal_eigenvalues,
+    tridiagonal_form,
+)
 
 Params = Mapping[str, Array]
 Alphas = Callable[[], np.ndarray]
@@ -102,18 +107,18 @@ def gram_matrices(params: Params) -> list[np.ndarray]:
 
 
 @jax.jit
-def reduction(grams: Sequence[Array]) -> list[tuple[Array, Array]]:
+def reduction(grams: Sequence[Array]) -> list[Array]:
     """Tridiagonal forms by this library, one stack after the other."""
     forms = []
     previous = jnp.zeros(())
     for stack in grams:
         forms.append(by_matrix(tridiagonal_form, after(previous, stack)))
-        previous = forms[-1][0][0, 0]
+        previous = forms[-1][0, 0, 0]
     return forms
 
 
-bisection = jax.jit(bucket_eigenvalues)
-engine = jax.jit(lambda grams: bucket_eigenvalues(reduction(grams)))
+bisection = jax.jit(tridiagonal_eigenvalues)
+engine = jax.jit(lambda grams: tridiagonal_eigenvalues(reduction(grams)))
 
 
 def scipy_eigenvalues(grams: Sequence[np.ndarray]) -> list[np.ndarray]:

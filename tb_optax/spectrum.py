@@ -10,7 +10,6 @@ of its matrices.
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
@@ -23,11 +22,12 @@ from jaxtyping import Array, Bool, Float, Int
 from tb_optax.devices import Bucket, over_devices
 from tb_optax.eigenvalues import (
     after,
-    bucket_eigenvalues,
     by_matrix,
+    tridiagonal_eigenvalues,
     tridiagonal_form,
 )
 from tb_optax.layers import MatrixAxes
+from tb_optax.pooling import Places, pool
 from tb_optax.scale import rescale
 
 # Bytes of the matrices that are reduced in one go.
@@ -36,8 +36,8 @@ CHUNK_BYTES = 64 * 2**20
 # Of Gram matrices from this size on, a quarter is left out.
 _LARGE = 256
 
-# A few vectors per matrix of a bucket.
-Vectors: TypeAlias = tuple[Float[Array, "_ _"], ...]
+# One or two vectors per matrix of a bucket.
+Vectors: TypeAlias = Float[Array, "_ ..."]
 
 
 class Spectra(NamedTuple):
@@ -79,16 +79,18 @@ class Spectra(NamedTuple):
 
 
 class Route(NamedTuple):
-    """A way from matrices to eigenvalues, in two steps.
+    """A way from matrices to eigenvalues, in three steps.
 
     Attributes:
-        reduce: matrices of one shape to a few vectors per matrix.
-        finish: those vectors, bucket by bucket, to ascending ln λ.
+        reduce: matrices of one shape to one or two vectors per matrix.
+        finish: those vectors, bucket by bucket, to ascending λ or σ.
+        log: these to ln λ.
         noise: power of 8·eps below which λ / λ_max is rounding noise.
     """
 
     reduce: Callable[[Float[Array, "_ _ _"]], Vectors]
     finish: Callable[[list[Vectors]], list[Float[Array, "_ _"]]]
+    log: Callable[[Float[Array, "..."]], Float[Array, "..."]]
     noise: int
 
 
@@ -126,61 +128,42 @@ def compute_spectra(
     Returns:
         Spectra, one row per layer, in the order given.
     """
-    stacks = [
-        stack.astype(jnp.promote_types(stack.dtype, jnp.float32)) for stack in stacks
-    ]
-    buckets: dict[tuple, list[int]] = {}
-    for i in sorted(range(len(stacks)), key=lambda i: stacks[i].shape[1:]):
-        key = (*stacks[i].shape[2:], str(stacks[i].dtype))
-        buckets.setdefault(key, []).append(i)
+    dtype = jnp.result_type(jnp.float32, *stacks)
+    stacks = [stack.astype(dtype) for stack in stacks]
+    buckets: dict[tuple[int, ...], list[int]] = {}
+    for i, stack in enumerate(stacks):
+        buckets.setdefault(stack.shape[2:], []).append(i)
     matrices = [[_matrices(stacks[i]) for i in members] for members in buckets.values()]
-    tables = over_devices(functools.partial(_decompose, route=route), matrices)
+    columns = over_devices(functools.partial(_decompose, route=route), matrices)
 
-    counts = [stack.shape[1] * min(stack.shape[2:]) for stack in stacks]
-    dtype = jnp.result_type(*stacks)
-    rows, order = [], []
-    for members, columns in zip(buckets.values(), tables, strict=True):
-        start = 0
-        for pooled, group in itertools.groupby(members, lambda i: stacks[i].shape[1]):
-            group = list(group)
-            shape = (sum(len(stacks[i]) for i in group), pooled)
-            stop = start + math.prod(shape)
-            row, unit, is_finite = _pool(
-                *(c[start:stop].reshape(*shape, *c.shape[1:]) for c in columns)
-            )
-            padding = ((0, 0), (max(counts) - row.shape[1], 0))
-            row = jnp.pad(row.astype(dtype), padding, constant_values=-jnp.inf)
-            rows.append((row, unit, is_finite))
-            order += [(i, layer) for i in group for layer in range(len(stacks[i]))]
-            start = stop
-    position = np.asarray(sorted(range(len(order)), key=order.__getitem__))
-    table, unit, is_finite = (
-        jnp.concatenate(c)[position] for c in zip(*rows, strict=True)
-    )
-
+    members = np.concatenate([*buckets.values()])
+    sizes = np.asarray([stack.shape for stack in stacks])[members]
+    places = Places.of(members, sizes[:, 0], sizes[:, 1], sizes[:, 2:].min(axis=1))
+    values, tops = zip(*columns, strict=True)
+    top = jnp.concatenate(tops)
+    table, unit, is_finite = pool(values, top, places, route.log)
     repeats = [len(stack) for stack in stacks]
-    eps = [float(jnp.finfo(stack.dtype).eps) for stack in stacks]
-    noise = route.noise * np.log(8 * np.asarray(eps))
+    noise = route.noise * math.log(8 * jnp.finfo(dtype).eps)
     return Spectra(
         log_eigenvalues=table,
-        count=np.repeat(np.asarray(counts, np.int32), repeats),
+        count=places.count,
         factor=np.repeat(np.asarray(factors, dtype), repeats),
         exponent=unit,
         finite=is_finite,
-        log_noise=np.repeat(noise.astype(dtype), repeats),
+        log_noise=np.full(len(places.count), noise, dtype),
     )
 
 
 def _decompose(buckets: list[Bucket], route: Route):
-    """Ascending ln λ, exponents and finiteness of all matrices, bucket by bucket."""
+    """What finds all eigenvalues, bucket by bucket, and what `exponents` reads."""
 
     def reduce(matrices):
         with jax.named_scope("rescale"):
-            matrices, *scale = rescale(matrices)
+            matrices, top = rescale(matrices)
         with jax.named_scope("reduce"):
-            return *route.reduce(matrices), *scale
+            return route.reduce(matrices), top
 
-    reduced, exponents, finite = [], [], []
+    reduced, tops = [], []
     previous = jnp.zeros(())
     for bucket in buckets:
         chunks = []
@@ -188,29 +171,12 @@ def _decompose(buckets: list[Bucket], route: Route):
             stack = jnp.concatenate([bucket[i][part] for i, part in chunk])
             # One chunk after the other, in the memory of one.
             chunks.append(by_matrix(reduce, after(previous, stack)))
-            previous = chunks[-1][0][0, 0]
-        *vectors, unit, is_finite = map(jnp.concatenate, zip(*chunks, strict=True))
-        reduced.append(tuple(vectors))
-        exponents.append(unit)
-        finite.append(is_finite)
+            previous = chunks[-1][0].reshape(-1)[0]
+        form, top = map(jnp.concatenate, zip(*chunks, strict=True))
+        reduced.append(form)
+        tops.append(top)
     with jax.named_scope("finish"):
-        logs = route.finish(reduced)
-    return list(zip(logs, exponents, finite, strict=True))
-
-
-def _pool(
-    logs: Float[Array, "layers pooled n"],
-    exponent: Int[Array, "layers pooled"],
-    finite: Bool[Array, "layers pooled"],
-):
-    """Brings the matrices of each layer to one unit, and sorts their eigenvalues."""
-    layers, pooled, n = logs.shape
-    unit = exponent.max(axis=1)
-    offset = 2 * math.log(2) * (exponent - unit[:, None]).astype(logs.dtype)
-    is_finite = finite.all(axis=1)
-    pool = jnp.where(is_finite[:, None, None], logs + offset[:, :, None], -jnp.inf)
-    pool = pool.reshape(layers, pooled * n)
-    return jnp.sort(pool, axis=-1) if pooled > 1 else pool, unit, is_finite
+        return list(zip(route.finish(reduced), tops, strict=True))
 
 
 def _matrices(stack):
@@ -246,7 +212,7 @@ def _reduce_gram(matrices: Float[Array, "_ _ _"]) -> Vectors:
 
 
 def _gram(w: Float[Array, "batch rows columns"]) -> Float[Array, "batch n n"]:
-    """WᵀW or WWᵀ; of a large one without the block above the diagonal."""
+    """WᵀW or WWᵀ, by columns as LAPACK has it; of a large one without a quarter."""
     side = 1 if w.shape[1] <= w.shape[2] else 2
     product = functools.partial(
         jnp.einsum,
@@ -254,27 +220,27 @@ def _gram(w: Float[Array, "batch rows columns"]) -> Float[Array, "batch n n"]:
         precision=jax.lax.Precision.HIGHEST,
     )
     if w.shape[side] < _LARGE:
-        return product(w, w)
+        return product(w, w).swapaxes(1, 2)
     first, second = jnp.split(w, [w.shape[side] // 2], axis=side)
-    beside = product(second, first)
-    above = jnp.zeros_like(beside).swapaxes(1, 2)
-    return jnp.block(
-        [[product(first, first), above], [beside, product(second, second)]]
-    )
+    beside = product(first, second)
+    below = jnp.zeros_like(beside).swapaxes(1, 2)
+    rows = [[product(first, first), beside], [below, product(second, second)]]
+    return jnp.block(rows).swapaxes(1, 2)
 
 
-def _finish_gram(buckets: list[Vectors]) -> list[Float[Array, "_ _"]]:
-    return [jnp.log(jnp.maximum(values, 0)) for values in bucket_eigenvalues(buckets)]
+def _log_eigenvalues(eigenvalues: Float[Array, "..."]) -> Float[Array, "..."]:
+    return jnp.log(jnp.maximum(eigenvalues, 0))
 
 
-def _reduce_singular(matrices: Float[Array, "_ _ _"]) -> Vectors:
-    return (jnp.linalg.svd(matrices, compute_uv=False),)
+def _ascending(singular_values: list[Vectors]) -> list[Float[Array, "_ _"]]:
+    return [values[:, ::-1] for values in singular_values]
 
 
-def _finish_singular(buckets: list[Vectors]) -> list[Float[Array, "_ _"]]:
+def _log_squares(singular_values: Float[Array, "..."]) -> Float[Array, "..."]:
     """2 ln σ, exact to the smallest singular values."""
-    return [2 * jnp.log(values[:, ::-1]) for (values,) in buckets]
+    return 2 * jnp.log(singular_values)
 
 
-GRAM = Route(_reduce_gram, _finish_gram, noise=1)
-SINGULAR_VALUES = Route(_reduce_singular, _finish_singular, noise=2)
+_svd = functools.partial(jnp.linalg.svd, compute_uv=False)
+GRAM = Route(_reduce_gram, tridiagonal_eigenvalues, _log_eigenvalues, noise=1)
+SINGULAR_VALUES = Route(_svd, _ascending, _log_squares, noise=2)

@@ -12,10 +12,16 @@ from spectra import eps_of, float32
 from tb_optax.eigenvalues import tridiagonal_eigenvalues, tridiagonal_form
 
 SIZES = (1, 2, 3, 64, 65)
-tridiagonal = jax.jit(tridiagonal_eigenvalues)
+several = jax.jit(tridiagonal_eigenvalues)
 symmetric = jax.jit(
-    lambda matrices: tridiagonal_eigenvalues(*tridiagonal_form(matrices))
+    lambda matrices: tridiagonal_eigenvalues([tridiagonal_form(matrices)])[0]
 )
+
+
+def tridiagonal(diagonal, beside):
+    """Eigenvalues of a batch; what stands before the first row is not read."""
+    before = np.pad(beside, ((0, 0), (1, 0)), constant_values=7)
+    return several([jnp.stack([diagonal, before], axis=1)])[0]
 
 
 def difference(n):
@@ -122,6 +128,23 @@ def test_symmetric_matrices_of_prescribed_spectrum(dtype):
         # The upper triangle is not read.
         lower = symmetric(jnp.asarray(np.tril(matrices)))
         np.testing.assert_array_equal(lower, found)
+
+
+def test_sizes_side_by_side():
+    """Every size finds its own eigenvalues, whatever is decomposed beside it."""
+    sizes = (130, 1, 64, 7, 65, 300, 2)
+    buckets, exact = [], []
+    for n in sizes:
+        made = [family(n) for family in FAMILIES]
+        diagonal, beside, known = (np.stack(part) for part in zip(*made, strict=True))
+        before = np.pad(beside, ((0, 0), (1, 0)))
+        buckets.append(float32(np.stack([diagonal, before], axis=1)))
+        exact.append(known)
+    for found, bucket, known in zip(several(buckets), buckets, exact, strict=True):
+        radius = np.abs(bucket[:, 0]).max(-1) + 2 * np.abs(bucket[:, 1]).max(-1)
+        bound = 4 * eps_of(np.float32) * radius
+        assert found.shape == known.shape
+        assert (np.abs(np.asarray(found, np.float64) - known) <= bound[:, None]).all()
 
 
 def test_larger_matrices():
