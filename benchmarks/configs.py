@@ -8,8 +8,9 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from benchmarks.commandline import Parser
 from benchmarks.errors import UserError
 
 
@@ -25,6 +26,8 @@ def _countable(value: int) -> bool:
     return 1 <= value <= 1_000_000
 
 
+COMPUTE = ("float32", "bfloat16")
+
 _LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "subset": ("a whole number, at least 1", lambda n: n >= 1),
     "width": ("above 0, at most 16", lambda w: 0 < w <= 16),
@@ -37,6 +40,7 @@ _LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "low": ("a finite number, at least 0", _not_negative),
     "high": ("a finite number, at least 0", _not_negative),
     "interval": ("at least 1, at most 1000000", _countable),
+    "compute": (" or ".join(COMPUTE), lambda name: name in COMPUTE),
     "arms": ("each arm once", lambda arms: 0 < len(arms) == len(set(arms))),
     "seed": ("0 to 4294967295", lambda n: 0 <= n < 2**32),
 }
@@ -64,6 +68,7 @@ class Config:
         high: largest multiplier of TempBalance.
         init: whose default initialisation the weights have, "flax" or "torch".
         interval: epochs from one analysis of the weights to the next.
+        compute: type that training computes in; see `benchmarks.models.build`.
         arms: names in `benchmarks.arms`, trained one after the other.
         seed: of the initial weights, the order of the rows and their augmentation.
     """
@@ -83,6 +88,7 @@ class Config:
     high: float | None = None
     init: str = "flax"
     interval: int = 1
+    compute: str = "float32"
     arms: tuple[str, ...] = ("cal", "tb")
     seed: int = 43
 
@@ -140,17 +146,12 @@ def option(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     # Heavy imports, not for the import of Config.
     from benchmarks import arms, models
     from benchmarks.models.initialisation import INITIALISATIONS
 
-    parser = _Parser(
+    parser = Parser(
         prog="python -m benchmarks.train",
         description="Train the same network plainly, with TempBalance, or otherwise.",
         epilog="Numbers that are not given come from the recipe of the data set.",
@@ -173,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--high", type=float, help="largest multiplier")
     add("--init", choices=tuple(INITIALISATIONS), help="initial weights as in these")
     add("--interval", type=int, help="epochs from one analysis to the next")
+    add("--compute", choices=COMPUTE, help="type that training computes in")
     add("--arms", nargs="+", choices=tuple(arms.ARMS), help="what to compare")
     add("--seed", type=int, help="seed of weights, row order and augmentation")
     add("--out", help="run directory; default: runs/DATASET-MODEL-seedSEED")

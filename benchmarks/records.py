@@ -51,14 +51,8 @@ class RunDirectory:
 
     def check(self, config: Config, *, resume: bool) -> None:
         """Raise `UserError` if the run cannot start or continue here."""
-        if self.path.exists() and not self.path.is_dir():
-            msg = f"{self.path} is no directory; give another --out"
-            raise UserError(msg)
-        if self._is_empty():
+        if check_place(self.path, _CONFIG, resume=resume):
             return
-        if not resume:
-            msg = f"{self.path} is not empty; give --resume or another --out"
-            raise UserError(msg)
         recorded = self._recorded()["config"]
         for name, value in _plain(config).items():
             if name not in recorded:
@@ -71,9 +65,15 @@ class RunDirectory:
                 )
                 raise UserError(msg)
 
+    def arms(self) -> tuple[str, ...]:
+        """Return the arms that the run has been opened with; none before that."""
+        if is_fresh(self.path, _CONFIG):
+            return ()
+        return tuple(self._recorded()["config"].get("arms", ()))
+
     def open(self, config: Config, digest: str) -> None:
         """Create the directory with its `config.json`, or compare the data's digest."""
-        if self._is_empty():
+        if is_fresh(self.path, _CONFIG):
             self.path.mkdir(parents=True, exist_ok=True)
             packages = ("jax", "jaxlib", "optax", "flax")
             content = {
@@ -110,29 +110,64 @@ class RunDirectory:
         replace(self.metrics, _lines(metrics))
         replace(self.layers, _lines(layers))
 
-    def _is_empty(self) -> bool:
-        """Whether nothing is here, but for what a kill may leave of the first file."""
-        if not self.path.exists():
-            return True
-        return {entry.name for entry in self.path.iterdir()} <= {_CONFIG + _TEMPORARY}
+    def add_arms(self, arms: tuple[str, ...]) -> None:
+        """Write down that the run has other arms too; none depends on the others."""
+        content = self._recorded()
+        content["config"]["arms"] = [*content["config"]["arms"], *arms]
+        replace(self.path / _CONFIG, json.dumps(content, indent=2) + "\n")
 
     def _recorded(self) -> dict[str, Any]:
-        path = self.path / _CONFIG
-        if not path.exists():
-            msg = f"{self.path} holds no run: no {_CONFIG}; give another --out"
-            raise UserError(msg)
-        try:
-            content = json.loads(path.read_bytes())
-            if not isinstance(content["config"], dict):
-                msg = "config is no object"
-                raise TypeError(msg)
-            if not isinstance(content["data_sha256"], str):
-                msg = "data_sha256 is no string"
-                raise TypeError(msg)
-        except (ValueError, TypeError, KeyError) as error:
-            msg = f"{path} is damaged ({first_line(error)}); give another --out"
-            raise UserError(msg) from error
+        content = read_object(self.path, _CONFIG)
+        for name, kind in (("config", dict), ("data_sha256", str)):
+            if not isinstance(content.get(name), kind):
+                msg = f"{self.path / _CONFIG} is damaged ({name!r}); give another --out"
+                raise UserError(msg)
         return content
+
+
+def check_place(path: Path, first: str, *, resume: bool) -> bool:
+    """Raise `UserError` if nothing can start or continue in a directory.
+
+    Args:
+        path: the directory.
+        first: name of the file that is written before any other.
+        resume: whether something may be there.
+
+    Returns:
+        Whether it is fresh.
+    """
+    if path.exists() and not path.is_dir():
+        msg = f"{path} is no directory; give another --out"
+        raise UserError(msg)
+    fresh = is_fresh(path, first)
+    if not fresh and not resume:
+        msg = f"{path} is not empty; give --resume or another --out"
+        raise UserError(msg)
+    return fresh
+
+
+def is_fresh(path: Path, first: str) -> bool:
+    """Whether nothing is here, but for what a kill may leave of the first file."""
+    if not path.exists():
+        return True
+    return {entry.name for entry in path.iterdir()} <= {first + _TEMPORARY}
+
+
+def read_object(path: Path, name: str) -> dict[str, Any]:
+    """Read the JSON object that makes a directory one of ours."""
+    file = path / name
+    if not file.exists():
+        msg = f"{path} holds no run: no {name}; give another --out"
+        raise UserError(msg)
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError as error:
+        msg = f"{file} is damaged ({first_line(error)}); give another --out"
+        raise UserError(msg) from error
+    if not isinstance(content, dict):
+        msg = f"{file} is damaged (no object); give another --out"
+        raise UserError(msg)
+    return content
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:

@@ -54,8 +54,8 @@ def two_steps(quick_compilation):
     )
     results = {}
     for name, arm in arms.ARMS.items():
-        analyze = arm.analysis(config, layers)
-        optimizer = arm.build(config, analyze, 1)
+        analyze = arm.analysis(config, layers, config.seed)
+        optimizer = arm.build(config, analyze, 1, config.seed)
         update, params = jax.jit(optimizer.update), tiny()
         state, analysis, first = optimizer.init(params), None, None
         if arm.balanced:
@@ -129,7 +129,8 @@ def test_lookahead_trains_with_donated_states():
         configs.DIGITS, model="resnet8", width=0.25, epochs=2, batch_size=4
     )
     program = loop.make_program(config, arms.ARMS["lookahead"], dataset)
-    _, scores = program.train(program.start(), images, labels, jnp.int32(0))
+    start = program.start(config.seed)
+    [(_, scores)] = program.train((start,), images, labels, jnp.int32(0))
     assert np.isfinite(scores.loss)
 
 

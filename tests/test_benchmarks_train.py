@@ -62,7 +62,7 @@ def test_arms_differ_only_in_the_multipliers(finished):
     programs = [
         loop.make_program(config, arms.ARMS[arm], dataset) for arm in config.arms
     ]
-    starts = [jax.device_get(program.start().params) for program in programs]
+    starts = [jax.device_get(program.start(config.seed).params) for program in programs]
     jax.tree.map(np.testing.assert_array_equal, *starts)
 
 
