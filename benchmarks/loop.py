@@ -82,7 +82,9 @@ def make_program(config: Config, arm: Arm, data: Dataset) -> Program:
     )
     model = nnx.eval_shape(lambda: shape.build(init_key))
     graph = nnx.graphdef(model)
-    layers = models.layers_in_order(model)[1:-1]  # Published: not the first, the last.
+    layers = models.layers_in_order(model, norms=config.norms)
+    if not config.ends:
+        layers = layers[1:-1]
     analyze = arm.analysis(config, layers)
     steps = len(data.train_images) // config.batch_size
     optimizer = arm.build(config, analyze, steps)
