@@ -66,6 +66,10 @@ class Config:
         snr: coefficient of spectral norm regularisation.
         low: smallest multiplier of TempBalance.
         high: largest multiplier of TempBalance.
+        metric: name in `benchmarks.arms.METRICS`, what the multipliers are read off.
+        fit: name in `benchmarks.arms.FITS`, how the power law is fitted.
+        norms: whether the parameters of a norm have the multiplier of their layer.
+        ends: whether the first and the last layer are balanced too.
         init: whose default initialisation the weights have, "flax" or "torch".
         interval: epochs from one analysis of the weights to the next.
         compute: type that training computes in; see `benchmarks.models.build`.
@@ -86,6 +90,10 @@ class Config:
     snr: float | None = None
     low: float | None = None
     high: float | None = None
+    metric: str = "alpha"
+    fit: str = "median"
+    norms: bool = True
+    ends: bool = False
     init: str = "flax"
     interval: int = 1
     compute: str = "float32"
@@ -158,7 +166,7 @@ def _parser() -> Parser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    add = parser.add_argument
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--dataset", choices=tuple(RECIPES), help="digits (default) or cifar10")
     add("--data-dir", help="train-*.parquet and test-*.parquet; default: the hub")
     add("--subset", type=int, help="train on the first SUBSET rows")
@@ -172,6 +180,10 @@ def _parser() -> Parser:
     add("--snr", type=float, help="coefficient of spectral norm regularisation")
     add("--low", type=float, help="smallest multiplier")
     add("--high", type=float, help="largest multiplier")
+    add("--metric", choices=tuple(arms.METRICS), help="what multipliers are read off")
+    add("--fit", choices=tuple(arms.FITS), help="where the tail of a spectrum starts")
+    add("--norms", action=switch, help="whether norms have their layer's multiplier")
+    add("--ends", action=switch, help="whether the first and last layer are balanced")
     add("--init", choices=tuple(INITIALISATIONS), help="initial weights as in these")
     add("--interval", type=int, help="epochs from one analysis to the next")
     add("--compute", choices=COMPUTE, help="type that training computes in")

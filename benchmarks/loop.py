@@ -94,7 +94,9 @@ def make_program(config: Config, arm: Arm, data: Dataset) -> Program:
     # Evaluated in full precision, whatever the training computes in.
     plain = nnx.eval_shape(lambda: shape._replace(compute="float32").build(0))
     model = nnx.eval_shape(lambda: shape.build(0))
-    layers = models.layers_in_order(plain)[1:-1]  # Published: not the first, the last.
+    layers = models.layers_in_order(plain, norms=config.norms)
+    if not config.ends:
+        layers = layers[1:-1]
     steps = len(data.train_images) // config.batch_size
 
     def analysis(seed: Seed) -> Analyze:

@@ -104,7 +104,7 @@ def _draw_alpha(axes: Axes, rows: Sequence[Row], arm: str) -> None:
     epochs, curves = _curves(rows, arm, "alpha")
     for (layer, values), color in zip(curves.items(), _by_depth(curves), strict=True):
         axes.plot(epochs, values, color=color, label=layer, marker=".")
-    axes.set_ylabel("alpha (median Hill)")
+    axes.set_ylabel("alpha")
     _finish(axes)
 
 

@@ -69,6 +69,8 @@ _ROWS = {
     ("tinyimagenet", "wrn28_6"): _Row(0.05, 0.1, 0.1, 1e-4, 1e-4),
 }
 
+PAIRS = tuple(_ROWS)
+
 # On CIFAR-100: ResNet-18, which stands for all others, and ResNet-34.
 _OTHER_RATES = {
     "sgdr": (0.1, 0.05),

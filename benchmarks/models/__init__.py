@@ -87,13 +87,19 @@ def build(
     return model
 
 
-def layers_in_order(model: Model) -> tuple[tb_optax.Layer, ...]:
-    """Return the layers of a model in the order of execution."""
+def layers_in_order(model: Model, *, norms: bool = True) -> tuple[tb_optax.Layer, ...]:
+    """Return the layers of a model in the order of execution.
+
+    Args:
+        model: the model.
+        norms: whether the parameters of a norm follow the layer before it.
+    """
     shape = (1, 8, 8, model.image_channels)
     return tb_optax.trace_layers(
         lambda model, images: model(images, train=False),
         model,
         jax.ShapeDtypeStruct(shape, jnp.float32),
+        norms="after" if norms else "none",
     )
 
 
