@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from benchmarks.configs import Config, option
+from benchmarks.data import Dataset
 from benchmarks.errors import UserError, first_line
 
 Row = dict[str, Any]
@@ -71,23 +72,28 @@ class RunDirectory:
             return ()
         return tuple(self._recorded()["config"].get("arms", ()))
 
-    def open(self, config: Config, digest: str) -> None:
+    def open(self, config: Config, data: Dataset) -> None:
         """Create the directory with its `config.json`, or compare the data's digest."""
+        digest = data.digest()
         if is_fresh(self.path, _CONFIG):
             self.path.mkdir(parents=True, exist_ok=True)
             packages = ("jax", "jaxlib", "optax", "flax")
             content = {
                 "config": _plain(config),
                 "data_sha256": digest,
+                "train_rows": len(data.train_labels),
                 "device": jax.devices()[0].device_kind,
                 "versions": {name: version(name) for name in packages},
             }
             replace(self.path / _CONFIG, json.dumps(content, indent=2) + "\n")
-        elif self._recorded()["data_sha256"] != digest:
-            msg = (
-                f"the data are not those of the run in {self.path}; give another --out"
-            )
-            raise UserError(msg)
+        self.check_data(digest)
+
+    def check_data(self, digest: str) -> None:
+        """Raise `UserError` if the run has been opened with other data."""
+        if is_fresh(self.path, _CONFIG) or self._recorded()["data_sha256"] == digest:
+            return
+        msg = f"the data are not those of the run in {self.path}; give another --out"
+        raise UserError(msg)
 
     def rewind(self, done: Mapping[str, int], config: Config) -> None:
         """Keep the lines that the checkpoints know of.
@@ -110,19 +116,14 @@ class RunDirectory:
         replace(self.metrics, _lines(metrics))
         replace(self.layers, _lines(layers))
 
-    def add_arms(self, arms: tuple[str, ...]) -> None:
+    def add_arms(self, arms: Sequence[str]) -> None:
         """Write down that the run has other arms too; none depends on the others."""
         content = self._recorded()
         content["config"]["arms"] = [*content["config"]["arms"], *arms]
         replace(self.path / _CONFIG, json.dumps(content, indent=2) + "\n")
 
     def _recorded(self) -> dict[str, Any]:
-        content = read_object(self.path, _CONFIG)
-        for name, kind in (("config", dict), ("data_sha256", str)):
-            if not isinstance(content.get(name), kind):
-                msg = f"{self.path / _CONFIG} is damaged ({name!r}); give another --out"
-                raise UserError(msg)
-        return content
+        return read_object(self.path, _CONFIG, {"config": dict, "data_sha256": str})
 
 
 def check_place(path: Path, first: str, *, resume: bool) -> bool:
@@ -153,20 +154,21 @@ def is_fresh(path: Path, first: str) -> bool:
     return {entry.name for entry in path.iterdir()} <= {first + _TEMPORARY}
 
 
-def read_object(path: Path, name: str) -> dict[str, Any]:
-    """Read the JSON object that makes a directory one of ours."""
+def read_object(path: Path, name: str, fields: Mapping[str, type]) -> dict[str, Any]:
+    """Read the JSON file that says what a directory holds, by fields of these types."""
     file = path / name
     if not file.exists():
         msg = f"{path} holds no run: no {name}; give another --out"
         raise UserError(msg)
     try:
         content = json.loads(file.read_bytes())
-    except ValueError as error:
+        for field, kind in fields.items():
+            if not isinstance(content[field], kind):
+                msg = f"{field} is no {kind.__name__}"
+                raise TypeError(msg)
+    except (ValueError, TypeError, KeyError) as error:
         msg = f"{file} is damaged ({first_line(error)}); give another --out"
         raise UserError(msg) from error
-    if not isinstance(content, dict):
-        msg = f"{file} is damaged (no object); give another --out"
-        raise UserError(msg)
     return content
 
 

@@ -37,7 +37,7 @@ def _run(arguments: Sequence[str] | None, stopping: Callable[[], bool]) -> None:
     directory = records.RunDirectory(command.out)
     directory.check(config, resume=command.resume)
     dataset = data.load(config)
-    directory.open(config, dataset.digest())
+    directory.open(config, dataset)
     done = experiment.newest_epochs(config, directory)
     directory.rewind(done, config)
     trained = {}

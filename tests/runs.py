@@ -50,3 +50,22 @@ def assert_same_run(path, other):
             final_state(path, arm),
             final_state(other, arm),
         )
+
+
+def snapshot(path):
+    """Every file below a directory, with its content."""
+    return {
+        file: file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()
+    }
+
+
+def assert_fails(main, capsys, arguments, *words):
+    """Exit code 2, and one line on stderr with these words."""
+    capsys.readouterr()
+    assert main(list(arguments)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    for word in words:
+        assert word in err

@@ -10,7 +10,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from runs import EPOCHS, TINY, assert_same_run, final_state
+from runs import EPOCHS, TINY, assert_fails, assert_same_run, final_state, snapshot
 
 from benchmarks import arms, configs, data, loop, records
 from benchmarks.checkpoints import newest
@@ -104,15 +104,7 @@ def test_resuming_a_finished_run_changes_nothing_but_its_pictures(finished, tmp_
 
 
 def fails(capsys, arguments, *words):
-    """Asserts exit code 2 and one line on stderr with these words."""
-    capsys.readouterr()
-    assert main(list(arguments)) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    for word in words:
-        assert word in err
+    assert_fails(main, capsys, arguments, *words)
 
 
 @pytest.mark.parametrize(
@@ -145,12 +137,6 @@ def test_bad_arguments(arguments, words, capsys, tmp_path):
     out = tmp_path / "run"
     fails(capsys, [*arguments.split(), "--out", str(out)], *words.split())
     assert not out.exists()
-
-
-def snapshot(path):
-    return {
-        file: file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()
-    }
 
 
 def test_nothing_is_overwritten(finished, capsys):
