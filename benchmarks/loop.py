@@ -82,9 +82,7 @@ def make_program(config: Config, arm: Arm, data: Dataset) -> Program:
     )
     model = nnx.eval_shape(lambda: shape.build(init_key))
     graph = nnx.graphdef(model)
-    layers = models.layers_in_order(model, norms=config.norms)
-    if not config.ends:
-        layers = layers[1:-1]
+    layers = balanced_layers(model, config)
     analyze = arm.analysis(config, layers)
     steps = len(data.train_images) // config.batch_size
     optimizer = arm.build(config, analyze, steps)
@@ -109,6 +107,12 @@ def make_program(config: Config, arm: Arm, data: Dataset) -> Program:
         evaluate=jax.jit(evaluate),
         refresh=jax.jit(refresh, donate_argnums=0),
     )
+
+
+def balanced_layers(model: models.Model, config: Config) -> tuple[tb_optax.Layer, ...]:
+    """Return the layers to analyse; as published, not the first and the last."""
+    layers = models.layers_in_order(model, norms=config.norms)
+    return layers if config.ends else layers[1:-1]
 
 
 class _Shape(NamedTuple):
