@@ -86,7 +86,7 @@ def test_ablations_start_from_the_published_numbers():
 def test_numbers_of_the_ablations():
     rates = GRIDS["learning-rate"].configs().values()
     for arm in ("cal", "tb"):
-        first = [float(ARMS[arm].schedule(config, 1)(0)) for config in rates]
+        first = [np.asarray(ARMS[arm].schedule(config, 1)(0)) for config in rates]
         np.testing.assert_allclose(first, [0.05, 0.1, 0.15], rtol=1e-6)
     for name, config in GRIDS["bounds"].configs().items():
         numbers = settings(config, "tb")
@@ -96,12 +96,23 @@ def test_numbers_of_the_ablations():
     channels = []
     for config in GRIDS["width"].configs().values():
         model = nnx.eval_shape(lambda config=config: resnet18(config.width))
-        channels.append(model.blocks[7].conv2.kernel.shape[-1])
+        channels.append(leaves(model)["blocks/7/conv2/kernel"].shape[-1])
     assert channels == [256, 512, 768]
 
 
 def resnet18(width):
     return models.build("resnet18", num_classes=100, width=width, rngs=nnx.Rngs(3))
+
+
+def leaves(model):
+    return by_path(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+
+
+def by_path(tree):
+    return {
+        jax.tree_util.keystr(keys, simple=True, separator="/"): leaf
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def small():
@@ -120,23 +131,20 @@ def multipliers(quick_compilation):
             analyze = ARMS["tb"].analysis(config, balanced_layers(model, config))
             params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
             tree = analyze(params).leaf_multipliers(params)
-            results.setdefault(grid, {})[name] = {
-                jax.tree_util.keystr(keys, simple=True, separator="/"): float(leaf)
-                for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
-            }
+            results.setdefault(grid, {})[name] = by_path(jax.tree.map(float, tree))
     return results
 
 
 @pytest.mark.parametrize("grid", BALANCING)
 def test_every_variant_has_multipliers_of_its_own(multipliers, grid):
-    table = [list(by_path.values()) for by_path in multipliers[grid].values()]
+    table = [list(own.values()) for own in multipliers[grid].values()]
     assert len(np.unique(np.round(table, 4), axis=0)) == len(table)
 
 
 def expected(config):
     """The multipliers of the kernels, by the independent statement of the method."""
     model = small()
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    kernels = leaves(model)
     paths = [layer.path for layer in models.layers_in_order(model)]
     fit = {
         "median": reference.fit_median,
@@ -148,13 +156,8 @@ def expected(config):
         "alpha_hat": lambda spectrum: fit(spectrum).alpha * np.log10(spectrum[-1]),
         "spectral_norm": lambda spectrum: spectrum[-1],
     }[config.metric]
-    spectra = []
-    for path in paths:
-        kernel = params
-        for key in path.split("/"):
-            kernel = kernel[int(key) if key.isdigit() else key]
-        # Inputs and outputs come last in Flax, and first in PyTorch.
-        spectra.append(reference.spectrum(np.asarray(kernel).T))
+    # Inputs and outputs come last in Flax, and first in PyTorch.
+    spectra = [reference.spectrum(np.asarray(kernels[path]).T) for path in paths]
     kept = reference.select(
         [len(spectrum) for spectrum in spectra],
         first=not config.ends,
