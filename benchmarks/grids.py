@@ -104,7 +104,6 @@ GRIDS: dict[str, Grid] = {
             "low0.3-high1.7": {"low": 0.3, "high": 1.7},
             "low0.5-high1.5": {},
             "low0.6-high1.4": {"low": 0.6, "high": 1.4},
-            "low0.7-high1.3": {"low": 0.7, "high": 1.3},
             "low1.5-high0.5": {"low": 1.5, "high": 0.5},
         }
     ),

@@ -94,9 +94,7 @@ def make_program(config: Config, arm: Arm, data: Dataset) -> Program:
     # Evaluated in full precision, whatever the training computes in.
     plain = nnx.eval_shape(lambda: shape._replace(compute="float32").build(0))
     model = nnx.eval_shape(lambda: shape.build(0))
-    layers = models.layers_in_order(plain, norms=config.norms)
-    if not config.ends:
-        layers = layers[1:-1]
+    layers = balanced_layers(plain, config)
     steps = len(data.train_images) // config.batch_size
 
     def analysis(seed: Seed) -> Analyze:
@@ -126,6 +124,12 @@ def make_program(config: Config, arm: Arm, data: Dataset) -> Program:
         evaluate=jax.jit(_at_once(evaluate)),
         refresh=jax.jit(refresh, donate_argnums=0),
     )
+
+
+def balanced_layers(model: models.Model, config: Config) -> tuple[tb_optax.Layer, ...]:
+    """Return the layers to analyse; as published, not the first and the last."""
+    layers = models.layers_in_order(model, norms=config.norms)
+    return layers if config.ends else layers[1:-1]
 
 
 class _Shape(NamedTuple):

@@ -121,6 +121,8 @@ def fails(capsys, arguments, *words):
         ("--momentum 1", "--momentum 1.0 below"),
         ("--low -1", "--low -1.0 least"),
         ("--snr -1", "--snr -1.0 least"),
+        ("--metric beta", "--metric 'beta' alpha_hat spectral_norm"),
+        ("--fit mean", "--fit 'mean' median min_ks peak"),
         ("--init keras", "--init 'keras' flax torch"),
         ("--high inf", "--high inf finite"),
         ("--interval 0", "--interval 0 least"),
