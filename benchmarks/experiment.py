@@ -55,6 +55,7 @@ def run_arm(
     """Train an arm from its newest checkpoint on; raise `Preempted` between epochs."""
     arm = ARMS[name]
     program = make_program(config, arm, data)
+    validate = program.evaluate  # Not yet compiled for the shape of the test rows.
     rate = arm.schedule(config, 1)
     done = newest(directory.checkpoints / name)
     with open_checkpoints(directory.checkpoints / name) as checkpoints:
@@ -66,6 +67,7 @@ def run_arm(
         progress.set_description(arm.title)
         train = jax.device_put((data.train_images, data.train_labels))
         test = jax.device_put((data.test_images, data.test_labels))
+        validation = jax.device_put((data.validation_images, data.validation_labels))
         for epoch in range(done, config.epochs):
             if stopping():
                 msg = f"{name} is saved behind {epoch} of {config.epochs} epochs"
@@ -80,6 +82,13 @@ def run_arm(
             jax.block_until_ready((state, scores))
             train_seconds = time.perf_counter() - start
             test_scores = program.evaluate(state, *test)
+            held_out = {}
+            if data.validation_images is not None:
+                validation_scores = validate(state, *validation)
+                held_out = {
+                    "validation_loss": float(validation_scores.loss),
+                    "validation_accuracy": float(validation_scores.accuracy),
+                }
             if epoch + 1 == config.epochs:
                 state, _ = _analyse(name, config.epochs, program, state, directory)
             row = {
@@ -90,6 +99,7 @@ def run_arm(
                 "train_accuracy": float(scores.accuracy),
                 "test_loss": float(test_scores.loss),
                 "test_accuracy": float(test_scores.accuracy),
+                **held_out,
                 "train_seconds": train_seconds,
                 "analysis_seconds": analysis_seconds,
             }
