@@ -1,6 +1,7 @@
 """Experiments as records: what is trained, on what, with which numbers.
 
-Digits, two arms of 20 epochs: see `DIGITS`.  CIFAR-10 as published: see `CIFAR10`.
+Digits, two arms of 20 epochs: see `DIGITS`.  CIFAR-10 as published: see `CIFAR10`; the
+other published data sets differ in the rates of `benchmarks.published`.
 """
 
 import argparse
@@ -30,6 +31,7 @@ COMPUTE = ("float32", "bfloat16")
 
 _LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "subset": ("a whole number, at least 1", lambda n: n >= 1),
+    "validation": ("a whole number, at least 1", lambda n: n >= 1),
     "width": ("above 0, at most 16", lambda w: 0 < w <= 16),
     "epochs": ("at least 1, at most 1000000", _countable),
     "batch_size": ("a whole number, at least 1", lambda n: n >= 1),
@@ -54,6 +56,8 @@ class Config:
         dataset: name in `benchmarks.data`.
         data_dir: directory of parquet files; None reads the hub.
         subset: train on the first so many rows; None trains on all.
+        validation: hold out so many training rows, behind the subset if there is one,
+            the same ones for every seed; None holds out none.
         model: name in `benchmarks.models`.
         width: factor on the channels of the model.
         epochs: passes over the training rows.
@@ -84,6 +88,7 @@ class Config:
     learning_rate: float | None = None
     data_dir: str | None = None
     subset: int | None = None
+    validation: int | None = None
     width: float = 1.0
     weight_decay: float = 5e-4
     momentum: float = 0.9
@@ -125,7 +130,14 @@ CIFAR10 = Config(
     batch_size=128,
 )
 
-RECIPES = {recipe.dataset: recipe for recipe in (DIGITS, CIFAR10)}
+CIFAR100 = dataclasses.replace(CIFAR10, dataset="cifar100")
+SVHN = dataclasses.replace(CIFAR10, dataset="svhn")
+TINY_IMAGENET = dataclasses.replace(CIFAR10, dataset="tiny_imagenet")
+
+RECIPES = {
+    recipe.dataset: recipe
+    for recipe in (DIGITS, CIFAR10, CIFAR100, SVHN, TINY_IMAGENET)
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,9 +179,10 @@ def _parser() -> Parser:
         allow_abbrev=False,
     )
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    add("--dataset", choices=tuple(RECIPES), help="digits (default) or cifar10")
-    add("--data-dir", help="train-*.parquet and test-*.parquet; default: the hub")
+    add("--dataset", choices=tuple(RECIPES), help="digits by default")
+    add("--data-dir", help="the hub's SPLIT-*.parquet files; default: the hub")
     add("--subset", type=int, help="train on the first SUBSET rows")
+    add("--validation", type=int, help="hold out VALIDATION training rows")
     add("--model", choices=models.NAMES, help="a network")
     add("--width", type=float, help="factor on its channels")
     add("--epochs", type=int, help="passes over the training rows")

@@ -3,12 +3,13 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from tqdm import tqdm
 
 import tb_optax
@@ -17,7 +18,7 @@ from benchmarks.arms import ARMS
 from benchmarks.checkpoints import Checkpoints, newest, open_checkpoints
 from benchmarks.configs import Config
 from benchmarks.data import Dataset
-from benchmarks.loop import Program, TrainState, make_program
+from benchmarks.loop import Program, Scores, TrainState, make_program
 from benchmarks.preemption import Preempted
 from benchmarks.records import Row, RunDirectory
 
@@ -73,8 +74,7 @@ class Training:
             progress: counts the epochs of all seeds.
             stopping: whether to stop behind the epoch that runs.
         """
-        name, data, epochs = self._name, self._data, self._config.epochs
-        rate = ARMS[name].schedule(self._config, 1)
+        name, epochs = self._name, self._config.epochs
         done = newest(next(iter(directories.values())).checkpoints / name)
         with contextlib.ExitStack() as stack:
             runs = [
@@ -86,42 +86,52 @@ class Training:
                 progress.set_description(f"{title}: compiling")
                 program = self._compile(len(runs))
             progress.set_description(title)
-            train = jax.device_put((data.train_images, data.train_labels))
-            test = jax.device_put((data.test_images, data.test_labels))
+            data = jax.device_put(self._data.parts())
             for epoch in range(done, epochs):
                 if stopping():
                     msg = f"{title} is saved behind {epoch} of {epochs} epochs"
                     raise Preempted(msg)
-                analysis_seconds = [0.0] * len(runs)
-                if epoch % self._config.interval == 0:
-                    analysis_seconds = [run.analyse(program, epoch) for run in runs]
-                start = time.perf_counter()
-                states = tuple(run.state for run in runs)
-                trained = program.train(states, *train, jnp.int32(epoch))
-                jax.block_until_ready(trained)
-                train_seconds = (time.perf_counter() - start) / len(runs)
-                states = tuple(state for state, _ in trained)
-                tested = program.evaluate(states, *test)
-                for run, (state, scores), test_scores, seconds in zip(
-                    runs, trained, tested, analysis_seconds, strict=True
-                ):
-                    row = {
-                        "learning_rate": float(jnp.asarray(rate(epoch))),
-                        "train_loss": float(scores.loss),
-                        "train_accuracy": float(scores.accuracy),
-                        "test_loss": float(test_scores.loss),
-                        "test_accuracy": float(test_scores.accuracy),
-                        "train_seconds": train_seconds,
-                        "analysis_seconds": seconds,
-                    }
-                    run.state = state
-                    if epoch + 1 == epochs:
+                rows = self._epoch(program, runs, data, epoch)
+                if epoch + 1 == epochs:
+                    for run in runs:
                         run.analyse(program, epochs)
+                for run, row in zip(runs, rows, strict=True):
                     run.save(epoch + 1, row)
-                accuracy = np.mean([scores.accuracy for scores in tested])
+                accuracy = np.mean([row["test_accuracy"] for row in rows])
                 progress.set_postfix_str(f"test accuracy {accuracy:.1%}")
                 progress.update(len(runs))
             return [Trained(program.layers, run.state.params) for run in runs]
+
+    def _epoch(
+        self,
+        program: Program,
+        runs: Sequence["_Run"],
+        data: Mapping[str, tuple[Array, Array]],
+        epoch: int,
+    ) -> list[Row]:
+        """Train all runs for an epoch; return what there is to say of each."""
+        analysis_seconds = [0.0] * len(runs)
+        if epoch % self._config.interval == 0:
+            analysis_seconds = [run.analyse(program, epoch) for run in runs]
+        start = time.perf_counter()
+        states = tuple(run.state for run in runs)
+        trained = program.train(states, *data["train"], jnp.int32(epoch))
+        jax.block_until_ready(trained)
+        train_seconds = (time.perf_counter() - start) / len(runs)
+        rate = ARMS[self._name].schedule(self._config, 1)(epoch)
+        rows: list[Row] = []
+        for run, (state, scores) in zip(runs, trained, strict=True):
+            run.state = state
+            rate_column = {"learning_rate": float(jnp.asarray(rate))}
+            rows.append(rate_column | _columns("train", scores))
+        states = tuple(run.state for run in runs)
+        for part in [part for part in data if part != "train"]:
+            tested = program.evaluate(states, *data[part])
+            for row, scores in zip(rows, tested, strict=True):
+                row |= _columns(part, scores)
+        for row, seconds in zip(rows, analysis_seconds, strict=True):
+            row["train_seconds"], row["analysis_seconds"] = train_seconds, seconds
+        return rows
 
     def _compile(self, count: int) -> Program:
         if count not in self._compiled:
@@ -173,6 +183,13 @@ def _opened(
 def label(path: str) -> str:
     """Name a layer in tables and pictures: `blocks/0/conv1/kernel` without its end."""
     return path.removesuffix("/kernel")
+
+
+def _columns(part: str, scores: Scores) -> Row:
+    return {
+        f"{part}_loss": float(scores.loss),
+        f"{part}_accuracy": float(scores.accuracy),
+    }
 
 
 def _layer_row(name: str, epochs: int, row: Mapping[str, Any]) -> Row:

@@ -42,7 +42,7 @@ class Scores(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """What an arm runs; jitted, and compiled ahead by `compiled`.
+    """What an arm runs, jitted.
 
     Attributes:
         layers: the layers that are analysed, in the order of execution.
@@ -63,7 +63,7 @@ class Program:
     refresh: Any
 
     def compiled(self, data: Dataset, count: int) -> "Program":
-        """Compile for the shapes of a data set, so that no epoch is timed with it.
+        """Compile what is timed, for the shapes of a data set.
 
         Args:
             data: the rows.
@@ -71,12 +71,10 @@ class Program:
         """
         states = (self.abstract,) * count
         rows = _abstract(data.train_images), _abstract(data.train_labels)
-        test_rows = _abstract(data.test_images), _abstract(data.test_labels)
         epoch = jax.ShapeDtypeStruct((), jnp.int32)
         return dataclasses.replace(
             self,
             train=self.train.lower(states, *rows, epoch).compile(),
-            evaluate=self.evaluate.lower(states, *test_rows).compile(),
             refresh=self.refresh.lower(self.abstract).compile(),
         )
 

@@ -11,6 +11,9 @@ from benchmarks.comparison import Comparison
 from benchmarks.experiment import Training
 
 
+_OF_DATA = ("dataset", "data_dir", "subset", "validation", "batch_size")
+
+
 class Group(NamedTuple):
     """What is trained at once: seeds of an arm with equally many epochs behind them."""
 
@@ -44,7 +47,7 @@ def load(asked: Comparison, left: Sequence[Group]) -> dict[str, data.Dataset]:
     loaded, by_variant = {}, {}
     for variant in dict.fromkeys(group.variant for group in left):
         config = asked.configs[variant]
-        what = config.dataset, config.data_dir, config.subset, config.batch_size
+        what = tuple(getattr(config, field) for field in _OF_DATA)
         if what not in loaded:
             loaded[what] = data.load(config)
         by_variant[variant] = loaded[what]

@@ -1,7 +1,7 @@
 """Train a network plainly and with TempBalance, from one seed, and compare them.
 
     python -m benchmarks.train
-    python -m benchmarks.train --dataset cifar10 --data-dir DIRECTORY
+    python -m benchmarks.train --dataset cifar10 --data-dir DIRECTORY --validation 5000
 
 The first takes about a minute on two CPU cores and needs no network.  A run has a
 directory of its own, `runs/DATASET-MODEL-seedSEED`, with `config.json`,

@@ -145,8 +145,8 @@ def test_numbers_are_the_published_ones():
     assert numbers("tb", "vgg16") == (0.05, 0.005, 0.5, 1.5)
     assert numbers("tb_snr", "resnet34", "cifar100") == (0.1, 0.005, 0.6, 1.4)
     assert numbers("snr", "vgg19", "cifar100") == (0.05, 0.01, 0.5, 1.5)
-    assert numbers("cal", "wrn28_6", "tinyimagenet")[0] == 0.05
-    assert numbers("tb", "wrn28_6", "tinyimagenet") == (0.1, 1e-4, 0.6, 1.4)
+    assert numbers("cal", "wrn28_6", "tiny_imagenet")[0] == 0.05
+    assert numbers("tb", "wrn28_6", "tiny_imagenet") == (0.1, 1e-4, 0.6, 1.4)
     assert [numbers(arm)[0] for arm in ("lars", "lamb", "adamw")] == [28, 0.01, 0.001]
     assert [numbers(arm, "resnet34")[0] for arm in ("lars", "lookahead", "sgdr")] == [
         32,
