@@ -10,7 +10,6 @@ from benchmarks import data
 from benchmarks.comparison import Comparison
 from benchmarks.experiment import Training
 
-
 _OF_DATA = ("dataset", "data_dir", "subset", "validation", "batch_size")
 
 
