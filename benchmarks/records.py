@@ -27,6 +27,11 @@ _CONFIG = "config.json"
 _TEMPORARY = ".tmp"
 # Where the data lie may change; what they are may not, and has a digest.
 _FREE = {"data_dir"}
+_DEFAULTS = {
+    field.name: field.default
+    for field in dataclasses.fields(Config)
+    if field.default is not dataclasses.MISSING
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +60,9 @@ class RunDirectory:
         if check_place(self.path, _CONFIG, resume=resume):
             return
         recorded = self._recorded()["config"]
-        for name, value in _plain(config).items():
+        # A run that is older than a field was made with what is its default now.
+        recorded = _DEFAULTS | recorded
+        for name, value in plain(config).items():
             if name not in recorded:
                 msg = f"{self.path / _CONFIG} has no field {name!r}; give another --out"
                 raise UserError(msg)
@@ -65,6 +72,10 @@ class RunDirectory:
                     f"{recorded[name]!r}; give that, or another --out"
                 )
                 raise UserError(msg)
+
+    def train_rows(self) -> int:
+        """Return how many rows the run trains on."""
+        return self._recorded()["train_rows"]
 
     def arms(self) -> tuple[str, ...]:
         """Return the arms that the run has been opened with; none before that."""
@@ -79,7 +90,7 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             packages = ("jax", "jaxlib", "optax", "flax")
             content = {
-                "config": _plain(config),
+                "config": plain(config),
                 "data_sha256": digest,
                 "train_rows": len(data.train_labels),
                 "device": jax.devices()[0].device_kind,
@@ -212,7 +223,7 @@ def _select(path: Path, expected: Set[tuple[str, int]]) -> list[Row]:
     return [row for row in rows if (row["arm"], row["epoch"]) in expected]
 
 
-def _plain(config: Config) -> dict[str, Any]:
+def plain(config: Config) -> dict[str, Any]:
     """Return a config as JSON would give it back."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 

@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 
-from tabulate import tabulate
-
 from benchmarks.arms import ARMS
+from benchmarks.cells import table
 from benchmarks.records import Row
 from benchmarks.selection import best_on_test, selected
 
@@ -35,7 +34,7 @@ def arms_table(metrics: Sequence[Row]) -> str:
                 "in analysis": f"{analysis / seconds:.1%}",
             }
         )
-    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+    return table(rows)
 
 
 def layer_table(layers: Sequence[Row], arm: str) -> str:
@@ -56,7 +55,7 @@ def layer_table(layers: Sequence[Row], arm: str) -> str:
                 cells["multiplier"] = f"{row['multiplier']:.3f}"
                 cells["tuned"] = "yes" if row["tuned"] else "no"
             rows.append(cells)
-    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+    return table(rows)
 
 
 def write(metrics: Sequence[Row], layers: Sequence[Row]) -> str:
