@@ -83,7 +83,7 @@ def run_arm(
             train_seconds = time.perf_counter() - start
             test_scores = program.evaluate(state, *test)
             held_out = {}
-            if data.validation_images is not None:
+            if len(data.validation_labels):
                 validation_scores = validate(state, *validation)
                 held_out = {
                     "validation_loss": float(validation_scores.loss),

@@ -16,17 +16,17 @@ from benchmarks.errors import UserError
 class Dataset:
     """Images (N, H, W, C) in uint8 and labels (N,) in int32, in a fixed order.
 
-    The validation rows are training rows that are held out; None without them.
+    The validation rows are training rows that are held out; there may be none.
     """
 
     train_images: np.ndarray
     train_labels: np.ndarray
+    validation_images: np.ndarray
+    validation_labels: np.ndarray
     test_images: np.ndarray
     test_labels: np.ndarray
     num_classes: int
     preparation: Preparation
-    validation_images: np.ndarray | None = None
-    validation_labels: np.ndarray | None = None
 
     def digest(self) -> str:
         """Return a SHA-256 over everything a run reads."""
@@ -34,14 +34,13 @@ class Dataset:
         for array in (
             self.train_images,
             self.train_labels,
-            self.test_images,
-            self.test_labels,
             self.validation_images,
             self.validation_labels,
+            self.test_images,
+            self.test_labels,
         ):
-            if array is not None:
-                digest.update(repr(array.shape).encode())
-                digest.update(array.tobytes())
+            digest.update(repr(array.shape).encode())
+            digest.update(array.tobytes())
         return digest.hexdigest()
 
 
@@ -71,12 +70,10 @@ def load(config: Config) -> Dataset:
         images, labels = parquet.read(source, source.train, data_dir, rows=rows)
         test = parquet.read(source, source.test, data_dir)
     train, held_out = partition(len(labels), config)
-    validation = (
-        () if config.validation is None else (images[held_out], labels[held_out])
-    )
+    validation = images[held_out], labels[held_out]
     images, labels = images[train], labels[train]
     preparation = Preparation.of(images, pad=pad, flip=flip)
-    return Dataset(images, labels, *test, num_classes, preparation, *validation)
+    return Dataset(images, labels, *validation, *test, num_classes, preparation)
 
 
 def partition(rows: int, config: Config) -> tuple[np.ndarray, np.ndarray]:
