@@ -80,7 +80,7 @@ def partition(rows: int, config: Config) -> tuple[np.ndarray, np.ndarray]:
     """Choose the rows to train on and those to hold out, both in their old order.
 
     A subset trains on the first rows whatever is held out, which then lies behind them.
-    The rows held out depend on no seed, and more of them contain fewer of them.
+    The rows held out depend on no seed of a run, and more of them include fewer.
     """
     subset, validation = config.subset, config.validation or 0
     if subset is not None and subset > rows:
