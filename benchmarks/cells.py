@@ -43,7 +43,7 @@ def megabytes(size: float) -> str:
     return number(size / MEGABYTE)
 
 
-def table(rows: Iterable[Row]) -> str:
+def table(rows: Iterable[Mapping[str, object]]) -> str:
     """Return rows as a table; the columns are those of the first."""
     return tabulate(
         list(rows), headers="keys", tablefmt="github", disable_numparse=True

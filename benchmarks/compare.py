@@ -6,7 +6,8 @@
 CONFIG is a name in `benchmarks.grids`.  The seeds are consecutive, from that of its
 base on: 43, 44, 45, ...  All arms of a seed come before the next seed, and have its
 initial weights, order of the rows and augmentation.  What a run leaves in
-`DIR/VARIANT/seedSEED` is described in `benchmarks.train`.
+`DIR/VARIANT/seedSEED` is described in `benchmarks.train`; behind every run the
+comparison so far is written to `DIR/report.md`, `DIR/summary.json` and pictures.
 
 `--resume` continues after a kill, on a CPU to the same bits, and leaves alone what is
 finished; more seeds and more arms may be asked for then.  SIGTERM ends the command
@@ -15,6 +16,9 @@ behind the epoch that runs.  Each arm of a variant is compiled once for all seed
 `--at-once K` trains K seeds in one vectorised program: as one at a time up to rounding,
 and each with the K-th part of the seconds.  It pays where one seed does not fill an
 accelerator, that is for small networks; on a CPU it is slower than one at a time.
+
+With its files copied to `compare_NAME.json` and `compare_NAME_*.png` in
+`benchmarks/results`, a comparison is a section of `benchmarks/README.md`.
 
 Faults of arguments, data or directory are one line on stderr and exit code 2.
 """
@@ -37,13 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str], stopping: Callable[[], bool]) -> None:
     # Imported here, so that a package that is not installed is one clear line.
-    from benchmarks import schedule
+    from benchmarks import outcomes, schedule
     from benchmarks.comparison import Comparison
     from benchmarks.grids import GRIDS
 
     given = vars(_parser().parse_args(arguments))
     name, count, at_once = given.pop("config"), given.pop("seeds"), given.pop("at_once")
     out, resume = given.pop("out", Path("runs", name)), given.pop("resume")
+    draw = None
+    if given.pop("plots"):
+        from benchmarks.curves import write as draw
     grid = GRIDS[name]
     if "arms" not in given:
         given["arms"] = grid.base.arms
@@ -63,7 +70,15 @@ def _run(arguments: Sequence[str], stopping: Callable[[], bool]) -> None:
     known.rewind()
     if groups:
         known = known.save(arguments)
-        schedule.train(asked, groups, datasets, stopping)
+
+    def report() -> None:
+        if draw is not None:
+            draw(known)
+        outcomes.write(known)
+
+    schedule.train(asked, groups, datasets, stopping, report)
+    report()
+    print((known.path / outcomes.REPORT).read_text(encoding="utf-8"))
     print(known.path)
 
 
@@ -91,6 +106,7 @@ def _parser() -> commandline.Parser:
     add("--at-once", type=number, metavar="K", default=1, help="seeds at once")
     add("--out", type=Path, metavar="DIR", help="default: runs/CONFIG")
     add("--resume", action="store_true", default=False, help="continue, or add to it")
+    add("--no-plots", dest="plots", action="store_false", default=True, help="no PNGs")
     return parser
 
 

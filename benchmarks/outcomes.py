@@ -4,16 +4,30 @@ Accuracies go from 0 to 1.  A run whose loss is no longer finite counts as it is
 """
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks import published, records
+from benchmarks import outcome_tables, published, records
 from benchmarks.comparison import Comparison
 from benchmarks.records import Row, plain
 from benchmarks.selection import best_on_test, selected
 
 Summary = dict[str, Any]
+
+REPORT = "report.md"
+SUMMARY = "summary.json"
+
+
+def write(comparison: Comparison) -> None:
+    """Write summary and report of what is finished, with the pictures that are there."""
+    summary = summarise(comparison)
+    text = json.dumps(summary, indent=1, allow_nan=False) + "\n"
+    records.replace(comparison.path / SUMMARY, text)
+    pictures = sorted(path.name for path in comparison.path.glob("*.png"))
+    parts = outcome_tables.section(summary, pictures)
+    records.replace(comparison.path / REPORT, "\n\n".join(parts) + "\n")
 
 
 def summarise(comparison: Comparison) -> Summary:
@@ -110,7 +124,7 @@ def _without(content: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in content.items() if name not in names}
 
 
-def _anywhere(commands: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _anywhere(commands: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the commands without the places of one machine; equal ones once."""
     found = []
     for command in commands:

@@ -61,6 +61,7 @@ def train(
     left: Sequence[Group],
     datasets: Mapping[str, data.Dataset],
     stopping: Callable[[], bool],
+    report: Callable[[], None],
 ) -> None:
     """Train all groups; raise `Preempted` between epochs.
 
@@ -69,6 +70,7 @@ def train(
         left: of it, what is trained.
         datasets: of each variant.
         stopping: whether to stop behind the epoch that runs.
+        report: called behind each group.
     """
     done, trainings = asked.done(), {}
     total = sum(asked.configs[variant].epochs for variant, _, _ in done)
@@ -83,3 +85,4 @@ def train(
             }
             title = f"{variant}/{arm}/seed{'+'.join(map(str, seeds))}"
             trainings[variant, arm].run(title, directories, progress, stopping)
+            report()

@@ -21,7 +21,8 @@ def eight_images():
     images = rng.integers(0, 256, (8, 8, 8, 3), np.uint8)
     labels = rng.integers(0, 10, 8, np.int32)
     preparation = Preparation.of(images, pad=1, flip=True)
-    return data.Dataset(images, labels, images, labels, 10, preparation)
+    none = images[:0], labels[:0]
+    return data.Dataset(images, labels, *none, images, labels, 10, preparation)
 
 
 def timeless(path):

@@ -17,27 +17,26 @@ from benchmarks.errors import UserError
 class Dataset:
     """Images (N, H, W, C) in uint8 and labels (N,) in int32, in a fixed order.
 
-    The validation rows are training rows that are held out; None without them.
+    The validation rows are training rows that are held out; there may be none.
     """
 
     train_images: np.ndarray
     train_labels: np.ndarray
+    validation_images: np.ndarray
+    validation_labels: np.ndarray
     test_images: np.ndarray
     test_labels: np.ndarray
     num_classes: int
     preparation: Preparation
-    validation_images: np.ndarray | None = None
-    validation_labels: np.ndarray | None = None
 
     def parts(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Return the images and labels of each part that there is, by its name."""
-        found = {
+        parts = {
             "train": (self.train_images, self.train_labels),
             "test": (self.test_images, self.test_labels),
+            "validation": (self.validation_images, self.validation_labels),
         }
-        if self.validation_images is not None and self.validation_labels is not None:
-            found["validation"] = (self.validation_images, self.validation_labels)
-        return found
+        return {name: part for name, part in parts.items() if len(part[1])}
 
     def digest(self) -> str:
         """Return a SHA-256 over everything a run reads."""
@@ -74,19 +73,17 @@ def load(config: Config) -> Dataset:
         images, labels = parquet.read(source, source.train, data_dir, rows=rows)
         test = parquet.read(source, source.test, data_dir)
     train, held_out = partition(len(labels), config)
-    validation = (
-        () if config.validation is None else (images[held_out], labels[held_out])
-    )
+    validation = images[held_out], labels[held_out]
     images, labels = images[train], labels[train]
     preparation = Preparation.of(images, pad=pad, flip=flip)
-    return Dataset(images, labels, *test, num_classes, preparation, *validation)
+    return Dataset(images, labels, *validation, *test, num_classes, preparation)
 
 
 def partition(rows: int, config: Config) -> tuple[np.ndarray, np.ndarray]:
     """Choose the rows to train on and those to hold out, both in their old order.
 
     A subset trains on the first rows whatever is held out, which then lies behind them.
-    The rows held out depend on no seed, and more of them contain fewer of them.
+    The rows held out depend on no seed of a run, and more of them include fewer.
     """
     subset, validation = config.subset, config.validation or 0
     if subset is not None and subset > rows:
