@@ -1,11 +1,9 @@
-"""The data sets of the benchmarks: reading them, damaged ones, and augmentation."""
+"""The data sets of the benchmarks: reading them, and damaged ones."""
 
 import dataclasses
 import io
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,7 +12,6 @@ from PIL import Image
 
 from benchmarks import configs, data
 from benchmarks.data import parquet
-from benchmarks.data.augment import Preparation
 from benchmarks.data.sources import SOURCES, Split
 from benchmarks.errors import UserError
 
@@ -199,40 +196,6 @@ def test_the_hub_must_have_the_published_rows(cifar, monkeypatch):
             parquet.read(source, source.train, None, rows=3)
 
 
-def rows_of(images):
-    """Which row of the digits each image is; all differ."""
-    digits = data.load(configs.DIGITS)
-    row = {image.tobytes(): index for index, image in enumerate(digits.train_images)}
-    return [row[image.tobytes()] for image in images]
-
-
-@pytest.mark.parametrize("subset", [None, 1000])
-def test_validation_rows_are_held_out(subset):
-    def split(validation, seed=43):
-        config = dataclasses.replace(
-            configs.DIGITS, subset=subset, validation=validation, seed=seed
-        )
-        dataset = data.load(config)
-        assert len(dataset.validation_labels) == validation
-        return (
-            rows_of(dataset.train_images),
-            rows_of(dataset.validation_images),
-            dataset.digest(),
-        )
-
-    train, held_out, digest = split(200)
-    assert split(200, seed=7) == (train, held_out, digest)
-    assert train == sorted(train)
-    assert not set(train) & set(held_out)
-    if subset is None:
-        assert sorted(train + held_out) == list(range(1437))
-    else:
-        assert train == list(range(subset))
-        assert min(held_out) >= subset
-    assert set(held_out) < set(split(201)[1])
-    assert digest != split(201)[2]
-
-
 def test_validation_rows_keep_their_labels(cifar):
     dataset = data.load(cifar.config(subset=2, validation=3))
     np.testing.assert_array_equal(dataset.train_labels, cifar.labels[:2])
@@ -321,27 +284,3 @@ def test_empty_split_and_absent_directory(cifar):
     config = dataclasses.replace(configs.CIFAR10, data_dir=str(cifar.path / "none"))
     with pytest.raises(UserError, match="none', which is not a directory"):
         data.load(config)
-
-
-def test_normalisation_is_that_of_numpy():
-    images = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), np.uint8)
-    images[..., 1] = 7
-    preparation = Preparation.of(images, pad=2, flip=True)
-    np.testing.assert_allclose(preparation.mean, images.mean((0, 1, 2)))
-    std = images.std((0, 1, 2))
-    np.testing.assert_allclose(preparation.std, [std[0], 1, std[2]])
-    normal = np.asarray(preparation.normalise(jnp.asarray(images)))
-    assert np.abs(normal.mean((0, 1, 2))).max() < 1e-6
-    assert np.abs(normal.std((0, 1, 2)) - [1, 0, 1]).max() < 1e-6
-
-
-def test_augmentation_crops_and_flips():
-    # Every pixel has a value of its own, so a crop is found by its corner.
-    image = np.arange(1, 17, dtype=np.uint8).reshape(1, 4, 4, 1)
-    preparation = Preparation((0.0,), (1.0,), pad=1, flip=True)
-    images = jnp.asarray(np.repeat(image, 200, axis=0))
-    seen = np.unique(preparation.augment(jax.random.key(0), images), axis=0)
-    padded = np.pad(image[0], ((1, 1), (1, 1), (0, 0)))
-    crops = [padded[i : i + 4, j : j + 4] for i in range(3) for j in range(3)]
-    expected = np.unique(crops + [crop[:, ::-1] for crop in crops], axis=0)
-    np.testing.assert_array_equal(seen, expected)
