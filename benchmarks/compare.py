@@ -77,7 +77,8 @@ def _run(arguments: Sequence[str], stopping: Callable[[], bool]) -> None:
         outcomes.write(known)
 
     schedule.train(asked, groups, datasets, stopping, report)
-    report()
+    if not groups:
+        report()
     print((known.path / outcomes.REPORT).read_text(encoding="utf-8"))
     print(known.path)
 

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from benchmarks import plots, records
 from benchmarks.arms import ARMS
@@ -41,7 +43,7 @@ def learning_figure(metrics: Mapping[str, BySeed], arms: Sequence[str]) -> Figur
     A thick line is the mean of an arm over seeds, and ends where one of them does; a
     thin line is a seed.
     """
-    figure, grid = _panels(len(metrics), 2)
+    figure, grid = _panels(len(metrics), 2, sharey="col")
     figure.suptitle("Learning curves: means over seeds, and each seed")
     for line, (variant, by_seed) in zip(grid, metrics.items(), strict=True):
         for number, arm in enumerate(arms):
@@ -51,6 +53,8 @@ def learning_figure(metrics: Mapping[str, BySeed], arms: Sequence[str]) -> Figur
         line[0].set_ylabel("test accuracy")
         line[1].set_ylabel("training loss")
         line[1].set_yscale("log")
+        line[1].yaxis.set_major_formatter(LogFormatter())
+        line[1].yaxis.set_minor_formatter(LogFormatter())
         for axes in line:
             plots.finish(axes)
             if len(metrics) > 1:
@@ -71,7 +75,7 @@ def alpha_figure(layers: Mapping[str, Sequence[Row]], arms: Sequence[str]) -> Fi
         layers: rows of each variant, averaged over its seeds.
         arms: one panel each.
     """
-    figure, grid = _panels(len(layers), len(arms))
+    figure, grid = _panels(len(layers), len(arms), sharey="all")
     figure.suptitle("Power-law exponent of each layer, mean over seeds")
     for line, (variant, rows) in zip(grid, layers.items(), strict=True):
         for axes, arm in zip(line, arms, strict=True):
@@ -142,8 +146,10 @@ def _draw_curves(
         axes.plot(range(1, common + 1), mean, color=color, lw=1.8, label=label)
 
 
-def _panels(lines: int, columns: int) -> tuple[Figure, list[list[Axes]]]:
+def _panels(
+    lines: int, columns: int, *, sharey: Literal["col", "all"]
+) -> tuple[Figure, list[list[Axes]]]:
     size = 5 * columns + 2.4, 3.8 * lines + 0.8
     figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False)
+    grid = figure.subplots(lines, columns, sharey=sharey, squeeze=False)
     return figure, [list(line) for line in grid]

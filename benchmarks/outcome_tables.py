@@ -2,10 +2,11 @@
 
 import datetime
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 from benchmarks.arms import ARMS
-from benchmarks.cells import Row, number, table
+from benchmarks.cells import Row, table
 from benchmarks.paired import Estimate, differences, estimate, ratios
 
 Summary = Mapping[str, Any]
@@ -28,7 +29,8 @@ def section(summary: Summary, pictures: Sequence[str]) -> Iterator[str]:
         pictures: links to its pictures.
     """
     runs = [run for run in summary["runs"] if "last" in run]
-    yield f"## Comparison: {summary['name']}"
+    devices = {_device(command): None for command in summary["commands"]}
+    yield f"## Comparison {summary['name']}: {', '.join(devices)}"
     yield from _remarks(summary, runs)
     for field, words in _ACCURACIES.items():
         percent = _by_place(runs, field, 100)
@@ -42,7 +44,7 @@ def section(summary: Summary, pictures: Sequence[str]) -> Iterator[str]:
         )
         yield table(_speed_rows(summary, runs))
     for picture in pictures:
-        yield f"![{summary['name']}]({picture})"
+        yield f"![{PurePosixPath(picture).stem}]({picture})"
     yield from _setting(summary)
 
 
@@ -67,24 +69,34 @@ def _remarks(summary: Summary, runs: Sequence[Mapping[str, Any]]) -> Iterator[st
     yield (
         f"Seeds: {named}. A cell is the mean over seeds ± the sample standard "
         "deviation; a difference or a ratio is paired by seed, with the 95 % interval "
-        "of its mean by Student's t. No run is left out."
+        "of its mean by Student's t. No finished run is left out."
     )
     if len(seeds) == 1:
         yield "One seed: there is neither a deviation nor an interval."
-    missing = [
-        f"{_name(run)} ({run['epochs']} of {_epochs(summary, run)} epochs)"
+    missing = {
+        (run["variant"], run["arm"], run["seed"]): (
+            f"{run['epochs']} of {summary['configs'][run['variant']]['epochs']} epochs"
+        )
         for run in summary["runs"]
         if "last" not in run
-    ]
+    }
     if missing:
-        yield f"Not finished: {', '.join(missing)}."
-    lost = [
-        f"{_name(run)} from epoch {run['diverged']} on"
+        yield f"Not finished: {_named(missing)}."
+    lost = {
+        (run["variant"], run["arm"], run["seed"]): f"first in epoch {run['diverged']}"
         for run in runs
         if run["diverged"] is not None
-    ]
+    }
     if lost:
-        yield f"Without a finite loss: {', '.join(lost)}."
+        yield f"A loss was not finite: {_named(lost)}."
+
+
+def _named(runs: Mapping[tuple[str, str, int], str]) -> str:
+    """Return a list of runs, each with a remark: `VARIANT/ARM seed SEED (remark)`."""
+    return ", ".join(
+        f"{variant}/{arm} seed {seed} ({remark})"
+        for (variant, arm, seed), remark in runs.items()
+    )
 
 
 def _accuracy_rows(
@@ -180,32 +192,29 @@ def _setting(summary: Summary) -> Iterator[str]:
     yield f"Configuration: {', '.join(common)}."
     for command in summary["commands"]:
         hardware, versions = command["hardware"], command["versions"]
-        device = f"{hardware['device']} ({hardware['platform']})"
         host = f"{hardware['processor']}, {hardware['cores']} cores"
         named = ", ".join(f"{name} {text}" for name, text in versions.items())
-        yield f"On {device}, host {host}; {named}:"
+        yield f"On {_device(command)}, host {host}; {named}:"
         yield f"```bash\n{command['command']}\n```"
 
 
 def _number_rows(summary: Summary) -> Iterator[Row]:
-    configs = summary["configs"]
+    configs, settings = summary["configs"], summary["settings"]
     varied = [
         name
         for name in next(iter(configs.values()))
         if len({str(own[name]) for own in configs.values()}) > 1
+        # These stand in a column of their own, as they are without a value too.
+        and name not in ("learning_rate", "low", "high")
     ]
     for row, (variant, arm) in _rows(summary):
         row |= {name: str(configs[variant][name]) for name in varied}
-        numbers = summary["settings"][variant][arm]
-        row["first learning rate"] = number(numbers["learning_rate"])
+        numbers = settings[variant][arm]
+        row["first learning rate"] = f"{numbers['learning_rate']:g}"
         bounds = f"{numbers['low']:g} to {numbers['high']:g}"
         row["multipliers"] = bounds if ARMS[arm].balanced else ""
         yield row
 
 
-def _name(run: Mapping[str, Any]) -> str:
-    return f"{run['variant']}/{run['arm']}/seed{run['seed']}"
-
-
-def _epochs(summary: Summary, run: Mapping[str, Any]) -> int:
-    return summary["configs"][run["variant"]]["epochs"]
+def _device(command: Mapping[str, Any]) -> str:
+    return f"{command['hardware']['device']} ({command['hardware']['platform']})"

@@ -21,7 +21,7 @@ SUMMARY = "summary.json"
 
 
 def write(comparison: Comparison) -> None:
-    """Write summary and report of what is finished, with the pictures that are there."""
+    """Write the summary and the report, which shows the pictures that are there."""
     summary = summarise(comparison)
     text = json.dumps(summary, indent=1, allow_nan=False) + "\n"
     records.replace(comparison.path / SUMMARY, text)

@@ -178,7 +178,7 @@ def _curves(
 
 
 def _by_depth(layers: Mapping[str, object]) -> np.ndarray:
-    return colormaps["viridis"](np.linspace(0, 0.93, max(1, len(layers))))
+    return colormaps["viridis"](np.linspace(0, 0.93, len(layers)))
 
 
 def _panels(arms: Sequence[str]) -> tuple[Figure, list[Axes]]:

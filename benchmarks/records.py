@@ -75,7 +75,7 @@ class RunDirectory:
 
     def train_rows(self) -> int:
         """Return how many rows the run trains on."""
-        return self._recorded()["train_rows"]
+        return read_object(self.path, _CONFIG, {"train_rows": int})["train_rows"]
 
     def arms(self) -> tuple[str, ...]:
         """Return the arms that the run has been opened with; none before that."""

@@ -57,7 +57,7 @@ def _tiny(tmp_path_factory, quick_compilation):
 
 
 def compare(out, *arguments):
-    assert main(["tiny", "--out", str(out), *arguments]) == 0
+    assert main(["tiny", "--out", str(out), "--no-plots", *arguments]) == 0
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +96,9 @@ def test_each_seed_has_a_run_of_all_arms(whole):
         if key[1] == "metrics.jsonl"
     }
     assert len({tuple(loss) for loss in losses.values()}) == len(RUNS)
+    report = (whole / "report.md").read_text()
+    assert "TempBalance" in report
+    assert "Not finished" not in report
 
 
 def test_a_finished_comparison_is_left_alone(whole, tmp_path):
@@ -174,6 +177,8 @@ def test_seeds_and_arms_can_be_added(whole, tmp_path, compilations):
     old = snapshot(out / "base" / "seed43" / "checkpoints")
     compare(out, "--seeds", "1", "--arms", "tb", "--resume")
     assert lines(out)[44, "metrics.jsonl", "tb"] == []
+    report = (out / "report.md").read_text()
+    assert f"Not finished: base/tb seed 44 (0 of {EPOCHS} epochs)." in report
     compare(out, "--seeds", "2", "--resume")
     assert lines(out) == lines(whole)
     assert old.items() <= snapshot(out).items()
