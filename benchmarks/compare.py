@@ -68,16 +68,16 @@ def _run(arguments: Sequence[str], stopping: Callable[[], bool]) -> None:
     groups = schedule.groups(asked, at_once)
     datasets = schedule.load(asked, groups)
     known.rewind()
-    if groups:
-        known = known.save(arguments)
+    known = known.save(arguments) if groups else known
 
     def report() -> None:
         if draw is not None:
             draw(known)
         outcomes.write(known)
 
-    schedule.train(asked, groups, datasets, stopping, report)
-    if not groups:
+    if groups:
+        schedule.train(asked, groups, datasets, stopping, report)
+    else:
         report()
     print((known.path / outcomes.REPORT).read_text(encoding="utf-8"))
     print(known.path)

@@ -1,6 +1,6 @@
 """Pictures of a comparison: learning curves and exponents, over all seeds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -40,20 +40,20 @@ def write(comparison: Comparison) -> list[Path]:
 def learning_figure(metrics: Mapping[str, BySeed], arms: Sequence[str]) -> Figure:
     """Return test accuracy and training loss, a line of panels per variant.
 
-    A thick line is the mean of an arm over seeds, and ends where one of them does; a
-    thin line is a seed.
+    A line is the mean of an arm over its seeds, in a band from the lowest to the
+    highest.  A seed that is not yet as far as the first of them is a thin line.
     """
     figure, grid = _panels(len(metrics), 2, sharey="col")
-    figure.suptitle("Learning curves: means over seeds, and each seed")
+    figure.suptitle("Learning curves: mean, lowest and highest over seeds")
     for line, (variant, by_seed) in zip(grid, metrics.items(), strict=True):
         for number, arm in enumerate(arms):
             color = f"C{number}"
-            _draw_curves(line[0], by_seed, arm, "test_accuracy", color)
-            _draw_curves(line[1], by_seed, arm, "train_loss", color)
+            _draw_curves(line[0], by_seed.values(), arm, "test_accuracy", color)
+            _draw_curves(line[1], by_seed.values(), arm, "train_loss", color)
         line[0].set_ylabel("test accuracy")
         line[1].set_ylabel("training loss")
         line[1].set_yscale("log")
-        line[1].yaxis.set_major_formatter(LogFormatter())
+        line[1].yaxis.set_major_formatter("{x:g}")
         line[1].yaxis.set_minor_formatter(LogFormatter())
         for axes in line:
             plots.finish(axes)
@@ -126,24 +126,24 @@ def _read(comparison: Comparison, name: str) -> dict[str, BySeed]:
 
 
 def _draw_curves(
-    axes: Axes, by_seed: BySeed, arm: str, column: str, color: str
+    axes: Axes, runs: Iterable[Sequence[Row]], arm: str, column: str, color: str
 ) -> None:
     curves = []
-    for rows in by_seed.values():
+    for rows in runs:
+        values = [row[column] for row in rows if row["arm"] == arm]
         # A loss that is not finite leaves a gap.
-        curve = [
-            np.nan if row[column] is None else row[column]
-            for row in rows
-            if row["arm"] == arm
-        ]
-        if curve:
-            curves.append(curve)
-            axes.plot(range(1, len(curve) + 1), curve, color=color, lw=0.7, alpha=0.4)
-    if curves:
-        common = min(map(len, curves))
-        mean = np.mean([curve[:common] for curve in curves], axis=0)
-        label = ARMS[arm].title
-        axes.plot(range(1, common + 1), mean, color=color, lw=1.8, label=label)
+        curves.append([np.nan if value is None else value for value in values])
+    longest = max(map(len, curves), default=0)
+    if not longest:
+        return
+    whole = [curve for curve in curves if len(curve) == longest]
+    for curve in curves:
+        if len(curve) < longest:
+            axes.plot(range(1, len(curve) + 1), curve, color=color, linewidth=0.7)
+    epochs = range(1, longest + 1)
+    low, high = np.min(whole, axis=0), np.max(whole, axis=0)
+    axes.fill_between(epochs, low, high, color=color, alpha=0.2, linewidth=0)
+    axes.plot(epochs, np.mean(whole, axis=0), color=color, label=ARMS[arm].title)
 
 
 def _panels(

@@ -190,12 +190,16 @@ def _setting(summary: Summary) -> Iterator[str]:
         if value is not None and all(own[name] == value for own in configs.values())
     ]
     yield f"Configuration: {', '.join(common)}."
+    by_machine: dict[str, list[str]] = {}
     for command in summary["commands"]:
         hardware, versions = command["hardware"], command["versions"]
         host = f"{hardware['processor']}, {hardware['cores']} cores"
         named = ", ".join(f"{name} {text}" for name, text in versions.items())
-        yield f"On {_device(command)}, host {host}; {named}:"
-        yield f"```bash\n{command['command']}\n```"
+        machine = f"On {_device(command)}, host {host}; {named}:"
+        by_machine.setdefault(machine, []).append(command["command"])
+    for machine, commands in by_machine.items():
+        yield machine
+        yield "\n".join(["```bash", *commands, "```"])
 
 
 def _number_rows(summary: Summary) -> Iterator[Row]:

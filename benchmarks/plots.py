@@ -103,8 +103,9 @@ def overview_figure(rows: Sequence[Row], spectra: Spectra, arm: str) -> Figure:
 def draw_alpha(axes: Axes, rows: Sequence[Row], arm: str) -> None:
     """Draw alpha of each tuned layer of an arm."""
     epochs, curves = _curves(rows, arm, "alpha")
+    marker = "." if len(epochs) <= 50 else ""
     for (layer, values), color in zip(curves.items(), _by_depth(curves), strict=True):
-        axes.plot(epochs, values, color=color, label=layer, marker=".")
+        axes.plot(epochs, values, color=color, label=layer, marker=marker)
     axes.set_ylabel("alpha")
     finish(axes)
 
