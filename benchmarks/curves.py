@@ -1,5 +1,6 @@
 """Pictures of a comparison: learning curves and exponents, over all seeds."""
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -93,16 +94,21 @@ def alpha_figure(layers: Mapping[str, Sequence[Row]], arms: Sequence[str]) -> Fi
 
 
 def average(by_seed: BySeed) -> list[Row]:
-    """Average the rows of `layers.jsonl` over the seeds that have an epoch.
+    """Average the rows of `layers.jsonl` over the seeds of an arm that are furthest.
 
-    A layer is tuned if it is for a seed, and its alpha is that of the seeds it is
+    A layer is tuned if it is for one of them, and its alpha is the mean of those it is
     tuned for.
     """
+    furthest: dict[str, int] = {}
+    for row in itertools.chain(*by_seed.values()):
+        furthest[row["arm"]] = max(row["epoch"], furthest.get(row["arm"], 0))
     groups: dict[tuple[str, int, str], list[Row]] = {}
     for rows in by_seed.values():
+        reached = {(row["arm"], row["epoch"]) for row in rows}
         for row in rows:
-            place = row["arm"], row["epoch"], row["layer"]
-            groups.setdefault(place, []).append(row)
+            arm = row["arm"]
+            if (arm, furthest[arm]) in reached:
+                groups.setdefault((arm, row["epoch"], row["layer"]), []).append(row)
     averaged = []
     for (arm, epoch, layer), rows in sorted(
         groups.items(), key=lambda item: item[0][1]

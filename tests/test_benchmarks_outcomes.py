@@ -188,16 +188,19 @@ def test_pictures_are_of_all_seeds(made_up):
     assert "(learning.png)" in report
 
 
-def test_alpha_is_averaged_over_seeds():
+def test_alpha_is_averaged_over_the_seeds_that_are_furthest():
+    def row(epoch, alpha, *, tuned=True):
+        return {"arm": "tb", "epoch": epoch, "layer": "a"} | {
+            "tuned": tuned,
+            "alpha": alpha,
+        }
+
     rows = {
-        seed: [
-            {"arm": "tb", "epoch": 0, "layer": "a", "tuned": tuned, "alpha": alpha}
-            for tuned, alpha in [(seed < 3, 2.0 * seed)]
-        ]
-        for seed in (1, 2, 3)
+        1: [row(0, 2.0), row(1, 3.0)],
+        2: [row(0, 4.0), row(1, None, tuned=False)],
+        3: [row(0, 9.0)],
     }
-    expected = {"arm": "tb", "epoch": 0, "layer": "a", "tuned": True, "alpha": 3.0}
-    assert curves.average(rows) == [expected]
+    assert curves.average(rows) == [row(0, 3.0), row(1, 3.0)]
 
 
 def test_a_comparison_is_a_section_of_the_readme(made_up, tmp_path):
