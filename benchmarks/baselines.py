@@ -21,7 +21,7 @@ class SpectralNormState(NamedTuple):
 
 
 def add_spectral_norm_gradient(
-    coefficient: float, *, iterations: int = 5, seed: int = 0
+    coefficient: float, *, iterations: int = 5, seed: int | Array = 0
 ) -> optax.GradientTransformation:
     """Add the gradient of a penalty on the squared spectral norm of each kernel (SNR).
 

@@ -1,4 +1,4 @@
-"""What the measuring commands share: arguments, output files, faults in one line."""
+"""What the commands share: arguments, output files, faults in one line."""
 
 import argparse
 import json
@@ -13,8 +13,6 @@ from benchmarks.errors import UserError, first_line
 # Where the figures of this directory's README come from.
 RESULTS = Path(__file__).parent / "results"
 
-_EXTRAS = 'pip install ".[bench]"'
-
 
 class Parser(argparse.ArgumentParser):
     """A parser whose complaints are one line."""
@@ -24,19 +22,31 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def guarded(run: Callable[[], None]) -> int:
-    """Run a command; return its exit code, 2 with one line for a fault of the user."""
+def guarded(
+    run: Callable[[], None],
+    *,
+    extras: str = "bench",
+    remedy: str = "what was finished is written",
+) -> int:
+    """Run a command; return its exit code, 2 with one line for a fault of the user.
+
+    Args:
+        run: the command.
+        extras: of this package, which it needs.
+        remedy: what to tell who interrupts it.
+    """
     try:
         run()
     except UserError as error:
         return _fail(str(error))
     except ModuleNotFoundError as error:
-        return _fail(f"the package {error.name} is not installed; {_EXTRAS}")
+        install = f'pip install ".[{extras}]"'
+        return _fail(f"the package {error.name} is not installed; {install}")
     except OSError as error:
         place = "" if error.filename is None else f"{error.filename}: "
         return _fail(place + (error.strerror or first_line(error)))
     except KeyboardInterrupt:
-        print("interrupted; what was finished is written", file=sys.stderr)
+        print(f"interrupted; {remedy}", file=sys.stderr)
         return 130
     return 0
 

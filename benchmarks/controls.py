@@ -12,13 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 import tb_optax
 
 Analyze = Callable[[optax.Params], tb_optax.Analysis]
+Seed = int | Array
 
 
-def averaged(analyze: Analyze, seed: int) -> Analyze:
+def averaged(analyze: Analyze, seed: Seed) -> Analyze:
     """Give every layer the mean multiplier of the tuned layers; 1 if there are none.
 
     Args:
@@ -41,7 +43,7 @@ def averaged(analyze: Analyze, seed: int) -> Analyze:
     return averaging
 
 
-def shuffled(analyze: Analyze, seed: int) -> Analyze:
+def shuffled(analyze: Analyze, seed: Seed) -> Analyze:
     """Permute the multipliers of the tuned layers, at every refresh in the same way.
 
     Args:

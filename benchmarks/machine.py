@@ -60,7 +60,9 @@ def describe(program: str, arguments: Sequence[str]) -> dict[str, Any]:
             "device": _processor() if device.platform == "cpu" else device.device_kind,
             "load_before": round(os.getloadavg()[0], 2),
         },
-        "threads": {name: os.environ[name] for name in THREAD_VARIABLES},
+        "threads": {
+            name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ
+        },
         "versions": {"python": platform.python_version()} | _versions(),
     }
 

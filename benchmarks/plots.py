@@ -42,11 +42,11 @@ def alpha_figure(rows: Sequence[Row], arms: Sequence[str]) -> Figure:
     figure, panels = _panels(arms)
     figure.suptitle("Power-law exponent of each layer while training")
     for axes, arm in zip(panels, arms, strict=True):
-        _draw_alpha(axes, rows, arm)
+        draw_alpha(axes, rows, arm)
         axes.set_title(ARMS[arm].title)
     for axes in panels[1:]:
         axes.set_ylabel("")
-    _legend(figure, panels[0])
+    legend(figure, panels[0])
     return figure
 
 
@@ -59,7 +59,7 @@ def multiplier_figure(rows: Sequence[Row], arms: Sequence[str]) -> Figure:
         axes.set_title(ARMS[arm].title)
     for axes in panels[1:]:
         axes.set_ylabel("")
-    _legend(figure, panels[0])
+    legend(figure, panels[0])
     return figure
 
 
@@ -88,11 +88,11 @@ def overview_figure(rows: Sequence[Row], spectra: Spectra, arm: str) -> Figure:
     parts: Any = figure.subfigures(2, 1, height_ratios=[4.2, 3.4])
     top, bottom = parts
     left, right = top.subplots(1, 2)
-    _draw_alpha(left, rows, arm)
+    draw_alpha(left, rows, arm)
     _draw_multipliers(right, rows, arm)
     left.set_title("Exponent of each layer while training", fontsize="medium")
     right.set_title("Its learning-rate multiplier", fontsize="medium")
-    _legend(top, left)
+    legend(top, left)
     line = bottom.subplots(1, PANELS, sharex=True, sharey=True)
     _draw_spectra(line, rows, arm, spectra[arm])
     for axes in line:
@@ -100,12 +100,14 @@ def overview_figure(rows: Sequence[Row], spectra: Spectra, arm: str) -> Figure:
     return figure
 
 
-def _draw_alpha(axes: Axes, rows: Sequence[Row], arm: str) -> None:
+def draw_alpha(axes: Axes, rows: Sequence[Row], arm: str) -> None:
+    """Draw alpha of each tuned layer of an arm."""
     epochs, curves = _curves(rows, arm, "alpha")
+    marker = "." if len(epochs) <= 50 else ""
     for (layer, values), color in zip(curves.items(), _by_depth(curves), strict=True):
-        axes.plot(epochs, values, color=color, label=layer, marker=".")
-    axes.set_ylabel("alpha (median Hill)")
-    _finish(axes)
+        axes.plot(epochs, values, color=color, label=layer, marker=marker)
+    axes.set_ylabel("alpha")
+    finish(axes)
 
 
 def _draw_multipliers(axes: Axes, rows: Sequence[Row], arm: str) -> None:
@@ -116,7 +118,7 @@ def _draw_multipliers(axes: Axes, rows: Sequence[Row], arm: str) -> None:
         axes.plot(epochs, used, color=color, label=layer, drawstyle="steps-post")
     axes.axhline(1, color="0.6", linestyle=":", zorder=0)
     axes.set_ylabel("multiplier of the learning rate")
-    _finish(axes)
+    finish(axes)
 
 
 def _draw_spectra(
@@ -177,7 +179,7 @@ def _curves(
 
 
 def _by_depth(layers: Mapping[str, object]) -> np.ndarray:
-    return colormaps["viridis"](np.linspace(0, 0.93, max(1, len(layers))))
+    return colormaps["viridis"](np.linspace(0, 0.93, len(layers)))
 
 
 def _panels(arms: Sequence[str]) -> tuple[Figure, list[Axes]]:
@@ -186,14 +188,16 @@ def _panels(arms: Sequence[str]) -> tuple[Figure, list[Axes]]:
     return figure, list(grid[0])
 
 
-def _finish(axes: Axes) -> None:
+def finish(axes: Axes) -> None:
+    """Make the axis of epochs what it is in all pictures."""
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.grid(alpha=0.3)
     axes.margins(x=0.02)
 
 
-def _legend(figure: FigureBase, axes: Axes) -> None:
+def legend(figure: FigureBase, axes: Axes) -> None:
+    """Name the layers beside the panels."""
     handles, names = axes.get_legend_handles_labels()
     figure.legend(
         handles,

@@ -4,6 +4,8 @@ import contextlib
 import signal
 from collections.abc import Callable, Generator
 
+from benchmarks.commandline import guarded
+
 
 class Preempted(Exception):
     """Training has stopped early; what it did is saved."""
@@ -23,3 +25,24 @@ def watched() -> Generator[Callable[[], bool], None, None]:
         yield lambda: bool(received)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def resumable(run: Callable[[Callable[[], bool]], None]) -> int:
+    """Run a command that SIGTERM stops early and `--resume` continues.
+
+    Args:
+        run: what to do; it is given what says whether SIGTERM has come.
+
+    Returns:
+        The exit code: 0 also where SIGTERM has stopped it.
+    """
+    try:
+        with watched() as stopping:
+            return guarded(
+                lambda: run(stopping),
+                extras="train,plot",
+                remedy="continue with --resume",
+            )
+    except Preempted as stopped:
+        print(f"stopped by SIGTERM: {stopped}; continue with --resume")
+        return 0

@@ -63,11 +63,13 @@ _ROWS = {
     ("cifar10", "vgg16"): _Row(0.1, 0.05, 0.05, 0.005, 0.005),
     ("svhn", "resnet18"): _Row(0.1, 0.1, 0.1, 0.005, 0.015),
     ("svhn", "vgg16"): _Row(0.05, 0.05, 0.05, 0.01, 0.005),
-    ("tinyimagenet", "resnet18"): _Row(0.1, 0.1, 0.1, 0.01, 0.001),
-    ("tinyimagenet", "resnet34"): _Row(0.1, 0.1, 0.1, 0.01, 0.001),
-    ("tinyimagenet", "wrn16_8"): _Row(0.1, 0.1, 0.1, 1e-4, 1e-4),
-    ("tinyimagenet", "wrn28_6"): _Row(0.05, 0.1, 0.1, 1e-4, 1e-4),
+    ("tiny_imagenet", "resnet18"): _Row(0.1, 0.1, 0.1, 0.01, 0.001),
+    ("tiny_imagenet", "resnet34"): _Row(0.1, 0.1, 0.1, 0.01, 0.001),
+    ("tiny_imagenet", "wrn16_8"): _Row(0.1, 0.1, 0.1, 1e-4, 1e-4),
+    ("tiny_imagenet", "wrn28_6"): _Row(0.05, 0.1, 0.1, 1e-4, 1e-4),
 }
+
+PAIRS = tuple(_ROWS)
 
 # On CIFAR-100: ResNet-18, which stands for all others, and ResNet-34.
 _OTHER_RATES = {
@@ -92,7 +94,7 @@ def settings(config: Config, arm: str) -> Settings:
         All numbers, those too that this arm does not need.
     """
     row = _ROWS.get((config.dataset, config.model), _USUAL)
-    narrow = arm == "tb_snr" or config.dataset == "tinyimagenet"
+    narrow = arm == "tb_snr" or config.dataset == "tiny_imagenet"
     low, high = (0.6, 1.4) if narrow else (0.5, 1.5)
     coefficient = row.tb_snr_coefficient if arm == "tb_snr" else row.snr_coefficient
     return Settings(

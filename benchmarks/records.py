@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from benchmarks.configs import Config, option
+from benchmarks.data import Dataset
 from benchmarks.errors import UserError, first_line
 
 Row = dict[str, Any]
@@ -26,6 +27,11 @@ _CONFIG = "config.json"
 _TEMPORARY = ".tmp"
 # Where the data lie may change; what they are may not, and has a digest.
 _FREE = {"data_dir"}
+_DEFAULTS = {
+    field.name: field.default
+    for field in dataclasses.fields(Config)
+    if field.default is not dataclasses.MISSING
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,16 +57,12 @@ class RunDirectory:
 
     def check(self, config: Config, *, resume: bool) -> None:
         """Raise `UserError` if the run cannot start or continue here."""
-        if self.path.exists() and not self.path.is_dir():
-            msg = f"{self.path} is no directory; give another --out"
-            raise UserError(msg)
-        if self._is_empty():
+        if check_place(self.path, _CONFIG, resume=resume):
             return
-        if not resume:
-            msg = f"{self.path} is not empty; give --resume or another --out"
-            raise UserError(msg)
         recorded = self._recorded()["config"]
-        for name, value in _plain(config).items():
+        # A run that is older than a field was made with what is its default now.
+        recorded = _DEFAULTS | recorded
+        for name, value in plain(config).items():
             if name not in recorded:
                 msg = f"{self.path / _CONFIG} has no field {name!r}; give another --out"
                 raise UserError(msg)
@@ -71,23 +73,38 @@ class RunDirectory:
                 )
                 raise UserError(msg)
 
-    def open(self, config: Config, digest: str) -> None:
+    def train_rows(self) -> int:
+        """Return how many rows the run trains on."""
+        return read_object(self.path, _CONFIG, {"train_rows": int})["train_rows"]
+
+    def arms(self) -> tuple[str, ...]:
+        """Return the arms that the run has been opened with; none before that."""
+        if is_fresh(self.path, _CONFIG):
+            return ()
+        return tuple(self._recorded()["config"].get("arms", ()))
+
+    def open(self, config: Config, data: Dataset) -> None:
         """Create the directory with its `config.json`, or compare the data's digest."""
-        if self._is_empty():
+        digest = data.digest()
+        if is_fresh(self.path, _CONFIG):
             self.path.mkdir(parents=True, exist_ok=True)
             packages = ("jax", "jaxlib", "optax", "flax")
             content = {
-                "config": _plain(config),
+                "config": plain(config),
                 "data_sha256": digest,
+                "train_rows": len(data.train_labels),
                 "device": jax.devices()[0].device_kind,
                 "versions": {name: version(name) for name in packages},
             }
             replace(self.path / _CONFIG, json.dumps(content, indent=2) + "\n")
-        elif self._recorded()["data_sha256"] != digest:
-            msg = (
-                f"the data are not those of the run in {self.path}; give another --out"
-            )
-            raise UserError(msg)
+        self.check_data(digest)
+
+    def check_data(self, digest: str) -> None:
+        """Raise `UserError` if the run has been opened with other data."""
+        if is_fresh(self.path, _CONFIG) or self._recorded()["data_sha256"] == digest:
+            return
+        msg = f"the data are not those of the run in {self.path}; give another --out"
+        raise UserError(msg)
 
     def rewind(self, done: Mapping[str, int], config: Config) -> None:
         """Keep the lines that the checkpoints know of.
@@ -110,29 +127,60 @@ class RunDirectory:
         replace(self.metrics, _lines(metrics))
         replace(self.layers, _lines(layers))
 
-    def _is_empty(self) -> bool:
-        """Whether nothing is here, but for what a kill may leave of the first file."""
-        if not self.path.exists():
-            return True
-        return {entry.name for entry in self.path.iterdir()} <= {_CONFIG + _TEMPORARY}
+    def add_arms(self, arms: Sequence[str]) -> None:
+        """Write down that the run has other arms too; none depends on the others."""
+        content = self._recorded()
+        content["config"]["arms"] = [*content["config"]["arms"], *arms]
+        replace(self.path / _CONFIG, json.dumps(content, indent=2) + "\n")
 
     def _recorded(self) -> dict[str, Any]:
-        path = self.path / _CONFIG
-        if not path.exists():
-            msg = f"{self.path} holds no run: no {_CONFIG}; give another --out"
-            raise UserError(msg)
-        try:
-            content = json.loads(path.read_bytes())
-            if not isinstance(content["config"], dict):
-                msg = "config is no object"
+        return read_object(self.path, _CONFIG, {"config": dict, "data_sha256": str})
+
+
+def check_place(path: Path, first: str, *, resume: bool) -> bool:
+    """Raise `UserError` if nothing can start or continue in a directory.
+
+    Args:
+        path: the directory.
+        first: name of the file that is written before any other.
+        resume: whether something may be there.
+
+    Returns:
+        Whether it is fresh.
+    """
+    if path.exists() and not path.is_dir():
+        msg = f"{path} is no directory; give another --out"
+        raise UserError(msg)
+    fresh = is_fresh(path, first)
+    if not fresh and not resume:
+        msg = f"{path} is not empty; give --resume or another --out"
+        raise UserError(msg)
+    return fresh
+
+
+def is_fresh(path: Path, first: str) -> bool:
+    """Whether nothing is here, but for what a kill may leave of the first file."""
+    if not path.exists():
+        return True
+    return {entry.name for entry in path.iterdir()} <= {first + _TEMPORARY}
+
+
+def read_object(path: Path, name: str, fields: Mapping[str, type]) -> dict[str, Any]:
+    """Read the JSON file that says what a directory holds, by fields of these types."""
+    file = path / name
+    if not file.exists():
+        msg = f"{path} holds no run: no {name}; give another --out"
+        raise UserError(msg)
+    try:
+        content = json.loads(file.read_bytes())
+        for field, kind in fields.items():
+            if not isinstance(content[field], kind):
+                msg = f"{field} is no {kind.__name__}"
                 raise TypeError(msg)
-            if not isinstance(content["data_sha256"], str):
-                msg = "data_sha256 is no string"
-                raise TypeError(msg)
-        except (ValueError, TypeError, KeyError) as error:
-            msg = f"{path} is damaged ({first_line(error)}); give another --out"
-            raise UserError(msg) from error
-        return content
+    except (ValueError, TypeError, KeyError) as error:
+        msg = f"{file} is damaged ({first_line(error)}); give another --out"
+        raise UserError(msg) from error
+    return content
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
@@ -175,7 +223,7 @@ def _select(path: Path, expected: Set[tuple[str, int]]) -> list[Row]:
     return [row for row in rows if (row["arm"], row["epoch"]) in expected]
 
 
-def _plain(config: Config) -> dict[str, Any]:
+def plain(config: Config) -> dict[str, Any]:
     """Return a config as JSON would give it back."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 

@@ -4,50 +4,22 @@
     python -m benchmarks.tables --check
 
 writes `benchmarks/README.md`, or says whether it is what would be written. Files named
-`spectral*.json` and `step_cost*.json` have a section each, in the order of their names.
+`spectral*.json`, `step_cost*.json` and `compare_*.json` have a section each, in the
+order of their names; those of a comparison show the pictures of their name.
 """
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
-from benchmarks import commandline
+from benchmarks import commandline, outcome_tables, speed_tables
 from benchmarks.errors import UserError, first_line
-from benchmarks.timing import Summary, ratios, summary
 
 README = Path(__file__).parent / "README.md"
 
 _COMMAND = "python -m benchmarks.tables"
-_OURS = "tb_optax"
-_TORCH = "torch.linalg.svdvals"
-_SCIPY = "scipy.linalg.eigvalsh"
-_GROWTH = ("1", "8")
-_EPOCH = 50_000  # Images of CIFAR.
-_MEGABYTE = 10**6
-
-# Bounds of analysis time / the published way: on a CPU by network, on a GPU for all.
-_OF_TORCH_CPU = {
-    "resnet18": 0.33,
-    "wrn28x6": 0.5,
-    "vgg16": 0.5,
-    "vit_b16": 0.5,
-    "llm_block": 0.5,
-}
-_OF_TORCH_GPU = 0.1
-_OF_SCIPY = 0.8
-_OF_STEP = 1.02
-_OF_MEDIAN_STEP = 1.5
-_OF_ONE_LAYER = 8.5
-_OF_EPOCH = 0.01
-_COMPILE_SECONDS = {"resnet18": 3.0, "resnet152": 6.0}
-_TEMPORARY_MEGABYTES = {"resnet18": 128.0, "llm_block": 1000.0}
-
-Row = dict[str, str]
-Results = Mapping[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,260 +51,29 @@ def render(directory: Path) -> str:
         "Samples are taken in turn, A B C A B C ...; a cell is their median, [lowest, "
         "highest]; a ratio is that of the samples of one round.",
     ]
-    sections = (("spectral", _spectral), ("step_cost", _step_cost))
+    sections = (
+        ("spectral", speed_tables.spectral),
+        ("step_cost", speed_tables.step_cost),
+    )
     for name, section in sections:
         paths = sorted(directory.glob(f"{name}*.json"))
         for path in paths:
             parts += section(_read(path))
         if not paths:
             parts += [f"Not measured: `python -m benchmarks.{name}`."]
+    for path in sorted(directory.glob("compare_*.json")):
+        pictures = sorted(directory.glob(f"{path.stem}_*.png"))
+        links = [f"{commandline.RESULTS.name}/{picture.name}" for picture in pictures]
+        parts += outcome_tables.section(_read(path), links)
     return "\n\n".join(parts) + "\n"
 
 
-def _read(path: Path) -> Results:
+def _read(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
         msg = f"{path} is damaged ({first_line(error)})"
         raise UserError(msg) from error
-
-
-def _head(title: str, results: Results) -> Iterator[str]:
-    """Heading, hardware, threads, versions and command."""
-    hardware, threads = results["hardware"], results["threads"]
-    yield f"## {title}: {hardware['device']} ({hardware['platform']})"
-    host = f"{hardware['processor']}, {hardware['cores']} cores"
-    named = ", ".join(f"{name}={value}" for name, value in threads.items())
-    versions = ", ".join(f"{name} {text}" for name, text in results["versions"].items())
-    yield (
-        f"Host: {host}, {named}; load before: {hardware['load_before']}. {versions}."
-    )
-    yield f"```bash\n{results['command']}\n```"
-
-
-def _spectral(results: Results) -> Iterator[str]:
-    yield from _head("Analysis", results)
-    yield _table(_spectral_bounds(results))
-    if nets := results.get("analysis"):
-        yield "Seconds from kernels to the alpha of every layer:"
-        yield _table(_analysis_row(net) for net in nets.values())
-        yield "Largest relative difference of an alpha from this library's:"
-        yield _table(
-            {"network": net["title"]}
-            | {
-                name: f"{difference:.0e}"
-                for name, difference in net["alpha_difference"].items()
-                if name != _OURS
-            }
-            for net in nets.values()
-        )
-    for net in (nets or {}).values():
-        for name, reason in net["missing"].items():
-            yield f"{net['title']}, without {name}: {reason}."
-    if nets := results.get("eigenvalues"):
-        yield (
-            "Seconds from Gram matrices to eigenvalues; `reduction` and `bisection` "
-            f"are the two stages of `{_OURS}`:"
-        )
-        yield _table(
-            {"network": net["title"]} | _cells(net["seconds"]) for net in nets.values()
-        )
-    if nets := results.get("compilation"):
-        yield "Compilation, each in a new process:"
-        yield _table(
-            {
-                "network": net["title"],
-                "layers": str(net["layers"]),
-                "seconds to trace": _cell(net["trace_seconds"]),
-                "to compile": _cell(net["compile_seconds"]),
-                "temporary MB": _megabytes(max(net["temporary_bytes"])),
-            }
-            for net in nets.values()
-        )
-    if growth := results.get("growth"):
-        equal = growth["equal_layers"]
-        yield f"Seconds for equal layers of 3 x 3 positions, {equal['channels']} wide:"
-        yield _table(
-            {"layers": count, "seconds": _cell(samples)}
-            for count, samples in equal["seconds"].items()
-        )
-    if sizes := results.get("sizes"):
-        yield (
-            "Seconds for square matrices, from matrix to eigenvalues or singular "
-            "values; Gram, reduction and bisection are the stages of the first:"
-        )
-        yield _table(
-            {"n": n, "matrices": str(size["batch"])} | _cells(size["seconds"])
-            for n, size in sizes.items()
-        )
-
-
-def _analysis_row(net: Mapping[str, Any]) -> Row:
-    row = {
-        "network": net["title"],
-        "layers": str(net["layers"]),
-        "matrices": str(net["matrices"]),
-        "weights, M": _number(net["weights"] / 1e6),
-    } | _cells(net["seconds"])
-    if _TORCH in net["seconds"]:
-        row[f"{_OURS} / PyTorch"] = _ratio_cell(net["seconds"], _OURS, _TORCH)
-    return row
-
-
-def _spectral_bounds(results: Results) -> Iterator[Row]:
-    for name, net in results.get("analysis", {}).items():
-        bound = _OF_TORCH_GPU if _on_gpu(results) else _OF_TORCH_CPU.get(name)
-        if bound is not None and _TORCH in net["seconds"]:
-            ratio = summary(ratios(net["seconds"][_OURS], net["seconds"][_TORCH]))
-            what = f"analysis of {net['title']} / published way in PyTorch"
-            yield _against(what, ratio, bound)
-    for net in results.get("eigenvalues", {}).values():
-        ratio = summary(ratios(net["seconds"][_OURS], net["seconds"][_SCIPY]))
-        what = f"eigenvalues of {net['title']} / SciPy `eigvalsh` of the same matrices"
-        yield _against(what, ratio, _OF_SCIPY)
-    compiled = results.get("compilation", {})
-    for name, bound in _COMPILE_SECONDS.items():
-        if name in compiled:
-            net = compiled[name]
-            both = zip(net["trace_seconds"], net["compile_seconds"], strict=True)
-            what = f"tracing and compiling the analysis of {net['title']}, s"
-            yield _against(what, summary([sum(pair) for pair in both]), bound)
-    for name, bound in _TEMPORARY_MEGABYTES.items():
-        if name in compiled:
-            net = compiled[name]
-            used = [size / _MEGABYTE for size in net["temporary_bytes"]]
-            what = f"temporary memory of the analysis of {net['title']}, MB"
-            yield _against(what, summary(used), bound)
-    if "growth" in results:
-        seconds = results["growth"]["equal_layers"]["seconds"]
-        one, eight = (seconds[count] for count in _GROWTH)
-        what = "analysis of 8 equal layers / of 1"
-        yield _against(what, summary(ratios(eight, one)), _OF_ONE_LAYER)
-
-
-def _step_cost(results: Results) -> Iterator[str]:
-    task = results["task"]
-    yield from _head("Training step", results)
-    yield (
-        f"{task['model']}, width {task['width']}, {task['dtype']}, batch of "
-        f"{task['batch']} images of {task['side']} x {task['side']}, SGD with "
-        f"momentum; a refresh every {task['interval']} steps."
-    )
-    yield _table(_step_bounds(results))
-    yield "Seconds of a training step, none with a refresh:"
-    yield _table(_beside_without(results["step"]))
-    yield f"Seconds of {task['updates']} updates of the optimizer alone, no refresh:"
-    yield _table(_beside_without(results["update"]))
-    yield "Seconds of a training step with a whole refresh, and of the analysis alone:"
-    yield _table([_cells(results["refresh"])])
-    yield "Steps of whole intervals; the median over intervals at each position:"
-    rows = []
-    for name, cycles in results["cycle"].items():
-        positions = _positions(cycles)
-        rows.append(
-            {
-                "": name,
-                "median position, s": _number(summary(positions).median),
-                "slowest, s": _number(max(positions)),
-                "which": str(positions.index(max(positions))),
-                "slowest / median": _number(_unevenness(positions)),
-                "mean, s": _number(sum(positions) / len(positions)),
-            }
-        )
-    yield _table(rows)
-    yield "Temporary memory of the compiled step:"
-    yield _table(
-        [{name: _megabytes(b) + " MB" for name, b in results["memory"].items()}]
-    )
-
-
-def _step_bounds(results: Results) -> Iterator[Row]:
-    for part, words in (("step", "training step"), ("update", "optimizer alone")):
-        samples = results[part]
-        for name in ("plain", "interval=None"):
-            ratio = summary(ratios(samples[name], samples["without"]))
-            bound = _OF_STEP if part == "step" else None
-            yield _against(
-                f"{words}, {name}, between refreshes / without", ratio, bound
-            )
-    for name in ("spread", "without"):
-        cycles = results["cycle"][name]
-        positions = _positions(cycles)
-        ratio = _unevenness(positions)
-        what = f"slowest of {len(positions)} positions / median one, {name}"
-        bound = _OF_MEDIAN_STEP if name == "spread" else None
-        yield _against(what, Summary(ratio, ratio, ratio, len(cycles)), bound)
-    refresh, steps = results["refresh"], _EPOCH / results["task"]["batch"]
-    share = summary(
-        [ratio / steps for ratio in ratios(refresh["analysis"], refresh["without"])]
-    )
-    what = f"one analysis / an epoch of {_EPOCH} images"
-    yield _against(what, share, _OF_EPOCH if _on_gpu(results) else None)
-
-
-def _on_gpu(results: Results) -> bool:
-    return results["hardware"]["platform"] != "cpu"
-
-
-def _positions(cycles: Sequence[Sequence[float]]) -> list[float]:
-    return [summary(samples).median for samples in zip(*cycles, strict=True)]
-
-
-def _unevenness(positions: Sequence[float]) -> float:
-    return max(positions) / summary(positions).median
-
-
-def _against(what: str, figure: Summary, bound: float | None) -> Row:
-    met = "" if bound is None else ("yes" if figure.median <= bound else "**no**")
-    return {
-        "what": what,
-        "measured": _spread_cell(figure),
-        "samples": str(figure.count),
-        "at most": "" if bound is None else f"{bound:g}",
-        "met": met,
-    }
-
-
-def _beside_without(seconds: Mapping[str, Sequence[float]]) -> Iterator[Row]:
-    for name in seconds:
-        yield {
-            "": name,
-            "seconds": _cell(seconds[name]),
-            "/ without": _ratio_cell(seconds, name, "without"),
-        }
-
-
-def _cells(seconds: Mapping[str, Sequence[float]]) -> Row:
-    return {name: _cell(samples) for name, samples in seconds.items()}
-
-
-def _ratio_cell(seconds: Mapping[str, Sequence[float]], name: str, other: str) -> str:
-    return _cell(ratios(seconds[name], seconds[other]))
-
-
-def _cell(samples: Sequence[float]) -> str:
-    return _spread_cell(summary(samples))
-
-
-def _spread_cell(figure: Summary) -> str:
-    if figure.low == figure.high:
-        return _number(figure.median)
-    return f"{_number(figure.median)} [{_number(figure.low)}, {_number(figure.high)}]"
-
-
-def _number(value: float) -> str:
-    """Return three digits, or the whole part where that is longer."""
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}"
-
-
-def _megabytes(size: float) -> str:
-    return _number(size / _MEGABYTE)
-
-
-def _table(rows: Iterator[Row] | Sequence[Row]) -> str:
-    return tabulate(
-        list(rows), headers="keys", tablefmt="github", disable_numparse=True
-    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Train a network plainly and with TempBalance, from one seed, and compare them.
 
     python -m benchmarks.train
-    python -m benchmarks.train --dataset cifar10 --data-dir DIRECTORY
+    python -m benchmarks.train --dataset cifar10 --data-dir DIRECTORY --validation 5000
 
 The first takes about a minute on two CPU cores and needs no network.  A run has a
 directory of its own, `runs/DATASET-MODEL-seedSEED`, with `config.json`,
@@ -15,35 +15,12 @@ Faults of arguments, data or run directory are one line on stderr and exit code 
 import sys
 from collections.abc import Callable, Sequence
 
-from benchmarks.errors import UserError, first_line
-from benchmarks.preemption import Preempted, watched
-
-EXTRAS = 'pip install ".[train,plot]"'
+from benchmarks.preemption import resumable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    try:
-        with watched() as stopping:
-            _run(arguments, stopping)
-    except Preempted as stopped:
-        print(f"stopped by SIGTERM: {stopped}; continue with --resume")
-    except UserError as error:
-        return _fail(str(error))
-    except ModuleNotFoundError as error:
-        return _fail(f"the package {error.name} is not installed; {EXTRAS}")
-    except OSError as error:
-        place = "" if error.filename is None else f"{error.filename}: "
-        return _fail(place + (error.strerror or first_line(error)))
-    except KeyboardInterrupt:
-        print("interrupted; continue with --resume", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 2
+    return resumable(lambda stopping: _run(arguments, stopping))
 
 
 def _run(arguments: Sequence[str] | None, stopping: Callable[[], bool]) -> None:
@@ -60,14 +37,16 @@ def _run(arguments: Sequence[str] | None, stopping: Callable[[], bool]) -> None:
     directory = records.RunDirectory(command.out)
     directory.check(config, resume=command.resume)
     dataset = data.load(config)
-    directory.open(config, dataset.digest())
+    directory.open(config, dataset)
     done = experiment.newest_epochs(config, directory)
     directory.rewind(done, config)
     trained = {}
-    with tqdm(total=len(config.arms) * config.epochs, unit="epoch") as progress:
+    total, behind = len(config.arms) * config.epochs, sum(done.values())
+    with tqdm(total=total, initial=behind, unit="epoch") as progress:
         for arm in config.arms:
-            trained[arm] = experiment.run_arm(
-                arm, config, dataset, directory, progress, stopping
+            training = experiment.Training(arm, config, dataset)
+            [trained[arm]] = training.run(
+                arm, {config.seed: directory}, progress, stopping
             )
     metrics, layers = records.read(directory.metrics), records.read(directory.layers)
     tables = report.write(metrics, layers)

@@ -21,7 +21,8 @@ def eight_images():
     images = rng.integers(0, 256, (8, 8, 8, 3), np.uint8)
     labels = rng.integers(0, 10, 8, np.int32)
     preparation = Preparation.of(images, pad=1, flip=True)
-    return data.Dataset(images, labels, images, labels, 10, preparation)
+    none = images[:0], labels[:0]
+    return data.Dataset(images, labels, *none, images, labels, 10, preparation)
 
 
 def timeless(path):
@@ -50,3 +51,22 @@ def assert_same_run(path, other):
             final_state(path, arm),
             final_state(other, arm),
         )
+
+
+def snapshot(path):
+    """Every file below a directory, with its content."""
+    return {
+        file: file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()
+    }
+
+
+def assert_fails(main, capsys, arguments, *words):
+    """Exit code 2, and one line on stderr with these words."""
+    capsys.readouterr()
+    assert main(list(arguments)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    for word in words:
+        assert word in err

@@ -54,8 +54,8 @@ def two_steps(quick_compilation):
     )
     results = {}
     for name, arm in arms.ARMS.items():
-        analyze = arm.analysis(config, layers)
-        optimizer = arm.build(config, analyze, 1)
+        analyze = arm.analysis(config, layers, config.seed)
+        optimizer = arm.build(config, analyze, 1, config.seed)
         update, params = jax.jit(optimizer.update), tiny()
         state, analysis, first = optimizer.init(params), None, None
         if arm.balanced:
@@ -129,7 +129,8 @@ def test_lookahead_trains_with_donated_states():
         configs.DIGITS, model="resnet8", width=0.25, epochs=2, batch_size=4
     )
     program = loop.make_program(config, arms.ARMS["lookahead"], dataset)
-    _, scores = program.train(program.start(), images, labels, jnp.int32(0))
+    start = program.start(config.seed)
+    [(_, scores)] = program.train((start,), images, labels, jnp.int32(0))
     assert np.isfinite(scores.loss)
 
 
@@ -144,8 +145,8 @@ def test_numbers_are_the_published_ones():
     assert numbers("tb", "vgg16") == (0.05, 0.005, 0.5, 1.5)
     assert numbers("tb_snr", "resnet34", "cifar100") == (0.1, 0.005, 0.6, 1.4)
     assert numbers("snr", "vgg19", "cifar100") == (0.05, 0.01, 0.5, 1.5)
-    assert numbers("cal", "wrn28_6", "tinyimagenet")[0] == 0.05
-    assert numbers("tb", "wrn28_6", "tinyimagenet") == (0.1, 1e-4, 0.6, 1.4)
+    assert numbers("cal", "wrn28_6", "tiny_imagenet")[0] == 0.05
+    assert numbers("tb", "wrn28_6", "tiny_imagenet") == (0.1, 1e-4, 0.6, 1.4)
     assert [numbers(arm)[0] for arm in ("lars", "lamb", "adamw")] == [28, 0.01, 0.001]
     assert [numbers(arm, "resnet34")[0] for arm in ("lars", "lookahead", "sgdr")] == [
         32,

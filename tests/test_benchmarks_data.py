@@ -1,11 +1,9 @@
-"""The data sets of the benchmarks: reading them, damaged ones, and augmentation."""
+"""The data sets of the benchmarks: reading them, and damaged ones."""
 
 import dataclasses
 import io
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +11,8 @@ import pytest
 from PIL import Image
 
 from benchmarks import configs, data
-from benchmarks.data.augment import Preparation
+from benchmarks.data import parquet
+from benchmarks.data.sources import SOURCES, Split
 from benchmarks.errors import UserError
 
 
@@ -39,10 +38,16 @@ class Cifar:
 
     def write(self, split, contents, labels, names=("img", "label"), part=0):
         """Writes one file."""
-        rows = [{"bytes": content, "path": None} for content in contents]
-        kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-        table = pa.table(dict(zip(names, (pa.array(rows, kind), labels), strict=True)))
-        pq.write_table(table, self.path / f"{split}-0000{part}-of-00002.parquet")
+        file = self.path / f"{split}-0000{part}-of-00002.parquet"
+        write(file, dict(zip(names, (contents, labels), strict=True)))
+
+
+def write(file, columns):
+    """Writes a parquet file; the first column holds the bytes of images."""
+    (name, contents), *labels = columns.items()
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    rows = [{"bytes": content, "path": None} for content in contents]
+    pq.write_table(pa.table({name: pa.array(rows, kind), **dict(labels)}), file)
 
 
 @pytest.fixture
@@ -110,6 +115,100 @@ def test_subset_takes_the_first_training_rows(cifar):
         data.load(cifar.config(subset=7))
     with pytest.raises(UserError, match="--batch-size is 2; allowed: at most the 1"):
         data.load(cifar.config(subset=1))
+
+
+# The columns that the hub has beside the images.
+LABELS = {
+    "cifar10": {"label": [9, 0, 3]},
+    "cifar100": {"fine_label": [99, 0, 3], "coarse_label": [19, 0, 3]},
+    "svhn": {"label": [9, 0, 3]},
+    "tiny_imagenet": {"label": [199, 0, 3]},
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_each_data_set_is_read_in_its_own_schema(name, tmp_path):
+    side = 64 if name == "tiny_imagenet" else 32
+    column = "img" if name.startswith("cifar") else "image"
+    test = "valid" if name == "tiny_imagenet" else "test"
+    images = np.random.default_rng(0).integers(0, 256, (3, side, side, 3), np.uint8)
+    images[2] = images[2, :, :, :1]
+    contents = [*map(png, images[:2]), png(images[2, :, :, 0])]
+    for split in ("train", test):
+        columns = {column: contents, **LABELS[name]}
+        write(tmp_path / f"{split}-00000-of-00001.parquet", columns)
+    recipe = configs.RECIPES[name]
+    config = dataclasses.replace(recipe, data_dir=str(tmp_path), batch_size=2)
+    dataset = data.load(config)
+    labels = next(iter(LABELS[name].values()))
+    np.testing.assert_array_equal(dataset.train_images, images)
+    np.testing.assert_array_equal(dataset.test_images, images)
+    np.testing.assert_array_equal(dataset.train_labels, labels)
+    assert dataset.num_classes == labels[0] + 1
+    assert (dataset.preparation.pad, dataset.preparation.flip) == (4, True)
+    columns[next(iter(LABELS[name]))] = [labels[0] + 1, 0, 3]
+    write(tmp_path / f"{test}-00000-of-00001.parquet", columns)
+    with pytest.raises(UserError, match=f"allowed: 0 to {labels[0]}"):
+        data.load(config)
+
+
+def test_every_data_set_has_a_recipe():
+    assert set(configs.RECIPES) == {"digits", *SOURCES}
+
+
+def of_rows(count):
+    """CIFAR-10 as if it had been published with so many training rows."""
+    return dataclasses.replace(SOURCES["cifar10"], train=Split("train", count))
+
+
+def test_a_directory_may_hold_a_part_but_no_more(cifar):
+    for count in (6, 7):
+        source = of_rows(count)
+        assert len(parquet.read(source, source.train, cifar.path)[1]) == 6
+    source = of_rows(5)
+    with pytest.raises(UserError, match="row 5 is one too many; published: 5 rows"):
+        parquet.read(source, source.train, cifar.path)
+
+
+def test_the_hub_must_have_the_published_rows(cifar, monkeypatch):
+    import datasets
+
+    columns = {"img": list(map(Image.fromarray, cifar.images)), "label": cifar.labels}
+    features = datasets.Features(
+        {"img": datasets.Image(), "label": datasets.Value("int64")}
+    )
+    rows = datasets.Dataset.from_dict(columns, features=features)
+    asked = []
+
+    def load_dataset(repository, config, *, split, verification_mode):
+        asked.append((repository, config, split, verification_mode))
+        return rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = of_rows(8)
+    images, labels = parquet.read(source, source.train, None, rows=3)
+    np.testing.assert_array_equal(images, cifar.images[:3])
+    np.testing.assert_array_equal(labels, cifar.labels[:3])
+    assert asked == [("uoft-cs/cifar10", None, "train", "basic_checks")]
+    for count in (7, 9):
+        source = of_rows(count)
+        with pytest.raises(UserError, match=f"has 8 rows in train; published: {count}"):
+            parquet.read(source, source.train, None, rows=3)
+
+
+def test_validation_rows_keep_their_labels(cifar):
+    dataset = data.load(cifar.config(subset=2, validation=3))
+    np.testing.assert_array_equal(dataset.train_labels, cifar.labels[:2])
+    for image, label in zip(
+        dataset.validation_images, dataset.validation_labels, strict=True
+    ):
+        (row,) = np.flatnonzero((cifar.images == image).all((1, 2, 3)))
+        assert 2 <= row < 6
+        assert label == cifar.labels[row]
+    for given in ({"validation": 5}, {"validation": 3, "subset": 4}):
+        most = 4 if "subset" not in given else 2
+        with pytest.raises(UserError, match=f"--validation .*at most {most}, the 6"):
+            data.load(cifar.config(**given))
 
 
 def truncate(cifar):
@@ -185,27 +284,3 @@ def test_empty_split_and_absent_directory(cifar):
     config = dataclasses.replace(configs.CIFAR10, data_dir=str(cifar.path / "none"))
     with pytest.raises(UserError, match="none', which is not a directory"):
         data.load(config)
-
-
-def test_normalisation_is_that_of_numpy():
-    images = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), np.uint8)
-    images[..., 1] = 7
-    preparation = Preparation.of(images, pad=2, flip=True)
-    np.testing.assert_allclose(preparation.mean, images.mean((0, 1, 2)))
-    std = images.std((0, 1, 2))
-    np.testing.assert_allclose(preparation.std, [std[0], 1, std[2]])
-    normal = np.asarray(preparation.normalise(jnp.asarray(images)))
-    assert np.abs(normal.mean((0, 1, 2))).max() < 1e-6
-    assert np.abs(normal.std((0, 1, 2)) - [1, 0, 1]).max() < 1e-6
-
-
-def test_augmentation_crops_and_flips():
-    # Every pixel has a value of its own, so a crop is found by its corner.
-    image = np.arange(1, 17, dtype=np.uint8).reshape(1, 4, 4, 1)
-    preparation = Preparation((0.0,), (1.0,), pad=1, flip=True)
-    images = jnp.asarray(np.repeat(image, 200, axis=0))
-    seen = np.unique(preparation.augment(jax.random.key(0), images), axis=0)
-    padded = np.pad(image[0], ((1, 1), (1, 1), (0, 0)))
-    crops = [padded[i : i + 4, j : j + 4] for i in range(3) for j in range(3)]
-    expected = np.unique(crops + [crop[:, ::-1] for crop in crops], axis=0)
-    np.testing.assert_array_equal(seen, expected)

@@ -198,11 +198,11 @@ def test_two_steps_of_every_model_have_a_finite_loss(name, width):
         configs.DIGITS, model=name, width=width, epochs=2, batch_size=4
     )
     program = loop.make_program(config, arms.ARMS["tb"], dataset)
-    start = jax.device_get(program.start())
+    start = jax.device_get(program.start(config.seed))
     losses = []
     for epoch in (1, 0, 0):
-        state = program.start()
-        state, scores = program.train(state, images, labels, jnp.int32(epoch))
+        state = program.start(config.seed)
+        [(state, scores)] = program.train((state,), images, labels, jnp.int32(epoch))
         losses.append(float(scores.loss))
     assert np.isfinite(losses).all()
     # The order of the rows and their augmentation hang on seed and epoch alone.

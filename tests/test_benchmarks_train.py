@@ -10,7 +10,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from runs import EPOCHS, TINY, assert_same_run, final_state
+from runs import EPOCHS, TINY, assert_fails, assert_same_run, final_state, snapshot
 
 from benchmarks import arms, configs, data, loop, records
 from benchmarks.checkpoints import newest
@@ -62,7 +62,7 @@ def test_arms_differ_only_in_the_multipliers(finished):
     programs = [
         loop.make_program(config, arms.ARMS[arm], dataset) for arm in config.arms
     ]
-    starts = [jax.device_get(program.start().params) for program in programs]
+    starts = [jax.device_get(program.start(config.seed).params) for program in programs]
     jax.tree.map(np.testing.assert_array_equal, *starts)
 
 
@@ -104,15 +104,7 @@ def test_resuming_a_finished_run_changes_nothing_but_its_pictures(finished, tmp_
 
 
 def fails(capsys, arguments, *words):
-    """Asserts exit code 2 and one line on stderr with these words."""
-    capsys.readouterr()
-    assert main(list(arguments)) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    for word in words:
-        assert word in err
+    assert_fails(main, capsys, arguments, *words)
 
 
 @pytest.mark.parametrize(
@@ -129,6 +121,8 @@ def fails(capsys, arguments, *words):
         ("--momentum 1", "--momentum 1.0 below"),
         ("--low -1", "--low -1.0 least"),
         ("--snr -1", "--snr -1.0 least"),
+        ("--metric beta", "--metric 'beta' alpha_hat spectral_norm"),
+        ("--fit mean", "--fit 'mean' median min_ks peak"),
         ("--init keras", "--init 'keras' flax torch"),
         ("--high inf", "--high inf finite"),
         ("--interval 0", "--interval 0 least"),
@@ -136,6 +130,9 @@ def fails(capsys, arguments, *words):
         ("--weight-decay -1", "--weight-decay -1.0 least"),
         ("--subset 2000", "--subset 2000 1437"),
         ("--subset 10", "--batch-size 64 10"),
+        ("--validation 0", "--validation 0 least"),
+        ("--validation 1374", "--validation 1374 1373"),
+        ("--subset 1400 --validation 38", "--validation 38 37"),
         ("--data-dir .", "--data-dir '.' digits"),
         ("--dataset cifar10 --data-dir /nowhere", "--data-dir '/nowhere'"),
         ("--unknown 3", "--unknown"),
@@ -145,12 +142,6 @@ def test_bad_arguments(arguments, words, capsys, tmp_path):
     out = tmp_path / "run"
     fails(capsys, [*arguments.split(), "--out", str(out)], *words.split())
     assert not out.exists()
-
-
-def snapshot(path):
-    return {
-        file: file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()
-    }
 
 
 def test_nothing_is_overwritten(finished, capsys):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import tb_optax
+from benchmarks.configs import COMPUTE
 from benchmarks.models.initialisation import INITIALISATIONS
 from benchmarks.models.resnet import ResNet
 from benchmarks.models.vgg import VGG
@@ -48,6 +49,7 @@ def build(
     width: float = 1.0,
     image_channels: int = 3,
     init: str = "flax",
+    compute: str = "float32",
     rngs: nnx.Rngs,
 ) -> Model:
     """Build a model.
@@ -59,18 +61,21 @@ def build(
         image_channels: 3 for colour, 1 for grey images.
         init: "flax" or "torch", whose default initialisation the weights have; the
             published experiments have PyTorch's.
+        compute: "float32" or "bfloat16", what layers compute in; weights and running
+            averages are float32, and so are means and variances of a batch.
         rngs: random numbers for the initial weights.
 
     Returns:
         A module that is called as `model(images, train=...)`, images NHWC.
 
     Raises:
-        ValueError: if there is no such model or initialisation.
+        ValueError: if there is no such model, initialisation or type.
     """
     _check("model", name, NAMES)
     _check("init", init, tuple(INITIALISATIONS))
+    _check("compute", compute, COMPUTE)
     plan = _PLANS[name]
-    return plan.model(
+    model = plan.model(
         [max(1, round(width * channels)) for channels in plan.channels],
         plan.blocks,
         image_channels=image_channels,
@@ -78,15 +83,23 @@ def build(
         init=INITIALISATIONS[init],
         rngs=rngs,
     )
+    model.set_attributes(dtype=jnp.dtype(compute))
+    return model
 
 
-def layers_in_order(model: Model) -> tuple[tb_optax.Layer, ...]:
-    """Return the layers of a model in the order of execution."""
+def layers_in_order(model: Model, *, norms: bool = True) -> tuple[tb_optax.Layer, ...]:
+    """Return the layers of a model in the order of execution.
+
+    Args:
+        model: the model.
+        norms: whether the parameters of a norm follow the layer before it.
+    """
     shape = (1, 8, 8, model.image_channels)
     return tb_optax.trace_layers(
         lambda model, images: model(images, train=False),
         model,
         jax.ShapeDtypeStruct(shape, jnp.float32),
+        norms="after" if norms else "none",
     )
 
 

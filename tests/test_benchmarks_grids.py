@@ -1,0 +1,226 @@
+"""The grids: well-formed, as published, and each ablation changes what it says."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+import reference
+from flax import nnx
+from runs import TINY
+
+from benchmarks import models, records
+from benchmarks.arms import ARMS, FITS, METRICS
+from benchmarks.configs import parse
+from benchmarks.grids import GRIDS
+from benchmarks.loop import balanced_layers
+from benchmarks.models.initialisation import INITIALISATIONS
+from benchmarks.models.resnet import ResNet
+from benchmarks.published import PAIRS, settings
+from benchmarks.train import main
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+CONFIGS = {
+    (grid, name): config
+    for grid in GRIDS
+    for name, config in GRIDS[grid].configs().items()
+}
+# Whether the multipliers at initialisation change from variant to variant.
+BALANCING = ("metric", "fit", "bounds", "norms", "ends")
+ABLATIONS = ("learning-rate", "width", "interval", *BALANCING)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_variants_set_what_they_name_and_nothing_else(grid):
+    base, variants = GRIDS[grid].base, GRIDS[grid].variants
+    configs = GRIDS[grid].configs()
+    assert list(configs) == list(variants)
+    assert len(set(configs.values())) == len(configs)
+    for name, config in configs.items():
+        given = dataclasses.asdict(base)
+        set_otherwise = {
+            field: value
+            for field, value in dataclasses.asdict(config).items()
+            if value != given[field]
+        }
+        assert set_otherwise == variants[name]
+
+
+def test_names_are_those_of_directories_and_of_what_there_is():
+    for (grid, name), config in CONFIGS.items():
+        # Lower case alone: some file systems do not tell the cases apart.
+        assert re.fullmatch(r"[a-z0-9][a-z0-9._-]*", grid)
+        assert re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name)
+        assert set(config.arms) <= set(ARMS)
+        assert config.model in models.NAMES
+        assert config.metric in METRICS
+        assert config.fit in FITS
+        assert config.init in INITIALISATIONS
+
+
+def test_every_published_pair_is_compared_as_published():
+    compared = {}
+    for config in CONFIGS.values():
+        if "tb_snr" in config.arms:
+            compared[config.dataset, config.model] = config
+    assert set(compared) == set(PAIRS)
+    for config in compared.values():
+        recipe = (config.epochs, config.batch_size, config.weight_decay, config.width)
+        assert recipe == (200, 128, 5e-4, 1)
+        assert (config.momentum, config.init, config.subset) == (0.9, "torch", None)
+
+
+def test_ablations_start_from_the_published_numbers():
+    for grid in ABLATIONS:
+        base = GRIDS[grid].base
+        assert (base.dataset, base.model) == ("cifar100", "resnet18")
+        assert dataclasses.astuple(settings(base, "tb")) == (0.1, 0.01, 0.5, 1.5)
+        # One variant at least is the base, by its numbers.
+        numbers = dataclasses.replace(base, learning_rate=0.1)
+        assert {base, numbers} & set(GRIDS[grid].configs().values())
+
+
+def test_numbers_of_the_ablations():
+    rates = GRIDS["learning-rate"].configs().values()
+    for arm in ("cal", "tb"):
+        first = [np.asarray(ARMS[arm].schedule(config, 1)(0)) for config in rates]
+        np.testing.assert_allclose(first, [0.05, 0.1, 0.15], rtol=1e-6)
+    for name, config in GRIDS["bounds"].configs().items():
+        numbers = settings(config, "tb")
+        assert name == f"low{numbers.low}-high{numbers.high}"
+    for name, config in GRIDS["interval"].configs().items():
+        assert name == f"interval{config.interval}"
+    channels = []
+    for config in GRIDS["width"].configs().values():
+        model = nnx.eval_shape(lambda config=config: resnet18(config.width))
+        channels.append(leaves(model)["blocks/7/conv2/kernel"].shape[-1])
+    assert channels == [256, 512, 768]
+
+
+def resnet18(width):
+    return models.build("resnet18", num_classes=100, width=width, rngs=nnx.Rngs(3))
+
+
+def leaves(model):
+    return by_path(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+
+
+def by_path(tree):
+    return {
+        jax.tree_util.keystr(keys, simple=True, separator="/"): leaf
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def small():
+    """A net of two blocks, whose head has enough eigenvalues to be tuned."""
+    return ResNet((64,), (2,), image_channels=3, num_classes=100, rngs=nnx.Rngs(3))
+
+
+@pytest.fixture(scope="module")
+def multipliers(quick_compilation):
+    """The multipliers of all leaves of a small net, by grid, variant and path."""
+    del quick_compilation
+    results = {}
+    for grid in BALANCING:
+        for name, config in GRIDS[grid].configs().items():
+            model = small()
+            analyze = ARMS["tb"].analysis(config, balanced_layers(model, config), 0)
+            params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+            tree = analyze(params).leaf_multipliers(params)
+            results.setdefault(grid, {})[name] = by_path(jax.tree.map(float, tree))
+    return results
+
+
+@pytest.mark.parametrize("grid", BALANCING)
+def test_every_variant_has_multipliers_of_its_own(multipliers, grid):
+    table = [list(own.values()) for own in multipliers[grid].values()]
+    assert len(np.unique(np.round(table, 4), axis=0)) == len(table)
+
+
+def expected(config):
+    """The multipliers of the kernels, by the independent statement of the method."""
+    model = small()
+    kernels = leaves(model)
+    paths = [layer.path for layer in models.layers_in_order(model)]
+    fit = {
+        "median": reference.fit_median,
+        "min_ks": reference.fit_min_ks,
+        "peak": reference.fit_peak,
+    }[config.fit]
+    score = {
+        "alpha": lambda spectrum: fit(spectrum).alpha,
+        "alpha_hat": lambda spectrum: fit(spectrum).alpha * np.log10(spectrum[-1]),
+        "spectral_norm": lambda spectrum: spectrum[-1],
+    }[config.metric]
+    # Inputs and outputs come last in Flax, and first in PyTorch.
+    spectra = [reference.spectrum(np.asarray(kernels[path]).T) for path in paths]
+    kept = reference.select(
+        [len(spectrum) for spectrum in spectra],
+        first=not config.ends,
+        last=not config.ends,
+        threshold=50,
+    )
+    scores = np.full(len(paths), np.nan)
+    for i in np.flatnonzero(kept):
+        scores[i] = score(spectra[i])
+    numbers = settings(config, "tb")
+    values = reference.multipliers(scores, "tb_linear_map", numbers.low, numbers.high)
+    return dict(zip(paths, values, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("grid", "name"), [key for key in CONFIGS if key[0] in BALANCING]
+)
+def test_kernels_have_the_multipliers_of_an_independent_statement(
+    multipliers, grid, name
+):
+    for path, multiplier in expected(CONFIGS[grid, name]).items():
+        assert multipliers[grid][name][path] == pytest.approx(multiplier, abs=2e-4)
+
+
+def test_norms_follow_their_layer_or_keep_multiplier_1(multipliers):
+    follow, alone = multipliers["norms"]["follow"], multipliers["norms"]["alone"]
+    norms = [path for path in follow if path.endswith("scale")]
+    assert len(norms) == 5
+    assert follow["blocks/1/bn1/scale"] == follow["blocks/1/conv1/kernel"] != 1
+    for path in follow:
+        of_norm = path.endswith("scale") or "/bn" in f"/{path}"
+        assert alone[path] == (1 if of_norm else follow[path])
+
+
+def test_the_ends_are_left_out_or_balanced(multipliers):
+    out, kept = multipliers["ends"]["left-out"], multipliers["ends"]["kept-in"]
+    # The stem is too small to be tuned.
+    for stem in ("conv1/kernel", "bn1/scale", "bn1/bias"):
+        assert out[stem] == kept[stem] == 1
+    assert out["linear/kernel"] == out["linear/bias"] == 1
+    assert kept["linear/kernel"] == kept["linear/bias"] != 1
+
+
+def test_a_run_with_every_choice_made_otherwise(tmp_path):
+    chosen = "--metric spectral_norm --fit peak --no-norms --ends --interval 2"
+    arguments = [*TINY, *chosen.split(), "--arms", "tb"]
+    config = parse(arguments).config
+    assert (config.metric, config.fit) == ("spectral_norm", "peak")
+    assert (config.norms, config.ends, config.interval) == (False, True, 2)
+    assert main([*arguments, "--out", str(tmp_path)]) == 0
+    recorded = json.loads((tmp_path / "config.json").read_text())["config"]
+    assert recorded == json.loads(json.dumps(dataclasses.asdict(config)))
+    rows = records.read(tmp_path / "layers.jsonl")
+    # Before the first and the third epoch, and behind the last.
+    assert {row["epoch"] for row in rows} == {0, 2, 3}
+    names = [row["layer"] for row in rows if row["epoch"] == 0]
+    assert (names[0], names[-1]) == ("conv1", "linear")
+    for epoch in (0, 2, 3):
+        tuned = [row for row in rows if row["epoch"] == epoch and row["tuned"]]
+        largest = np.array([row["spectral_norm"] for row in tuned]) ** 2
+        np.testing.assert_allclose(
+            [row["multiplier"] for row in tuned],
+            np.interp(largest, [largest.min(), largest.max()], [0.5, 1.5]),
+            rtol=1e-4,
+        )
+    assert len(list(tmp_path.glob("*.png"))) == 4
