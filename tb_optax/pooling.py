@@ -42,7 +42,7 @@ class Places(NamedTuple):
         return cls(*(column[asked].astype(np.int32) for column in columns))
 
     @property
-    def count(self) -> Int[np.ndarray, " layers"]:
+    def total(self) -> Int[np.ndarray, " layers"]:
         """N, number of eigenvalues of each layer."""
         return self.pooled * self.n
 
@@ -65,9 +65,9 @@ def pool(
     def rows(layers):
         count, n, first, start = (
             jnp.asarray(x[layers])[:, None]
-            for x in (places.count, places.n, places.first, places.start)
+            for x in (places.total, places.n, places.first, places.start)
         )
-        column = jnp.arange(places.count.max()) - (places.count.max() - count)
+        column = jnp.arange(places.total.max()) - (places.total.max() - count)
         valid = (column >= 0) & is_finite[layers, None]
         column = jnp.maximum(column, 0)
         offset = exponent[first + column // n] - unit[layers, None]

@@ -146,11 +146,11 @@ def compute_spectra(
     noise = route.noise * math.log(8 * jnp.finfo(dtype).eps)
     return Spectra(
         log_eigenvalues=table,
-        count=places.count,
+        count=places.total,
         factor=np.repeat(np.asarray(factors, dtype), repeats),
         exponent=unit,
         finite=is_finite,
-        log_noise=np.full(len(places.count), noise, dtype),
+        log_noise=np.full(len(places.total), noise, dtype),
     )
 
 
