@@ -30,7 +30,9 @@ def section(summary: Summary, pictures: Sequence[str]) -> Iterator[str]:
     """
     runs = [run for run in summary["runs"] if "last" in run]
     devices = {_device(command): None for command in summary["commands"]}
-    yield f"## Comparison {summary['name']}: {', '.join(devices)}"
+    lengths = sorted({config["epochs"] for config in summary["configs"].values()})
+    epochs = f"{' or '.join(map(str, lengths))} epoch{'s' if lengths != [1] else ''}"
+    yield f"## Comparison {summary['name']}, {epochs}: {', '.join(devices)}"
     yield from _remarks(summary, runs)
     for field, words in _ACCURACIES.items():
         percent = _by_place(runs, field, 100)
