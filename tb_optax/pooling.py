@@ -67,7 +67,7 @@ def pool(
             jnp.asarray(x[layers])[:, None]
             for x in (places.total, places.n, places.first, places.start)
         )
-        column = jnp.arange(places.total.max()) - (places.total.max() - count)
+        column = jnp.arange(places.total.max())[None] - (places.total.max() - count)
         valid = (column >= 0) & is_finite[layers, None]
         column = jnp.maximum(column, 0)
         offset = exponent[first + column // n] - unit[layers, None]
