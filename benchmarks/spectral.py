@@ -129,7 +129,9 @@ def _analysis(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]
                 commandline.say(f"{network.title}: without {title}: {error}")
         alphas = {}
         calls = {title: _kept(alphas, title, run) for title, run in ways.items()}
-        seconds = timing.interleave(calls, options.repeats, budget=options.budget)
+        seconds = timing.interleave(
+            calls, options.repeats, before=timing.rest, budget=options.budget
+        )
         ours = alphas[peers.OURS]
         commandline.say(f"{network.title}: {_medians(seconds)}")
         yield (
@@ -164,7 +166,9 @@ def _eigenvalues(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, A
             "reduction": _blocked(peers.reduction, on_device),
             "bisection": _blocked(peers.bisection, forms),
         }
-        seconds = timing.interleave(calls, options.repeats, budget=options.budget)
+        seconds = timing.interleave(
+            calls, options.repeats, before=timing.rest, budget=options.budget
+        )
         commandline.say(f"{network.title}, eigenvalues: {_medians(seconds)}")
         yield name, {"title": network.title, "seconds": seconds}
 
@@ -189,7 +193,9 @@ def _growth(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]
     for count in COUNTS:
         network = equal_layers(count, options.growth_side)
         calls[str(count)] = peers.tb_optax_way(network, network.params())
-    seconds = timing.interleave(calls, options.repeats, budget=options.budget)
+    seconds = timing.interleave(
+        calls, options.repeats, before=timing.rest, budget=options.budget
+    )
     commandline.say(f"equal layers: {_medians(seconds)}")
     yield "equal_layers", {"channels": options.growth_side, "seconds": seconds}
 
@@ -219,7 +225,9 @@ def _sizes(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
         calls = {name: _blocked(run, matrices) for name, run in candidates.items()}
         calls["reduction"] = _blocked(peers.reduction, [grams])
         calls["bisection"] = _blocked(peers.bisection, forms)
-        seconds = timing.interleave(calls, options.repeats, budget=options.budget)
+        seconds = timing.interleave(
+            calls, options.repeats, before=timing.rest, budget=options.budget
+        )
         commandline.say(f"{batch} matrices of {n} x {n}: {_medians(seconds)}")
         yield str(n), {"batch": batch, "seconds": seconds}
 

@@ -59,6 +59,16 @@ def interleave(
     return samples
 
 
+def rest(name: str) -> None:
+    """Wait until the threads of the library that was called before are asleep.
+
+    They spin for some hundredths of a second behind its last call, on the cores of the
+    one that is `name`.
+    """
+    del name
+    time.sleep(0.2)
+
+
 def summary(samples: Sequence[float]) -> Summary:
     """Return median and extremes."""
     return Summary(statistics.median(samples), min(samples), max(samples), len(samples))
