@@ -17,12 +17,8 @@ from jax import Array
 import tb_optax
 from benchmarks.machine import torch_on_same_device
 from benchmarks.networks import Network
-from tb_optax.eigenvalues import (
-    after,
-    by_matrix,
-    tridiagonal_eigenvalues,
-    tridiagonal_form,
-)
+from tb_optax.eigenvalues import tridiagonal_eigenvalues
+from tb_optax.reduction import HOUSEHOLDER, after, reduce_matrices
 
 Params = Mapping[str, Array]
 Alphas = Callable[[], np.ndarray]
@@ -112,7 +108,7 @@ def reduction(grams: Sequence[Array]) -> list[Array]:
     forms = []
     previous = jnp.zeros(())
     for stack in grams:
-        forms.append(by_matrix(tridiagonal_form, after(previous, stack)))
+        forms.extend(reduce_matrices([stack], HOUSEHOLDER, previous))
         previous = forms[-1][0, 0, 0]
     return forms
 

@@ -1,13 +1,13 @@
-"""Eigenvalues of symmetric matrices without their eigenvectors, in batches.
+"""Eigenvalues of symmetric tridiagonal matrices, in batches.
 
-Householder reduction to tridiagonal form, then bisection on Sturm counts: the count
-of negative pivots of T - xI is the number of eigenvalues below x. All shifts of all
-matrices advance together, so that one short loop serves a whole batch.
+Bisection on Sturm counts: the count of negative pivots of T - xI is the number of
+eigenvalues below x. All shifts of all matrices advance together, so that one short loop
+serves a whole batch.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,66 +18,8 @@ from jaxtyping import Array, Float, Int
 ROWS = 8
 
 
-def after(known: Float[Array, ""], array: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The same array, but not before a number below infinity is known."""
-    return jnp.where(known == jnp.inf, 0, array)
-
-
-def by_matrix(
-    function: Callable[[Float[Array, "batch _ _"]], Any],
-    matrices: Float[Array, "batch _ _"],
-) -> Any:
-    """A function of a batch of matrices, which on CPU gets one at a time.
-
-    A matrix then stays in the cache from its first step to its last. And a LAPACK
-    call on a batch waits in a thread of the pool that its own parts need, so that
-    two in one program, where there are few cores, can wait for each other for ever.
-
-    Args:
-        function: to a tree of arrays with the same batch axis.
-        matrices: its argument.
-    """
-
-    def one(matrix):
-        return jax.tree.map(lambda result: result[0], function(matrix[None]))
-
-    return jax.lax.platform_dependent(
-        matrices, cpu=lambda batch: jax.lax.map(one, batch), default=function
-    )
-
-
-def tridiagonal_form(
-    matrices: Float[Array, "batch n n"],
-) -> Float[Array, "batch 2 n"]:
-    """Similar tridiagonal matrices: diagonals, and what is before them in the rows.
-
-    By Householder reflections on CPU and GPU. Where JAX has none (TPU), the
-    eigenvalues themselves are the diagonal, by `jnp.linalg.eigvalsh`.
-
-    Args:
-        matrices: symmetric matrices; the lower triangles are read.
-    """
-    return jax.lax.platform_dependent(
-        matrices,
-        cpu=_by_householder,
-        cuda=_by_householder,
-        rocm=_by_householder,
-        default=_by_eigenvalues,
-    )
-
-
-def _by_householder(matrices):
-    _, diagonal, off_diagonal, _ = jax.lax.linalg.tridiagonal(matrices)
-    return jnp.stack([diagonal, jnp.pad(off_diagonal, ((0, 0), (1, 0)))], axis=1)
-
-
-def _by_eigenvalues(matrices):
-    eigenvalues = jnp.linalg.eigvalsh(matrices, symmetrize_input=False)
-    return jnp.stack([eigenvalues, jnp.zeros_like(eigenvalues)], axis=1)
-
-
 def tridiagonal_eigenvalues(
-    buckets: Sequence[Float[Array, "_ 2 _"]],
+    buckets: Sequence[Float[Array, "_ vectors _"]],
 ) -> list[Float[Array, "_ _"]]:
     """Ascending eigenvalues of symmetric tridiagonal matrices of several sizes.
 
@@ -86,7 +28,7 @@ def tridiagonal_eigenvalues(
     narrower than the rounding error of a count.
 
     Args:
-        buckets: matrices of one size each, as `tridiagonal_form` returns them: their
+        buckets: matrices of one size each, as `reduction.HOUSEHOLDER` has them: their
             diagonals, and what is beside them, whose signs do not matter, behind a
             number that is not read.
 
@@ -107,10 +49,11 @@ def tridiagonal_eigenvalues(
     start = np.cumsum(width) - width
     rows, low, high, unit = _prepared(buckets, size)
     rows = [group.rows_of(rows) for group in groups]
+    matrix = jnp.concatenate([group.matrix_of_interval() for group in groups])
 
     def by_interval(column):
         """What there is one of for each matrix, for each of its intervals."""
-        return jnp.concatenate([group.spread(column) for group in groups])
+        return jnp.asarray(column).at[matrix].get(mode="promise_in_bounds")
 
     low, high, unit = map(by_interval, (low, high, unit))
     first, cells = by_interval(start), by_interval(width + 1).astype(low.dtype)
@@ -180,9 +123,9 @@ class _Group(NamedTuple):
         own = rows[len(rows) - self.steps :, :, :, self.matrices]
         return own[:, :, :, self._matrix_of_block(), None]
 
-    def spread(self, column):
+    def matrix_of_interval(self):
         """Returns the number of its matrix for each interval."""
-        own = jnp.asarray(column)[self.matrices][self._matrix_of_block(), None]
+        own = self.matrices.start + jnp.asarray(self._matrix_of_block())[:, None]
         return jnp.broadcast_to(own, (len(own), self.lanes)).reshape(-1)
 
     def _matrix_of_block(self):
@@ -190,12 +133,12 @@ class _Group(NamedTuple):
 
 
 def _groups(size: Int[np.ndarray, " matrices"]) -> list[_Group]:
-    """Ascending sizes up to 64, up to 256, up to 1024, ...
+    """Ascending sizes up to 256, up to 1024, up to 4096, ...
 
     A loop takes a tenth of a second to compile; running over rows that a matrix does
     not have takes less than that.
     """
-    number = np.ceil(np.log2(np.maximum(size, 64)) / 2)
+    number = np.ceil(np.log2(np.maximum(size, 256)) / 2)
     ends = [*np.flatnonzero(np.diff(number)) + 1, len(size)]
     groups, start = [], 0
     for stop in ends:

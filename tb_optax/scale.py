@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 
+@jax.jit
 def rescale(
     matrices: Float[Array, "batch rows columns"],
 ) -> tuple[Float[Array, "batch rows columns"], UInt[Array, " batch"]]:

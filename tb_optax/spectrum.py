@@ -12,7 +12,7 @@ of its matrices.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,24 +20,21 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from tb_optax.devices import Bucket, over_devices
-from tb_optax.eigenvalues import (
-    after,
-    by_matrix,
-    tridiagonal_eigenvalues,
-    tridiagonal_form,
-)
+from tb_optax.eigenvalues import tridiagonal_eigenvalues
 from tb_optax.layers import MatrixAxes
 from tb_optax.pooling import Places, pool
+from tb_optax.reduction import (
+    HOUSEHOLDER,
+    SVD,
+    Matrices,
+    Reduction,
+    Vectors,
+    reduce_matrices,
+)
 from tb_optax.scale import rescale
-
-# Bytes of the matrices that are reduced in one go.
-CHUNK_BYTES = 64 * 2**20
 
 # Of Gram matrices from this size on, a quarter is left out.
 _LARGE = 256
-
-# One or two vectors per matrix of a bucket.
-Vectors: TypeAlias = Float[Array, "_ ..."]
 
 
 class Spectra(NamedTuple):
@@ -79,16 +76,18 @@ class Spectra(NamedTuple):
 
 
 class Route(NamedTuple):
-    """A way from matrices to eigenvalues, in three steps.
+    """A way from matrices to eigenvalues, in four steps.
 
     Attributes:
-        reduce: matrices of one shape to one or two vectors per matrix.
+        prepare: matrices of one shape to those that are reduced.
+        reduction: these to one or a few vectors per matrix.
         finish: those vectors, bucket by bucket, to ascending λ or σ.
         log: these to ln λ.
         noise: power of 8·eps below which λ / λ_max is rounding noise.
     """
 
-    reduce: Callable[[Float[Array, "_ _ _"]], Vectors]
+    prepare: Callable[[Matrices], Matrices]
+    reduction: Reduction
     finish: Callable[[list[Vectors]], list[Float[Array, "_ _"]]]
     log: Callable[[Float[Array, "..."]], Float[Array, "..."]]
     noise: int
@@ -114,12 +113,12 @@ def compute_spectra(
 ) -> Spectra:
     """Eigenvalues of all layers, bucket by bucket.
 
-    Matrices of n x m are reduced CHUNK_BYTES / (n·m·itemsize) at a time, at least one.
-    On CPU, where they pass through the reduction one by one, the peak of temporary
-    memory is about CHUNK_BYTES and 3·(n·m + min(n, m)²)·itemsize; elsewhere about
-    (2 + 2 min(n, m) / max(n, m)) times CHUNK_BYTES. The eigenvalues of all matrices are
-    then found at once, in less than 100·itemsize for each matrix and each row of the
-    largest.
+    The peak of temporary memory for matrices of n x m is on CPU, where they are reduced
+    one by one, 3·(n·m + min(n, m)²)·itemsize, and where their LAPACK calls are shared
+    out TOGETHER·min(n, m)²·itemsize more; elsewhere, where CHUNK_BYTES of them are
+    reduced in one go, (2 + 2 min(n, m) / max(n, m)) times as much. The eigenvalues of
+    all matrices are then found at once, in less than 100·itemsize for each matrix and
+    each row of the largest.
 
     Args:
         stacks: kernels as matrices, (layers, pooled, rows, columns) each, of any
@@ -159,23 +158,19 @@ def compute_spectra(
 def _decompose(buckets: list[Bucket], route: Route):
     """What finds all eigenvalues, bucket by bucket, and what `exponents` reads."""
 
-    def reduce(matrices):
+    def prepare(matrices):
         with jax.named_scope("rescale"):
             matrices, top = rescale(matrices)
-        with jax.named_scope("reduce"):
-            return route.reduce(matrices), top
+        with jax.named_scope("prepare"):
+            return route.prepare(matrices), top
 
     reduced, tops = [], []
-    previous = jnp.zeros(())
+    known = jnp.zeros(())
     for bucket in buckets:
-        chunks = []
-        for chunk in _chunks(bucket):
-            stack = jnp.concatenate([bucket[i][part] for i, part in chunk])
-            # One chunk after the other, in the memory of one.
-            chunks.append(by_matrix(reduce, after(previous, stack)))
-            previous = chunks[-1][0].reshape(-1)[0]
-        form, top = map(jnp.concatenate, zip(*chunks, strict=True))
-        reduced.append(form)
+        vectors, top = reduce_matrices(bucket, route.reduction, known, prepare)
+        # One bucket after the other, in the memory of one.
+        known = vectors.reshape(-1)[0]
+        reduced.append(vectors)
         tops.append(top)
     with jax.named_scope("finish"):
         return list(zip(route.finish(reduced), tops, strict=True))
@@ -185,36 +180,9 @@ def _matrices(stack):
     return stack.reshape(-1, *stack.shape[2:])
 
 
-def _chunks(bucket: Bucket) -> list[list[tuple[int, slice]]]:
-    """Cuts a bucket into runs of matrices that are reduced together.
-
-    Returns:
-        Chunks of (number of the array, slice of its matrices).
-    """
-    size = math.prod(bucket[0].shape[1:]) * bucket[0].dtype.itemsize
-    most = max(1, CHUNK_BYTES // size)
-    chunks: list[list[tuple[int, slice]]] = [[]]
-    room = most
-    for number, matrices in enumerate(bucket):
-        start, stop = 0, len(matrices)
-        while start < stop:
-            if not room:
-                chunks.append([])
-                room = most
-            fitting = min(room, stop - start)
-            chunks[-1].append((number, slice(start, start + fitting)))
-            start += fitting
-            room -= fitting
-    return chunks
-
-
-def _reduce_gram(matrices: Float[Array, "_ _ _"]) -> Vectors:
-    """Tridiagonal forms of WᵀW or WWᵀ: half the work of singular values."""
-    return tridiagonal_form(_gram(matrices))
-
-
+@jax.jit
 def _gram(w: Float[Array, "batch rows columns"]) -> Float[Array, "batch n n"]:
-    """WᵀW or WWᵀ, by columns as LAPACK has it; of a large one without a quarter."""
+    """WᵀW or WWᵀ; of a large one without a quarter, below the diagonal."""
     side = 1 if w.shape[1] <= w.shape[2] else 2
     product = functools.partial(
         jnp.einsum,
@@ -222,12 +190,12 @@ def _gram(w: Float[Array, "batch rows columns"]) -> Float[Array, "batch n n"]:
         precision=jax.lax.Precision.HIGHEST,
     )
     if w.shape[side] < _LARGE:
-        return product(w, w).swapaxes(1, 2)
+        return product(w, w)
     first, second = jnp.split(w, [w.shape[side] // 2], axis=side)
     beside = product(first, second)
     below = jnp.zeros_like(beside).swapaxes(1, 2)
     rows = [[product(first, first), beside], [below, product(second, second)]]
-    return jnp.block(rows).swapaxes(1, 2)
+    return jnp.block(rows)
 
 
 def _log_eigenvalues(eigenvalues: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -243,6 +211,9 @@ def _log_squares(singular_values: Float[Array, "..."]) -> Float[Array, "..."]:
     return 2 * jnp.log(singular_values)
 
 
-_svd = functools.partial(jnp.linalg.svd, compute_uv=False)
-GRAM = Route(_reduce_gram, tridiagonal_eigenvalues, _log_eigenvalues, noise=1)
-SINGULAR_VALUES = Route(_svd, _ascending, _log_squares, noise=2)
+def _unchanged(matrices):
+    return matrices
+
+
+GRAM = Route(_gram, HOUSEHOLDER, tridiagonal_eigenvalues, _log_eigenvalues, 1)
+SINGULAR_VALUES = Route(_unchanged, SVD, _ascending, _log_squares, 2)

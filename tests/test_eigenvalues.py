@@ -9,13 +9,18 @@ import pytest
 import spectra
 from spectra import eps_of, float32
 
-from tb_optax.eigenvalues import tridiagonal_eigenvalues, tridiagonal_form
+from tb_optax.eigenvalues import tridiagonal_eigenvalues
+from tb_optax.reduction import HOUSEHOLDER, reduce_matrices
 
 SIZES = (1, 2, 3, 64, 65)
 several = jax.jit(tridiagonal_eigenvalues)
-symmetric = jax.jit(
-    lambda matrices: tridiagonal_eigenvalues([tridiagonal_form(matrices)])[0]
-)
+
+
+@jax.jit
+def symmetric(matrices):
+    """Eigenvalues of a batch of symmetric matrices."""
+    forms = reduce_matrices([matrices], HOUSEHOLDER, jnp.zeros(()))
+    return tridiagonal_eigenvalues(list(forms))[0]
 
 
 def tridiagonal(diagonal, beside):
