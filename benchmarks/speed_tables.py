@@ -34,6 +34,7 @@ _OF_TORCH_GPU = 0.1
 _OF_SCIPY = 0.8
 _OF_STEP = 1.02
 _OF_MEDIAN_STEP = 1.5
+_OF_COMPARE = 1.03
 _OF_ONE_LAYER = 8.5
 _OF_EPOCH = 0.01
 _COMPILE_SECONDS = {"resnet18": 3.0, "resnet152": 6.0}
@@ -213,6 +214,31 @@ def _step_bounds(results: Results) -> Iterator[Row]:
     )
     what = f"one analysis / an epoch of {_EPOCH} images"
     yield _against(what, share, _OF_EPOCH if _on_gpu(results) else None)
+
+
+def epoch_cost(results: Results) -> Iterator[str]:
+    """Give the section of a file of `benchmarks.epoch_cost`."""
+    task, epoch = results["task"], results["epoch"]
+    yield from _head("Epoch of a comparison", results)
+    yield (
+        f"{task['config']}: {task['model']}, width {task['width']}, {task['compute']}, "
+        f"{task['images']} images in batches of {task['batch']}; TempBalance with its "
+        "refresh."
+    )
+    ratio = summary(ratios(epoch["tb"], epoch["cal"]))
+    yield table([_against("epoch, tb / cal", ratio, _OF_COMPARE)])
+    speeds = {
+        name: [task["images"] / seconds for seconds in samples]
+        for name, samples in epoch.items()
+    }
+    yield table(
+        {
+            "": name,
+            "seconds": cell(epoch[name]),
+            "images per second": cell(speeds[name]),
+        }
+        for name in epoch
+    )
 
 
 def _on_gpu(results: Results) -> bool:

@@ -1,5 +1,6 @@
 """The measuring commands: what they write, how they fail, and their tables."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -13,6 +14,8 @@ import pytest
 
 from benchmarks import (
     commandline,
+    epoch_cost,
+    grids,
     machine,
     models,
     peers,
@@ -193,6 +196,22 @@ def test_step_cost_writes_every_part(tmp_path, monkeypatch):
     assert "slowest of 21 positions / median one, spread" in tables.render(tmp_path)
 
 
+def test_epochs_of_both_arms_are_trained_in_turn(tmp_path, monkeypatch):
+    small = dataclasses.replace(
+        grids.GRIDS["digits"].base, model="resnet8", width=0.125, subset=64
+    )
+    monkeypatch.setitem(grids.GRIDS, "digits", grids.Grid(small))
+    out = tmp_path / "epoch_cost.json"
+    assert epoch_cost.main(["digits", "--repeats", "2", "--out", str(out)]) == 0
+    results = json.loads(out.read_bytes())
+    assert {name: len(seconds) for name, seconds in results["epoch"].items()} == {
+        "cal": 2,
+        "tb": 2,
+    }
+    assert results["task"]["images"] == 64 // small.batch_size * small.batch_size
+    assert "epoch, tb / cal" in tables.render(tmp_path)
+
+
 def test_a_bfloat16_step_keeps_float32_parameters():
     task = Task("resnet8", 0.125, 2, 4, "bfloat16")
     optimizer = optax.sgd(0.1)
@@ -247,6 +266,21 @@ def test_faults_of_spectral(arguments, words, tmp_path, capsys):
 def test_faults_of_step_cost(arguments, words, tmp_path, capsys):
     out = tmp_path / "out.json"
     fails(capsys, step_cost.main, [*arguments, "--out", out], *words.split())
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "CONFIG"),
+        (["cifar11"], "CONFIG 'cifar11' cifar10"),
+        (["digits", "--repeats", "0"], "--repeats"),
+        (["cifar10-check", "--data-dir", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_faults_of_epoch_cost(arguments, words, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    fails(capsys, epoch_cost.main, [*arguments, "--out", out], *words.split())
     assert not out.exists()
 
 
