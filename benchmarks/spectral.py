@@ -58,9 +58,11 @@ def _run(arguments: Sequence[str] | None) -> None:
     commandline.check_output(options.out, force=options.force)
     machine.fix_threads(options.threads, options.blas_threads)
 
+    from benchmarks import peers
     from benchmarks.networks import networks
 
     commandline.check_names("--nets", options.nets or (), tuple(networks()))
+    commandline.check_names("--ways", options.ways or (), tuple(peers.WAYS))
     given = sys.argv[1:] if arguments is None else list(arguments)
     results: dict[str, Any] = machine.describe("benchmarks.spectral", given)
     for part in options.parts:
@@ -80,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--parts", nargs="+", default=list(PARTS), help=f"of {' '.join(PARTS)}")
     add("--nets", nargs="+", help="networks; a wrong name lists those there are")
+    add("--ways", nargs="+", help="of the part analysis, beside tb_optax; default: all")
     add("--repeats", type=commandline.whole_number, default=7, help="rounds (7)")
     add(
         "--budget",
@@ -121,7 +124,10 @@ def _analysis(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]
     for name, network in _chosen(options):
         params = network.params()
         ways, missing = {}, {}
+        chosen = {peers.OURS, *(options.ways or peers.WAYS)}
         for title, way in peers.WAYS.items():
+            if title not in chosen:
+                continue
             try:
                 ways[title] = way(network, params)
             except (ModuleNotFoundError, UserError) as error:

@@ -146,6 +146,14 @@ def test_spectral_writes_every_part(tmp_path):
     assert "Not measured: `python -m benchmarks.step_cost`" in rendered
 
 
+def test_ways_can_be_chosen(tmp_path):
+    out = tmp_path / "spectral.json"
+    arguments = ["--nets", "tiny", *TINY, "--parts", "analysis", "--out", str(out)]
+    assert spectral.main([*arguments, "--ways", "jnp.linalg.svd"]) == 0
+    seconds = json.loads(out.read_bytes())["analysis"]["tiny"]["seconds"]
+    assert set(seconds) == {peers.OURS, "jnp.linalg.svd"}
+
+
 def test_a_missing_peer_is_named_and_the_others_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", None)
     out = tmp_path / "spectral.json"
@@ -239,6 +247,7 @@ def fails(capsys, main, arguments, *words):
         (["--parts", "all"], "--parts 'all' analysis"),
         (["--parts", "sizes", "sizes"], "--parts twice"),
         (["--nets", "resnet19"], "--nets 'resnet19' resnet18"),
+        (["--ways", "svd"], "--ways 'svd' jnp.linalg.svd"),
         (["--repeats", "0"], "--repeats"),
         (["--repeats", "many"], "--repeats"),
         (["--budget", "nan"], "--budget"),
