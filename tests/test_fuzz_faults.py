@@ -56,7 +56,8 @@ def check_one_line(arguments):
 
 def damages(content, rng):
     """Cut, emptied, filled with noise, with one byte changed, and a pickle."""
-    yield content[: rng.randrange(len(content))]
+    # A text without its last newline is not damaged.
+    yield content[: rng.randrange(len(content.removesuffix(b"\n")))]
     yield b""
     yield rng.randbytes(len(content))
     place = rng.randrange(len(content))
@@ -132,6 +133,17 @@ def test_damaged_files_of_a_run(copy):
             cases += 1
         file.write_bytes(content)
     assert cases >= 100
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "layers.jsonl"])
+def test_files_that_lost_whole_lines(copy, name):
+    file = copy / name
+    content = file.read_bytes()
+    lines = content.splitlines(keepends=True)
+    for count in range(len(lines)):
+        file.write_bytes(b"".join(lines[:count]))
+        check_one_line([*TINY, "--no-plots", "--out", str(copy), "--resume"])
+    file.write_bytes(content)
 
 
 def test_a_checkpoint_of_the_wrong_kind(copy):
