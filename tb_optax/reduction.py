@@ -8,7 +8,7 @@ and of enough of them XLA gives half to another thread.
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -37,11 +37,11 @@ class Reduction(NamedTuple):
     """From matrices to vectors.
 
     Attributes:
-        ways: by platform, as `jax.lax.platform_dependent` takes them.
+        ways: each with its platform, as `jax.lax.platform_dependent` has them.
         side_by_side: whether calls on CPU do not wait for each other.
     """
 
-    ways: Mapping[str, Callable[[Matrices], Vectors]]
+    ways: tuple[tuple[str, Callable[[Matrices], Vectors]], ...]
     side_by_side: bool
 
 
@@ -76,9 +76,9 @@ def reduce_matrices(
 
     def one_by_one(known, *arrays):
         size = _group_size(arrays) if reduction.side_by_side else 1
-        return _one_by_one(arrays, size, reduction.ways["cpu"], known, prepare)
+        return _one_by_one(arrays, size, dict(reduction.ways)["cpu"], known, prepare)
 
-    branches = {name: in_chunks(way) for name, way in reduction.ways.items()}
+    branches = {name: in_chunks(way) for name, way in reduction.ways}
     branches["cpu"] = one_by_one
     return jax.lax.platform_dependent(known, *arrays, **branches)
 
@@ -189,13 +189,13 @@ def _by_svd(matrices):
 # diagonals, and what is before them in the rows. By Householder reflections where JAX
 # has them; else the eigenvalues themselves are the diagonal.
 HOUSEHOLDER = Reduction(
-    {
-        "cpu": _by_householder,
-        "cuda": _by_householder,
-        "rocm": _by_householder,
-        "default": _by_eigenvalues,
-    },
+    (
+        ("cpu", _by_householder),
+        ("cuda", _by_householder),
+        ("rocm", _by_householder),
+        ("default", _by_eigenvalues),
+    ),
     side_by_side=True,
 )
 # Any matrices to their descending singular values.
-SVD = Reduction({"cpu": _by_svd, "default": _by_svd}, side_by_side=False)
+SVD = Reduction((("cpu", _by_svd), ("default", _by_svd)), side_by_side=False)
