@@ -38,11 +38,11 @@ class Reduction(NamedTuple):
 
     Attributes:
         ways: each with its platform, as `jax.lax.platform_dependent` has them.
-        side_by_side: whether calls on CPU do not wait for each other.
+        side_by_side: the way on CPU whose calls do not wait for each other, if any.
     """
 
     ways: tuple[tuple[str, Callable[[Matrices], Vectors]], ...]
-    side_by_side: bool
+    side_by_side: Callable[[Matrices], Vectors] | None = None
 
 
 def after(known: Float[Array, ""], array: Any) -> Any:
@@ -75,8 +75,11 @@ def reduce_matrices(
         return lambda known, *arrays: _in_chunks(arrays, way, known, prepare)
 
     def one_by_one(known, *arrays):
-        size = _group_size(arrays) if reduction.side_by_side else 1
-        return _one_by_one(arrays, size, dict(reduction.ways)["cpu"], known, prepare)
+        size, way = 1, dict(reduction.ways)["cpu"]
+        if reduction.side_by_side is not None:
+            size = _group_size(arrays)
+            way = reduction.side_by_side if size > 1 else way
+        return _one_by_one(arrays, size, way, known, prepare)
 
     branches = {name: in_chunks(way) for name, way in reduction.ways}
     branches["cpu"] = one_by_one
@@ -168,17 +171,21 @@ def _blas_has_one_thread() -> bool:
 def _by_householder(matrices):
     # By columns, as LAPACK has matrices, an upper triangle is a lower one.
     by_columns = matrices.swapaxes(1, 2)
-    _, diagonal, beside, scales = jax.lax.linalg.tridiagonal(by_columns)
-    before, scales = (jnp.pad(x, ((0, 0), (1, 0))) for x in (beside, scales))
-    # The scales of the reflections are read by nobody. Were they not returned, all
-    # calls would share the memory for them, and so wait for each other.
-    return jnp.stack([diagonal, before, scales], axis=1)
+    _, diagonal, beside, _ = jax.lax.linalg.tridiagonal(by_columns)
+    return jnp.stack([diagonal, jnp.pad(beside, ((0, 0), (1, 0)))], axis=1)
+
+
+def _by_householder_apart(matrices):
+    _, diagonal, beside, scales = jax.lax.linalg.tridiagonal(matrices.swapaxes(1, 2))
+    # A scale of the reflections stands where no number is read. Were none of them used,
+    # all calls would share the memory for them, and so wait for each other.
+    return jnp.stack([diagonal, jnp.concatenate([scales[:, :1], beside], 1)], axis=1)
 
 
 def _by_eigenvalues(matrices):
     lower = matrices.swapaxes(1, 2)
     eigenvalues = jnp.linalg.eigvalsh(lower, symmetrize_input=False)
-    return jnp.stack([eigenvalues, *2 * [jnp.zeros_like(eigenvalues)]], axis=1)
+    return jnp.stack([eigenvalues, jnp.zeros_like(eigenvalues)], axis=1)
 
 
 def _by_svd(matrices):
@@ -195,7 +202,7 @@ HOUSEHOLDER = Reduction(
         ("rocm", _by_householder),
         ("default", _by_eigenvalues),
     ),
-    side_by_side=True,
+    side_by_side=_by_householder_apart,
 )
 # Any matrices to their descending singular values.
-SVD = Reduction((("cpu", _by_svd), ("default", _by_svd)), side_by_side=False)
+SVD = Reduction((("cpu", _by_svd), ("default", _by_svd)))

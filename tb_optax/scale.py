@@ -28,52 +28,49 @@ def rescale(
     [[[0.5534 0.5534]]] [-64] [ True]
     """
     dtype = matrices.dtype
-    bits = jax.lax.bitcast_convert_type(matrices, _unsigned(dtype))
-    magnitude = bits & _unsigned(dtype)(2 ** (jnp.finfo(dtype).bits - 1) - 1)
+    info, unsigned = jnp.finfo(dtype), _unsigned(dtype)
+    bits = jax.lax.bitcast_convert_type(matrices, unsigned)
+    magnitude = bits & unsigned(2 ** (info.bits - 1) - 1)
     top = jnp.max(magnitude, axis=(1, 2))
-    finite, low, biased = (x[:, None, None] for x in _parts(top))
-    info = jnp.finfo(dtype)
-    factor = jax.lax.bitcast_convert_type(
-        (_unsigned(dtype)(2 * info.maxexp - 3) - biased) << info.nmant, dtype
+    biased, finite = _biased(top)
+    # Small ones are multiplied by 2^lift before, a sum of exponents.
+    low = biased < _lift(info)
+    inverse = 2 * info.maxexp - 3 - biased - low.astype(jnp.int32) * _lift(info)
+    factor = jax.lax.bitcast_convert_type(inverse.astype(unsigned) << info.nmant, dtype)
+    subnormal = magnitude.astype(dtype) * 2.0 ** (
+        info.minexp - info.nmant + _lift(info)
     )
-    lifted = _lifted(magnitude)
-    signed = jnp.where(jnp.signbit(matrices), -lifted, lifted)
-    rescaled = jnp.where(low, signed, matrices) * factor
-    return jnp.where(finite, rescaled, 0), top
+    lifted = jax.lax.select(
+        magnitude < unsigned(2**info.nmant),
+        jax.lax.bitcast_convert_type(subnormal, unsigned),
+        magnitude + unsigned(_lift(info) << info.nmant),
+    )
+    low, factor, finite = (
+        jax.lax.broadcast_in_dim(column, matrices.shape, (0,))
+        for column in (low, factor, finite)
+    )
+    signed = jax.lax.select(low, lifted, magnitude) | (bits - magnitude)
+    rescaled = jax.lax.bitcast_convert_type(signed, dtype) * factor
+    return jax.lax.select(finite, rescaled, jnp.zeros_like(rescaled)), top
 
 
 def exponents(
     top: UInt[Array, " batch"],
 ) -> tuple[Int[Array, " batch"], Bool[Array, " batch"]]:
     """The exponents of the powers that `rescale` divided by, and what was finite."""
-    finite, low, biased = _parts(top)
-    info = jnp.finfo(_floating(top.dtype))
-    exponent = biased.astype(jnp.int32) + info.minexp
-    exponent = exponent - jnp.where(low, _lift(info), 0)
-    exponent = jnp.where(top == 0, info.minexp - _lift(info), exponent)
+    biased, finite = _biased(top)
+    exponent = biased + jnp.finfo(_floating(top.dtype)).minexp
     return jnp.where(finite, exponent, 0), finite
 
 
-def _parts(top):
-    """Whether a magnitude is finite, is to be lifted, and its biased exponent then."""
-    dtype = _floating(top.dtype)
-    info = jnp.finfo(dtype)
-    unsigned = _unsigned(dtype)
-    finite = top < unsigned((2 * info.maxexp - 1) << info.nmant)
-    low = top < unsigned(_lift(info) << info.nmant)
-    lifted = jax.lax.bitcast_convert_type(_lifted(top), unsigned)
-    biased = jnp.where(low, lifted, top) >> unsigned(info.nmant)
+def _biased(top):
+    """The biased exponent of a magnitude, below 1 if it is subnormal; is it finite?"""
+    info = jnp.finfo(_floating(top.dtype))
+    exponent = (top >> info.nmant).astype(jnp.int32)
+    digits = info.bits - jax.lax.clz(top).astype(jnp.int32)
+    biased = jnp.where(exponent == 0, digits - info.nmant, exponent)
     # The power of two is a normal number.
-    return finite, low, jnp.minimum(biased, unsigned(2 * info.maxexp - 4))
-
-
-def _lifted(magnitude):
-    """Floats of these bits times 2^lift, subnormal ones among them."""
-    dtype = _floating(magnitude.dtype)
-    info = jnp.finfo(dtype)
-    value = jax.lax.bitcast_convert_type(magnitude, dtype) * 2.0 ** _lift(info)
-    mantissa = magnitude.astype(dtype) * 2.0 ** (info.minexp - info.nmant + _lift(info))
-    return jnp.where(magnitude >> info.nmant == 0, mantissa, value)
+    return jnp.minimum(biased, 2 * info.maxexp - 4), exponent < 2 * info.maxexp - 1
 
 
 def _lift(info) -> int:

@@ -49,8 +49,11 @@ def test_calls_side_by_side_give_the_bits_of_one_at_a_time(monkeypatch, counts):
     else:
         assert calls[0] == 1
     assert calls[1] == 1
-    for ours, theirs in zip(*results, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    (ours, our_sums), (theirs, their_sums) = results
+    np.testing.assert_array_equal(our_sums, their_sums)
+    np.testing.assert_array_equal(ours[:, 0], theirs[:, 0])
+    # What stands before the first row of a matrix is not read.
+    np.testing.assert_array_equal(ours[:, 1, 1:], theirs[:, 1, 1:])
 
 
 @pytest.mark.usefixtures("one_blas_thread")
