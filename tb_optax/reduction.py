@@ -31,18 +31,21 @@ _WORK = 10**9
 Matrices: TypeAlias = Float[Array, "_ _ _"]
 # One or a few vectors per matrix.
 Vectors: TypeAlias = Float[Array, "_ ..."]
+Way: TypeAlias = Callable[[Matrices], Vectors]
 
 
 class Reduction(NamedTuple):
     """From matrices to vectors.
 
     Attributes:
-        ways: each with its platform, as `jax.lax.platform_dependent` has them.
-        side_by_side: the way on CPU whose calls do not wait for each other, if any.
+        on_cpu: the way on CPU.
+        elsewhere: the way on other platforms.
+        side_by_side: a way on CPU whose calls do not wait for each other, if any.
     """
 
-    ways: tuple[tuple[str, Callable[[Matrices], Vectors]], ...]
-    side_by_side: Callable[[Matrices], Vectors] | None = None
+    on_cpu: Way
+    elsewhere: Way
+    side_by_side: Way | None = None
 
 
 def after(known: Float[Array, ""], array: Any) -> Any:
@@ -71,19 +74,17 @@ def reduce_matrices(
         The vectors; what else `prepare` returned.
     """
 
-    def in_chunks(way):
-        return lambda known, *arrays: _in_chunks(arrays, way, known, prepare)
-
     def one_by_one(known, *arrays):
-        size, way = 1, dict(reduction.ways)["cpu"]
+        size, way = 1, reduction.on_cpu
         if reduction.side_by_side is not None:
             size = _group_size(arrays)
             way = reduction.side_by_side if size > 1 else way
         return _one_by_one(arrays, size, way, known, prepare)
 
-    branches = {name: in_chunks(way) for name, way in reduction.ways}
-    branches["cpu"] = one_by_one
-    return jax.lax.platform_dependent(known, *arrays, **branches)
+    def in_chunks(known, *arrays):
+        return _in_chunks(arrays, reduction.elsewhere, known, prepare)
+
+    return jax.lax.platform_dependent(known, *arrays, cpu=one_by_one, default=in_chunks)
 
 
 def _in_chunks(arrays, way, known, prepare):
@@ -179,13 +180,21 @@ def _by_householder_apart(matrices):
     _, diagonal, beside, scales = jax.lax.linalg.tridiagonal(matrices.swapaxes(1, 2))
     # A scale of the reflections stands where no number is read. Were none of them used,
     # all calls would share the memory for them, and so wait for each other.
-    return jnp.stack([diagonal, jnp.concatenate([scales[:, :1], beside], 1)], axis=1)
+    unread = jnp.pad(scales[:, :1], ((0, 0), (0, beside.shape[1])))
+    return jnp.stack([diagonal, jnp.pad(beside, ((0, 0), (1, 0))) + unread], axis=1)
 
 
-def _by_eigenvalues(matrices):
-    lower = matrices.swapaxes(1, 2)
-    eigenvalues = jnp.linalg.eigvalsh(lower, symmetrize_input=False)
-    return jnp.stack([eigenvalues, jnp.zeros_like(eigenvalues)], axis=1)
+def _by_householder_or_eigenvalues(matrices):
+    """Where JAX has no reflections (TPU), the eigenvalues are the diagonal."""
+
+    def by_eigenvalues(matrices):
+        lower = matrices.swapaxes(1, 2)
+        eigenvalues = jnp.linalg.eigvalsh(lower, symmetrize_input=False)
+        return jnp.stack([eigenvalues, jnp.zeros_like(eigenvalues)], axis=1)
+
+    return jax.lax.platform_dependent(
+        matrices, cuda=_by_householder, rocm=_by_householder, default=by_eigenvalues
+    )
 
 
 def _by_svd(matrices):
@@ -193,16 +202,9 @@ def _by_svd(matrices):
 
 
 # Symmetric matrices, of which the upper triangle is read, to similar tridiagonal ones:
-# diagonals, and what is before them in the rows. By Householder reflections where JAX
-# has them; else the eigenvalues themselves are the diagonal.
+# diagonals, and what is before them in the rows, behind a number that is not read.
 HOUSEHOLDER = Reduction(
-    (
-        ("cpu", _by_householder),
-        ("cuda", _by_householder),
-        ("rocm", _by_householder),
-        ("default", _by_eigenvalues),
-    ),
-    side_by_side=_by_householder_apart,
+    _by_householder, _by_householder_or_eigenvalues, _by_householder_apart
 )
 # Any matrices to their descending singular values.
-SVD = Reduction((("cpu", _by_svd), ("default", _by_svd)))
+SVD = Reduction(_by_svd, _by_svd)
