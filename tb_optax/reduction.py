@@ -101,12 +101,12 @@ def _in_chunks(arrays, way, known, prepare):
 def _one_by_one(arrays, size, way, known, prepare):
     counts = [len(array) for array in arrays]
     total = sum(counts)
-    array = np.repeat(np.arange(len(arrays)), counts)
+    number = np.repeat(np.arange(len(arrays)), counts)
     place = np.concatenate([np.arange(count) for count in counts])
 
     def prepared(matrix):
         one = jax.lax.switch(
-            jnp.asarray(array)[matrix],
+            jnp.asarray(number)[matrix],
             [
                 lambda i, array=array: jax.lax.dynamic_slice_in_dim(array, i, 1)
                 for array in arrays
