@@ -58,7 +58,7 @@ def test_calls_side_by_side_give_the_bits_of_one_at_a_time(monkeypatch, counts):
 
 @pytest.mark.usefixtures("one_blas_thread")
 def test_arrays_and_preparation_stay_in_order():
-    arrays = symmetric_arrays((33, 1, 36), 192)
+    arrays = symmetric_arrays((33, 1, 36), 256)
     vectors, sums = lowered(arrays, HOUSEHOLDER).compile()(arrays)
     matrices = np.concatenate(arrays)
     np.testing.assert_allclose(sums, matrices.sum(axis=(1, 2)), rtol=1e-3, atol=1e-3)
