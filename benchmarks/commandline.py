@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -121,6 +122,12 @@ def write_results(out: Path, results: Mapping[str, Any]) -> None:
     text = json.dumps(results, indent=1, allow_nan=False) + "\n"
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, out)
+
+
+def without_places(command: str, *options: str) -> str:
+    """Return a command line without the paths of these options: they are private."""
+    pattern = rf"--({'|'.join(options)})[ =]\S+"
+    return re.sub(pattern, r"--\1 DIRECTORY", command)
 
 
 def say(message: str) -> None:

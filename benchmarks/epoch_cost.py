@@ -11,7 +11,6 @@ Faults of the arguments or the data are one line on stderr and exit code 2.
 
 import argparse
 import dataclasses
-import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -53,10 +52,7 @@ def _run(arguments: Sequence[str] | None) -> None:
         runs[name] = _Run(program, config, dataset, balanced=BY_NAME[name].balanced)
     given = sys.argv[1:] if arguments is None else list(arguments)
     results = machine.describe("benchmarks.epoch_cost", given)
-    # Where the data lie is of this machine alone.
-    results["command"] = re.sub(
-        r"--data-dir[ =]\S+", "--data-dir DIRECTORY", results["command"]
-    )
+    results["command"] = commandline.without_places(results["command"], "data-dir")
     rows = len(dataset.train_images)
     results["task"] = {
         "config": options.config,

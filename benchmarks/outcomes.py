@@ -5,11 +5,10 @@ Accuracies go from 0 to 1.  A run whose loss is no longer finite counts as it is
 
 import dataclasses
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks import outcome_tables, published, records
+from benchmarks import commandline, outcome_tables, published, records
 from benchmarks.comparison import Comparison
 from benchmarks.records import Row, plain
 from benchmarks.selection import best_on_test, selected
@@ -128,7 +127,7 @@ def _anywhere(commands: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the commands without the places of one machine; equal ones once."""
     found = []
     for command in commands:
-        text = re.sub(r"--(data-dir|out)[ =]\S+", r"--\1 DIRECTORY", command["command"])
+        text = commandline.without_places(command["command"], "data-dir", "out")
         portable = {**command, "command": text.replace(" --resume", "")}
         if portable not in found:
             found.append(portable)

@@ -19,7 +19,7 @@ line on stderr. Faults of the arguments are one line on stderr and exit code 2.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import commandline, machine
@@ -116,28 +116,35 @@ def _chosen(options: argparse.Namespace) -> Iterator[tuple[str, "Network"]]:
         yield name, networks()[name]
 
 
+def _timed(
+    calls: Mapping[str, Callable[[], Any]], options: argparse.Namespace
+) -> dict[str, list[float]]:
+    from benchmarks import timing
+
+    return timing.interleave(
+        calls, options.repeats, before=timing.rest, budget=options.budget
+    )
+
+
 def _analysis(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     import numpy as np
 
-    from benchmarks import peers, timing
+    from benchmarks import peers
 
+    asked = {peers.OURS, *(options.ways or peers.WAYS)}
+    chosen = [title for title in peers.WAYS if title in asked]
     for name, network in _chosen(options):
         params = network.params()
         ways, missing = {}, {}
-        chosen = {peers.OURS, *(options.ways or peers.WAYS)}
-        for title, way in peers.WAYS.items():
-            if title not in chosen:
-                continue
+        for title in chosen:
             try:
-                ways[title] = way(network, params)
+                ways[title] = peers.WAYS[title](network, params)
             except (ModuleNotFoundError, UserError) as error:
                 missing[title] = str(error)
                 commandline.say(f"{network.title}: without {title}: {error}")
         alphas = {}
         calls = {title: _kept(alphas, title, run) for title, run in ways.items()}
-        seconds = timing.interleave(
-            calls, options.repeats, before=timing.rest, budget=options.budget
-        )
+        seconds = _timed(calls, options)
         ours = alphas[peers.OURS]
         commandline.say(f"{network.title}: {_medians(seconds)}")
         yield (
@@ -160,7 +167,7 @@ def _analysis(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]
 def _eigenvalues(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     import jax
 
-    from benchmarks import peers, timing
+    from benchmarks import peers
 
     for name, network in _chosen(options):
         grams = peers.gram_matrices(network.params())
@@ -172,9 +179,7 @@ def _eigenvalues(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, A
             "reduction": _blocked(peers.reduction, on_device),
             "bisection": _blocked(peers.bisection, forms),
         }
-        seconds = timing.interleave(
-            calls, options.repeats, before=timing.rest, budget=options.budget
-        )
+        seconds = _timed(calls, options)
         commandline.say(f"{network.title}, eigenvalues: {_medians(seconds)}")
         yield name, {"title": network.title, "seconds": seconds}
 
@@ -192,16 +197,14 @@ def _compilation(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, A
 
 
 def _growth(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    from benchmarks import peers, timing
+    from benchmarks import peers
     from benchmarks.networks import equal_layers
 
     calls = {}
     for count in COUNTS:
         network = equal_layers(count, options.growth_side)
         calls[str(count)] = peers.tb_optax_way(network, network.params())
-    seconds = timing.interleave(
-        calls, options.repeats, before=timing.rest, budget=options.budget
-    )
+    seconds = _timed(calls, options)
     commandline.say(f"equal layers: {_medians(seconds)}")
     yield "equal_layers", {"channels": options.growth_side, "seconds": seconds}
 
@@ -210,7 +213,7 @@ def _sizes(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     import jax
     import jax.numpy as jnp
 
-    from benchmarks import peers, timing
+    from benchmarks import peers
 
     @jax.jit
     def gram(matrices):
@@ -231,9 +234,7 @@ def _sizes(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
         calls = {name: _blocked(run, matrices) for name, run in candidates.items()}
         calls["reduction"] = _blocked(peers.reduction, [grams])
         calls["bisection"] = _blocked(peers.bisection, forms)
-        seconds = timing.interleave(
-            calls, options.repeats, before=timing.rest, budget=options.budget
-        )
+        seconds = _timed(calls, options)
         commandline.say(f"{batch} matrices of {n} x {n}: {_medians(seconds)}")
         yield str(n), {"batch": batch, "seconds": seconds}
 

@@ -169,19 +169,25 @@ def _blas_has_one_thread() -> bool:
     return os.environ.get("OPENBLAS_NUM_THREADS", threads) == "1"
 
 
-def _by_householder(matrices):
+def _tridiagonal(matrices):
+    """Diagonals, what is before them in the rows, and the scales of the reflections."""
     # By columns, as LAPACK has matrices, an upper triangle is a lower one.
     by_columns = matrices.swapaxes(1, 2)
-    _, diagonal, beside, _ = jax.lax.linalg.tridiagonal(by_columns)
-    return jnp.stack([diagonal, jnp.pad(beside, ((0, 0), (1, 0)))], axis=1)
+    _, diagonal, beside, scales = jax.lax.linalg.tridiagonal(by_columns)
+    return diagonal, jnp.pad(beside, ((0, 0), (1, 0))), scales
+
+
+def _by_householder(matrices):
+    diagonal, before, _ = _tridiagonal(matrices)
+    return jnp.stack([diagonal, before], axis=1)
 
 
 def _by_householder_apart(matrices):
-    _, diagonal, beside, scales = jax.lax.linalg.tridiagonal(matrices.swapaxes(1, 2))
+    diagonal, before, scales = _tridiagonal(matrices)
     # A scale of the reflections stands where no number is read. Were none of them used,
     # all calls would share the memory for them, and so wait for each other.
-    unread = jnp.pad(scales[:, :1], ((0, 0), (0, beside.shape[1])))
-    return jnp.stack([diagonal, jnp.pad(beside, ((0, 0), (1, 0))) + unread], axis=1)
+    unread = jnp.pad(scales[:, :1], ((0, 0), (0, scales.shape[1])))
+    return jnp.stack([diagonal, before + unread], axis=1)
 
 
 def _by_householder_or_eigenvalues(matrices):
