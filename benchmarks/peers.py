@@ -103,18 +103,20 @@ def gram_matrices(params: Params) -> list[np.ndarray]:
 
 
 @jax.jit
-def reduction(grams: Sequence[Array]) -> list[Array]:
+def reduction(grams: Sequence[Array]) -> Array:
     """Tridiagonal forms by this library, one stack after the other."""
-    forms = []
-    previous = jnp.zeros(())
-    for stack in grams:
-        forms.extend(reduce_matrices([stack], HOUSEHOLDER, previous))
-        previous = forms[-1][0, 0, 0]
+    [forms] = reduce_matrices([[stack] for stack in grams], HOUSEHOLDER)
     return forms
 
 
-bisection = jax.jit(tridiagonal_eigenvalues)
-engine = jax.jit(lambda grams: tridiagonal_eigenvalues(reduction(grams)))
+@jax.jit
+def bisection(forms: Array, grams: Sequence[Array]) -> Array:
+    """Eigenvalues by this library from those forms; the stacks tell their sizes."""
+    sizes = np.repeat([g.shape[2] for g in grams], [len(g) for g in grams])
+    return tridiagonal_eigenvalues(forms, sizes)
+
+
+engine = jax.jit(lambda grams: bisection(reduction(grams), grams))
 
 
 def scipy_eigenvalues(grams: Sequence[np.ndarray]) -> list[np.ndarray]:

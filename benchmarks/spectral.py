@@ -18,6 +18,7 @@ line on stderr. Faults of the arguments are one line on stderr and exit code 2.
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -177,7 +178,9 @@ def _eigenvalues(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, A
             peers.OURS: _blocked(peers.engine, on_device),
             "scipy.linalg.eigvalsh": _blocked(peers.scipy_eigenvalues, grams),
             "reduction": _blocked(peers.reduction, on_device),
-            "bisection": _blocked(peers.bisection, forms),
+            "bisection": _blocked(
+                functools.partial(peers.bisection, grams=on_device), forms
+            ),
         }
         seconds = _timed(calls, options)
         commandline.say(f"{network.title}, eigenvalues: {_medians(seconds)}")
@@ -221,7 +224,7 @@ def _sizes(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
         return jnp.einsum("bki,bkj->bij", matrices, matrices, precision=highest)
 
     candidates: dict[str, Callable] = {
-        "tridiagonal, bisection": jax.jit(lambda w: peers.engine([gram(w)])[0]),
+        "tridiagonal, bisection": jax.jit(lambda w: peers.engine([gram(w)])),
         "eigvalsh": jax.jit(lambda w: jnp.linalg.eigvalsh(gram(w))),
         "svd": jax.jit(lambda w: jnp.linalg.svd(w, compute_uv=False)),
         "Gram": gram,
@@ -233,7 +236,9 @@ def _sizes(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
         forms = jax.block_until_ready(peers.reduction([grams]))
         calls = {name: _blocked(run, matrices) for name, run in candidates.items()}
         calls["reduction"] = _blocked(peers.reduction, [grams])
-        calls["bisection"] = _blocked(peers.bisection, forms)
+        calls["bisection"] = _blocked(
+            functools.partial(peers.bisection, grams=[grams]), forms
+        )
         seconds = _timed(calls, options)
         commandline.say(f"{batch} matrices of {n} x {n}: {_medians(seconds)}")
         yield str(n), {"batch": batch, "seconds": seconds}

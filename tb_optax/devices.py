@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
@@ -105,17 +106,18 @@ def over_devices(
     Inside `shard_map` each device takes its share of what all of them hold.
 
     Args:
-        function: buckets to one array per matrix and output: a list, as long as
-            `buckets`, of trees of arrays with the matrices along the first axis.
+        function: buckets to a tree of arrays with all matrices, bucket by bucket,
+            along the first axis.
         buckets: matrices, each bucket's in arrays of one shape where they are spread.
 
     Returns:
         The function's outputs for all matrices, equal on all devices.
 
-    >>> traces = lambda buckets: [[jnp.trace(w, axis1=1, axis2=2) for w in bucket]
-    ...                           for bucket in buckets]
-    >>> over_devices(traces, [[jnp.ones((2, 3, 3))]])
-    [[Array([3., 3.], dtype=float32)]]
+    >>> def traces(buckets):
+    ...     traces = [jnp.trace(w, axis1=1, axis2=2) for [w] in buckets]
+    ...     return jnp.concatenate(traces)
+    >>> print(over_devices(traces, [[jnp.ones((2, 3, 3))], [jnp.ones((1, 2, 2))]]))
+    [3. 3. 2.]
     """
     axes = _axes()
     if not (axes.automatic or axes.manual):
@@ -156,10 +158,13 @@ def over_devices(
             share, in_specs=batch, out_specs=batch, axis_names=set(axes.automatic)
         )
     results = jax.tree.map(_constrain_to_all, share(*stacks))
-    return [
-        jax.tree.map(lambda column, count=count: column[:count], result)
-        for result, count in zip(results, counts, strict=True)
-    ]
+    # Device by device are the matrices now, and on each bucket by bucket.
+    shares = np.asarray([len(stack) // devices for stack in stacks])
+    bucket = np.tile(np.repeat(np.arange(len(stacks)), shares), devices)
+    order = np.argsort(bucket, kind="stable")
+    padded = np.repeat(np.asarray(counts), shares * devices)
+    order = order[np.concatenate([np.arange(n * devices) for n in shares]) < padded]
+    return jax.tree.map(lambda column: column[order], results)
 
 
 class _Axes(NamedTuple):

@@ -6,7 +6,6 @@ serves a whole batch.
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,8 +18,8 @@ ROWS = 8
 
 
 def tridiagonal_eigenvalues(
-    buckets: Sequence[Float[Array, "_ vectors _"]],
-) -> list[Float[Array, "_ _"]]:
+    forms: Float[Array, "matrices vectors n"], sizes: Int[np.ndarray, " matrices"]
+) -> Float[Array, "matrices n"]:
     """Ascending eigenvalues of symmetric tridiagonal matrices of several sizes.
 
     One count on a grid of n points finds the cell of every eigenvalue at once;
@@ -28,39 +27,35 @@ def tridiagonal_eigenvalues(
     narrower than the rounding error of a count.
 
     Args:
-        buckets: matrices of one size each, as `reduction.HOUSEHOLDER` has them: their
-            diagonals, and what is beside them, whose signs do not matter, behind a
-            number that is not read.
+        forms: the matrices, as `reduction.HOUSEHOLDER` has them: their diagonals, and
+            what is beside them, whose signs do not matter, behind a number that is not
+            read. Nothing is read before the last columns, as many as the size.
+        sizes: of the matrices.
 
     Returns:
-        Eigenvalues (batch, n) of each bucket, within a few eps·|λ|_max.
+        The eigenvalues, each within a few eps·|λ|_max, and behind those of a smaller
+        matrix numbers without meaning.
 
     >>> matrix = jnp.asarray([[[2.0, 2.0], [0.0, 1.0]]])
-    >>> print(tridiagonal_eigenvalues([matrix])[0].round(4))
+    >>> print(tridiagonal_eigenvalues(matrix, np.asarray([2])).round(4))
     [[1. 3.]]
     """
-    info = jnp.finfo(buckets[0].dtype)
-    order = sorted(range(len(buckets)), key=lambda i: buckets[i].shape[2])
-    buckets = [buckets[i] for i in order]
-    size = np.repeat([b.shape[2] for b in buckets], [len(b) for b in buckets])
-    groups = _groups(size)
+    dtype = forms.dtype
+    groups = _groups(sizes)
     # Intervals of each matrix, some more than it has eigenvalues.
-    width = np.concatenate([group.blocks * group.lanes for group in groups])
-    start = np.cumsum(width) - width
-    rows, low, high, unit = _prepared(buckets, size)
-    rows = [group.rows_of(rows) for group in groups]
-    matrix = jnp.concatenate([group.matrix_of_interval() for group in groups])
-
-    def by_interval(column):
-        """What there is one of for each matrix, for each of its intervals."""
-        return jnp.asarray(column).at[matrix].get(mode="promise_in_bounds")
-
-    low, high, unit = map(by_interval, (low, high, unit))
-    first, cells = by_interval(start), by_interval(width + 1).astype(low.dtype)
-    interval = jnp.arange(width.sum())
+    matrix = np.concatenate([np.repeat(g.matrix, g.lanes) for g in groups])
+    width, (_, start) = np.bincount(matrix), np.unique(matrix, return_index=True)
+    rows, unit = _prepared(forms, sizes)
+    rows = [rows[group.matrix, :, -group.steps * ROWS :] for group in groups]
+    first, cells = (
+        jnp.asarray(column)[jnp.asarray(matrix)]
+        for column in (start, np.asarray(width + 1, dtype))
+    )
+    interval = jnp.arange(len(matrix))
 
     def grid(number):
-        return low + (high - low) * (number.astype(low.dtype) / cells)
+        """Cuts -2 to 2, where all eigenvalues are, in cells."""
+        return 4 * (number.astype(dtype) / cells) - 2
 
     def narrow(i, bounds):
         below, above = bounds
@@ -84,110 +79,76 @@ def tridiagonal_eigenvalues(
 
         return jax.lax.cond(i == 0, locate, halve)
 
-    halvings = max(0, math.ceil(info.nmant + 3 - math.log2(width.min())))
-    below, above = jax.lax.fori_loop(0, 1 + halvings, narrow, (low, high))
-    found = (below + above) / 2 * unit
-    results: list = [None] * len(buckets)
-    matrix = 0
-    for i, bucket in zip(order, buckets, strict=True):
-        batch, _, n = bucket.shape
-        begin, wide = start[matrix], width[matrix]
-        own = found[begin : begin + batch * wide].reshape(batch, wide)
-        results[i] = own[:, :n]
-        matrix += batch
-    return results
+    halvings = max(0, math.ceil(jnp.finfo(dtype).nmant + 3 - math.log2(width.min())))
+    everywhere = jnp.full_like(forms, 0, shape=interval.shape)
+    bounds = everywhere - 2, everywhere + 2
+    below, above = jax.lax.fori_loop(0, 1 + halvings, narrow, bounds)
+    place = np.minimum(np.arange(forms.shape[2]), width[:, None] - 1)
+    found = ((below + above) / 2)[jnp.asarray(start)[:, None] + place]
+    return found * unit[:, None]
 
 
 class _Group(NamedTuple):
     """Matrices of similar sizes, whose rows are counted in one loop.
 
     Attributes:
-        matrices: which they are.
+        matrix: of each block of intervals.
         steps: of that loop, each of ROWS rows.
-        lanes: shifts side by side in a block, which has one matrix.
-        blocks: of each matrix.
+        lanes: intervals of a block.
     """
 
-    matrices: slice
+    matrix: Int[np.ndarray, " blocks"]
     steps: int
     lanes: int
-    blocks: Int[np.ndarray, " matrices"]
 
     @property
     def total(self) -> int:
         """Number of intervals."""
-        return int(self.blocks.sum()) * self.lanes
-
-    def rows_of(self, rows):
-        """Returns the rows of each block, without those before the first."""
-        own = rows[len(rows) - self.steps :, :, :, self.matrices]
-        return own[:, :, :, self._matrix_of_block(), None]
-
-    def matrix_of_interval(self):
-        """Returns the number of its matrix for each interval."""
-        own = self.matrices.start + jnp.asarray(self._matrix_of_block())[:, None]
-        return jnp.broadcast_to(own, (len(own), self.lanes)).reshape(-1)
-
-    def _matrix_of_block(self):
-        return np.repeat(np.arange(len(self.blocks)), self.blocks)
+        return len(self.matrix) * self.lanes
 
 
-def _groups(size: Int[np.ndarray, " matrices"]) -> list[_Group]:
-    """Ascending sizes up to 256, up to 1024, up to 4096, ...
+def _groups(sizes: Int[np.ndarray, " matrices"]) -> list[_Group]:
+    """Sizes up to 256, up to 1024, up to 4096, ...
 
     A loop takes a tenth of a second to compile; running over rows that a matrix does
     not have takes less than that.
     """
-    number = np.ceil(np.log2(np.maximum(size, 256)) / 2)
-    ends = [*np.flatnonzero(np.diff(number)) + 1, len(size)]
-    groups, start = [], 0
-    for stop in ends:
-        own = size[start:stop]
-        lanes = max(64, int(own[0]) // 4)
-        steps = -(-int(own[-1]) // ROWS)
-        groups.append(_Group(slice(start, stop), steps, lanes, -(-own // lanes)))
-        start = stop
+    number = np.ceil(np.log2(np.maximum(sizes, 256)) / 2)
+    groups = []
+    for own in (np.flatnonzero(number == k) for k in np.unique(number)):
+        lanes = max(64, int(sizes[own].min()) // 4)
+        steps = -(-int(sizes[own].max()) // ROWS)
+        groups.append(_Group(np.repeat(own, -(-sizes[own] // lanes)), steps, lanes))
     return groups
 
 
-def _prepared(buckets, size):
-    """Brings all matrices to |T| < 2 and to one number of rows.
+def _prepared(forms, sizes):
+    """Brings all matrices to |λ| < 2, and their rows to a multiple of ROWS.
 
     Returns:
-        Rows (d_k, e²_{k-1}), those before the first above all eigenvalues, as (steps,
-        ROWS, 2, matrices); bounds of the eigenvalues; what all were divided by.
+        Rows (d_k, e²_{k-1}), those before the first above all eigenvalues, as
+        (matrices, 2, rows); what all were divided by.
     """
-    n = ROWS * -(-size.max() // ROWS)
-    form = jnp.concatenate(
-        [jnp.pad(b, ((0, 0), (0, 0), (n - b.shape[2], 0)), "edge") for b in buckets]
-    )
-    column = np.arange(n)
-    start = (n - size)[:, None]
-    diagonal, before = form[:, 0], jnp.where(column > start, form[:, 1], 0)
+    forms = jnp.pad(forms, ((0, 0), (0, 0), (-forms.shape[2] % ROWS, 0)))
+    n = forms.shape[2]
+    column, start = np.arange(n), (n - sizes)[:, None]
+    beside = jnp.where(column > start, jnp.abs(forms[:, 1]), 0)
     # Gershgorin's discs hold all eigenvalues.
-    beside = jnp.abs(before)
-    radius = beside + jnp.pad(beside[:, 1:], ((0, 0), (0, 1)))
-    low = jnp.min(diagonal - radius, axis=1, keepdims=True)
-    high = jnp.max(diagonal + radius, axis=1, keepdims=True)
-    largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
-    # A little wider, against rounding.
-    slack = 4 * jnp.finfo(form.dtype).eps * largest
-    unit = _power_of_two(largest)
-    diagonal, before, low, high = (
-        x / unit for x in (diagonal, before, low - slack, high + slack)
-    )
-    diagonal = jnp.where(column >= start, diagonal, high + 1)
-    squared = jnp.maximum(before**2, _smallest(form.dtype))
-    rows = jnp.stack([diagonal.T, squared.T], axis=1).reshape(-1, ROWS, 2, len(form))
-    return rows, *(column[:, 0] for column in (low, high, unit))
+    reach = jnp.abs(forms[:, 0]) + beside + jnp.pad(beside[:, 1:], ((0, 0), (0, 1)))
+    within = column >= start
+    unit = _power_of_two(jnp.max(jnp.where(within, reach, 0), axis=1))
+    divisor = jnp.where(unit == 0, 1, unit)[:, None]
+    diagonal = jnp.where(within, forms[:, 0] / divisor, 3)
+    squared = jnp.maximum((beside / divisor) ** 2, _smallest(forms.dtype))
+    return jnp.stack([diagonal, squared], axis=1), unit
 
 
 def _power_of_two(x):
-    """The power of two at or below a number, exact to divide by; 1 for 0."""
+    """The power of two at or below a number, exact to divide by; 0 for 0."""
     info = jnp.finfo(x.dtype)
     integer = jnp.int32 if info.bits == 32 else jnp.int64
     bits = jax.lax.bitcast_convert_type(x, integer) & ~integer(2**info.nmant - 1)
-    return jnp.where(bits == 0, 1, jax.lax.bitcast_convert_type(bits, x.dtype))
+    return jax.lax.bitcast_convert_type(bits, x.dtype)
 
 
 def _smallest(dtype) -> float:
@@ -196,7 +157,7 @@ def _smallest(dtype) -> float:
 
 
 def _count_below(
-    rows: Float[Array, "steps rows 2 blocks 1"], shifts: Float[Array, "blocks lanes"]
+    rows: Float[Array, "blocks 2 rows"], shifts: Float[Array, "blocks lanes"]
 ) -> Int[Array, "blocks lanes"]:
     """Number of eigenvalues below each shift, by Sylvester's law of inertia.
 
@@ -211,19 +172,20 @@ def _count_below(
     """
     tiny = _smallest(shifts.dtype)
 
-    def next_pivots(carry, rows):
+    def next_pivots(step, carry):
         inverse, count = carry
-        for (first, before), (second, between) in zip(
-            rows[::2], rows[1::2], strict=True
-        ):
+        own = jax.lax.dynamic_slice_in_dim(rows, step * ROWS, ROWS, axis=2)
+        own = own.transpose(2, 1, 0)[..., None]
+        for (first, before), (second, between) in zip(own[::2], own[1::2], strict=True):
             pivot = first - shifts - before * inverse
             product = (second - shifts) * pivot - between
             least = tiny * pivot
             product = jnp.where(jnp.abs(product) < jnp.abs(least), least, product)
             inverse = pivot / product
             count = count + jnp.signbit(pivot) + jnp.signbit(inverse)
-        return (inverse, count), None
+        return inverse, count
 
-    start = jnp.ones_like(shifts), jnp.zeros_like(shifts, jnp.int32)
-    (_, count), _ = jax.lax.scan(next_pivots, start, rows)
+    # What there was before the first row does not matter.
+    start = shifts, jnp.zeros_like(shifts, jnp.int32)
+    _, count = jax.lax.fori_loop(0, rows.shape[2] // ROWS, next_pivots, start)
     return count

@@ -6,6 +6,8 @@ wait for each other for ever. Calls that do not depend on each other wait for no
 and of enough of them XLA gives half to another thread.
 """
 
+import functools
+import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -35,17 +37,136 @@ Way: TypeAlias = Callable[[Matrices], Vectors]
 
 
 class Reduction(NamedTuple):
-    """From matrices to vectors.
+    """From matrices of n x m to vectors of min(n, m) numbers.
 
     Attributes:
+        vectors: of each matrix.
         on_cpu: the way on CPU.
         elsewhere: the way on other platforms.
         side_by_side: a way on CPU whose calls do not wait for each other, if any.
     """
 
+    vectors: int
     on_cpu: Way
     elsewhere: Way
     side_by_side: Way | None = None
+
+
+def reduce_matrices(
+    buckets: Sequence[Sequence[Matrices]],
+    reduction: Reduction,
+    prepare: Callable[[Matrices], tuple[Any, ...]] = lambda matrices: (matrices,),
+) -> tuple[Any, ...]:
+    """Prepares matrices and reduces them, one bucket after the other.
+
+    On CPU a matrix stays in the cache from its first step to its last.
+
+    Args:
+        buckets: matrices of one shape, in one or several arrays.
+        reduction: from prepared ones to vectors.
+        prepare: from matrices to prepared ones, and to what is returned as it is, with
+            the same batch axis.
+
+    Returns:
+        The vectors of all matrices, (matrices, vectors, largest n), behind zeros where
+        they are shorter; what else `prepare` returned.
+    """
+    like = buckets[0][0]
+    _, *others = _outline(prepare, buckets[0])
+    total = sum(_count(bucket) for bucket in buckets)
+    width = max(min(bucket[0].shape[1:]) for bucket in buckets)
+    shapes = [(reduction.vectors, width), *(other.shape[1:] for other in others)]
+    dtypes = [like.dtype, *(other.dtype for other in others)]
+    table = tuple(
+        jnp.zeros_like(like, dtype, shape=(total, *shape))
+        for shape, dtype in zip(shapes, dtypes, strict=True)
+    )
+    return jax.lax.platform_dependent(
+        table,
+        buckets,
+        cpu=functools.partial(_one_by_one, reduction, prepare),
+        default=functools.partial(_in_chunks, reduction, prepare),
+    )
+
+
+def _in_chunks(reduction, prepare, table, buckets):
+    start = 0
+    for arrays in buckets:
+        for chunk in _chunks(arrays):
+            stack = jnp.concatenate([arrays[i][part] for i, part in chunk])
+            # One chunk after the other, in the memory of one.
+            prepared, *others = prepare(after(table[0][start - 1, 0, -1], stack))
+            table = _filled(table, start, (reduction.elsewhere(prepared), *others))
+            start += len(stack)
+    return table
+
+
+def _one_by_one(reduction, prepare, table, buckets):
+    def shape_of(bucket):
+        return _outline(prepare, bucket)[0].shape
+
+    start = 0
+    # One loop for all buckets that come to matrices of one shape.
+    for shape, run in itertools.groupby(buckets, shape_of):
+        parts = [(_count(bucket), _prepared_one(prepare, bucket)) for bucket in run]
+        total, one = sum(count for count, _ in parts), _one_of(parts)
+        size, way = 1, reduction.on_cpu
+        if reduction.side_by_side is not None:
+            size = _group_size(total, shape[-1], table[0].dtype)
+            way = reduction.side_by_side if size > 1 else way
+        table = _in_groups(way, one, table, start, total, size)
+        start += total
+    return table
+
+
+def _prepared_one(prepare, bucket):
+    """From its number to a matrix of a bucket, prepared."""
+    matrix = _one_of(
+        [(len(array), functools.partial(_slice, array)) for array in bucket]
+    )
+    return lambda number: prepare(matrix(number))
+
+
+def _one_of(parts):
+    """Functions of a number below a count each, as one of a number below all counts."""
+    counts, functions = zip(*parts, strict=True)
+    starts = np.cumsum(counts) - counts
+
+    def one(number):
+        part = jnp.sum(number >= starts[1:], dtype=jnp.int32)
+        # XLA compiles branches that do the same to one kernel.
+        return jax.lax.switch(part, functions, number - jnp.asarray(starts)[part])
+
+    return one if len(parts) > 1 else functions[0]
+
+
+def _in_groups(way, one, table, start, total, size):
+    """Fills the table from `start` on with `total` matrices, `size` of them at once."""
+
+    def fill(group, table):
+        # What the last group lacks is what was before it once more.
+        first = jnp.minimum(group * size, total - size)
+        if size == 1:
+            matrices, *others = one(first)
+        else:
+            results = jax.lax.map(one, first + jnp.arange(size))
+            matrices, *others = jax.tree.map(lambda x: x[:, 0], results)
+        vectors = [way(matrices[i : i + 1]) for i in range(size)]
+        return _filled(table, start + first, (jnp.concatenate(vectors), *others))
+
+    return jax.lax.fori_loop(0, -(-total // size), fill, table)
+
+
+def _filled(table, start, columns):
+    """The table with the columns of some matrices, the first of them at `start`."""
+
+    def fill(whole, part):
+        room = [a - b for a, b in zip(whole.shape[1:], part.shape[1:], strict=True)]
+        return jax.lax.dynamic_update_slice(
+            whole, part, (start, *room), allow_negative_indices=False
+        )
+
+    return tuple(map(fill, table, columns))
 
 
 def after(known: Float[Array, ""], array: Any) -> Any:
@@ -53,81 +174,18 @@ def after(known: Float[Array, ""], array: Any) -> Any:
     return jnp.where(known == jnp.inf, 0, array)
 
 
-def reduce_matrices(
-    arrays: Sequence[Matrices],
-    reduction: Reduction,
-    known: Float[Array, ""],
-    prepare: Callable[[Matrices], tuple[Any, ...]] = lambda matrices: (matrices,),
-) -> tuple[Any, ...]:
-    """Prepares matrices of one shape, and reduces them.
-
-    On CPU a matrix stays in the cache from its first step to its last.
-
-    Args:
-        arrays: the matrices.
-        reduction: from prepared ones to vectors.
-        known: a number below infinity; nothing begins before it is known.
-        prepare: from matrices to prepared ones, and to what is returned as it is, with
-            the same batch axis.
-
-    Returns:
-        The vectors; what else `prepare` returned.
-    """
-
-    def one_by_one(known, *arrays):
-        size, way = 1, reduction.on_cpu
-        if reduction.side_by_side is not None:
-            size = _group_size(arrays)
-            way = reduction.side_by_side if size > 1 else way
-        return _one_by_one(arrays, size, way, known, prepare)
-
-    def in_chunks(known, *arrays):
-        return _in_chunks(arrays, reduction.elsewhere, known, prepare)
-
-    return jax.lax.platform_dependent(known, *arrays, cpu=one_by_one, default=in_chunks)
+def _outline(prepare, bucket):
+    """Shapes and dtypes of what one matrix is prepared to."""
+    one = jax.ShapeDtypeStruct((1, *bucket[0].shape[1:]), bucket[0].dtype)
+    return jax.eval_shape(prepare, one)
 
 
-def _in_chunks(arrays, way, known, prepare):
-    chunks = []
-    for chunk in _chunks(arrays):
-        stack = jnp.concatenate([arrays[i][part] for i, part in chunk])
-        # One chunk after the other, in the memory of one.
-        prepared, *others = prepare(after(known, stack))
-        chunks.append((way(prepared), *others))
-        known = chunks[-1][0].reshape(-1)[0]
-    return tuple(map(jnp.concatenate, zip(*chunks, strict=True)))
+def _count(bucket):
+    return sum(map(len, bucket))
 
 
-def _one_by_one(arrays, size, way, known, prepare):
-    counts = [len(array) for array in arrays]
-    total = sum(counts)
-    number = np.repeat(np.arange(len(arrays)), counts)
-    place = np.concatenate([np.arange(count) for count in counts])
-
-    def prepared(matrix):
-        one = jax.lax.switch(
-            jnp.asarray(number)[matrix],
-            [
-                lambda i, array=array: jax.lax.dynamic_slice_in_dim(array, i, 1)
-                for array in arrays
-            ],
-            jnp.asarray(place)[matrix],
-        )
-        return prepare(one)
-
-    def reduced(group):
-        if size == 1:
-            first, *others = prepared(group[0])
-        else:
-            results = jax.lax.map(prepared, group)
-            first, *others = jax.tree.map(lambda x: x[:, 0], results)
-        vectors = [way(first[i : i + 1]) for i in range(size)]
-        return jnp.concatenate(vectors), *others
-
-    # What the last group lacks is the last matrix once more.
-    groups = np.minimum(np.arange(-(-total // size) * size), total - 1)
-    found = jax.lax.map(reduced, after(known, jnp.asarray(groups.reshape(-1, size))))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:total], tuple(found))
+def _slice(array, number):
+    return jax.lax.dynamic_slice_in_dim(array, number, 1, allow_negative_indices=False)
 
 
 def _chunks(arrays: Sequence[Matrices]) -> list[list[tuple[int, slice]]]:
@@ -153,11 +211,10 @@ def _chunks(arrays: Sequence[Matrices]) -> list[list[tuple[int, slice]]]:
     return chunks
 
 
-def _group_size(arrays: Sequence[Matrices]) -> int:
+def _group_size(count: int, n: int, dtype: Any) -> int:
     """How many matrices are reduced side by side: one, or enough to be shared out."""
-    count, n = sum(map(len, arrays)), min(arrays[0].shape[1:])
     size = -(-count // -(-count // TOGETHER))
-    fits = size * n**2 * arrays[0].dtype.itemsize <= CHUNK_BYTES
+    fits = size * n**2 * dtype.itemsize <= CHUNK_BYTES
     worth = n >= _SIDE and count * n**3 >= _WORK
     shared = size > _TOO_FEW and fits and worth and _blas_has_one_thread()
     return size if shared else 1
@@ -204,13 +261,13 @@ def _by_householder_or_eigenvalues(matrices):
 
 
 def _by_svd(matrices):
-    return jnp.linalg.svd(matrices, compute_uv=False)
+    return jnp.linalg.svd(matrices, compute_uv=False)[:, None]
 
 
 # Symmetric matrices, of which the upper triangle is read, to similar tridiagonal ones:
 # diagonals, and what is before them in the rows, behind a number that is not read.
 HOUSEHOLDER = Reduction(
-    _by_householder, _by_householder_or_eigenvalues, _by_householder_apart
+    2, _by_householder, _by_householder_or_eigenvalues, _by_householder_apart
 )
 # Any matrices to their descending singular values.
-SVD = Reduction(_by_svd, _by_svd)
+SVD = Reduction(1, _by_svd, _by_svd)

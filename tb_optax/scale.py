@@ -29,14 +29,23 @@ def rescale(
     """
     dtype = matrices.dtype
     info, unsigned = jnp.finfo(dtype), _unsigned(dtype)
-    bits = jax.lax.bitcast_convert_type(matrices, unsigned)
-    magnitude = bits & unsigned(2 ** (info.bits - 1) - 1)
-    top = jnp.max(magnitude, axis=(1, 2))
+
+    def magnitude_bits(x):
+        bits = jax.lax.bitcast_convert_type(x, unsigned)
+        return bits & unsigned(2 ** (info.bits - 1) - 1)
+
+    def larger(x, y):
+        bits = jax.lax.max(magnitude_bits(x), magnitude_bits(y))
+        return jax.lax.bitcast_convert_type(bits, dtype)
+
+    top = magnitude_bits(jax.lax.reduce(matrices, dtype.type(0), larger, (1, 2)))
     biased, finite = _biased(top)
     # Small ones are multiplied by 2^lift before, a sum of exponents.
     low = biased < _lift(info)
     inverse = 2 * info.maxexp - 3 - biased - low.astype(jnp.int32) * _lift(info)
     factor = jax.lax.bitcast_convert_type(inverse.astype(unsigned) << info.nmant, dtype)
+    bits = jax.lax.bitcast_convert_type(matrices, unsigned)
+    magnitude = magnitude_bits(matrices)
     subnormal = magnitude.astype(dtype) * 2.0 ** (
         info.minexp - info.nmant + _lift(info)
     )

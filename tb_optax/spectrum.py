@@ -34,7 +34,7 @@ from tb_optax.reduction import (
 from tb_optax.scale import rescale
 
 # Of Gram matrices from this size on, a quarter is left out.
-_LARGE = 256
+_LARGE = 512
 
 
 class Spectra(NamedTuple):
@@ -81,14 +81,15 @@ class Route(NamedTuple):
     Attributes:
         prepare: matrices of one shape to those that are reduced.
         reduction: these to one or a few vectors per matrix.
-        finish: those vectors, bucket by bucket, to ascending λ or σ.
+        finish: those vectors, and how many of the last numbers count, to ascending λ
+            or σ, which come first.
         log: these to ln λ.
         noise: power of 8·eps below which λ / λ_max is rounding noise.
     """
 
     prepare: Callable[[Matrices], Matrices]
     reduction: Reduction
-    finish: Callable[[list[Vectors]], list[Float[Array, "_ _"]]]
+    finish: Callable[[Vectors, Int[np.ndarray, " matrices"]], Float[Array, "_ _"]]
     log: Callable[[Float[Array, "..."]], Float[Array, "..."]]
     noise: int
 
@@ -134,14 +135,14 @@ def compute_spectra(
     buckets: dict[tuple[int, ...], list[int]] = {}
     for i, stack in enumerate(stacks):
         buckets.setdefault(stack.shape[2:], []).append(i)
+    # Those of one number of eigenvalues beside each other.
+    buckets = dict(sorted(buckets.items(), key=lambda item: min(item[0])))
     matrices = [[_matrices(stacks[i]) for i in members] for members in buckets.values()]
-    columns = over_devices(functools.partial(_decompose, route=route), matrices)
+    values, top = over_devices(functools.partial(_decompose, route=route), matrices)
 
     members = np.concatenate([*buckets.values()])
-    sizes = np.asarray([stack.shape for stack in stacks])[members]
-    places = Places.of(members, sizes[:, 0], sizes[:, 1], sizes[:, 2:].min(axis=1))
-    values, tops = zip(*columns, strict=True)
-    top = jnp.concatenate(tops)
+    shapes = np.asarray([stack.shape for stack in stacks])[members]
+    places = Places.of(members, shapes[:, 0], shapes[:, 1], shapes[:, 2:].min(axis=1))
     table, unit, is_finite = pool(values, top, places, route.log)
     repeats = [len(stack) for stack in stacks]
     noise = route.noise * math.log(8 * jnp.finfo(dtype).eps)
@@ -156,7 +157,7 @@ def compute_spectra(
 
 
 def _decompose(buckets: list[Bucket], route: Route):
-    """What finds all eigenvalues, bucket by bucket, and what `exponents` reads."""
+    """Ascending λ or σ of all matrices, and what `exponents` reads."""
 
     def prepare(matrices):
         with jax.named_scope("rescale"):
@@ -164,16 +165,11 @@ def _decompose(buckets: list[Bucket], route: Route):
         with jax.named_scope("prepare"):
             return route.prepare(matrices), top
 
-    reduced, tops = [], []
-    known = jnp.zeros(())
-    for bucket in buckets:
-        vectors, top = reduce_matrices(bucket, route.reduction, known, prepare)
-        # One bucket after the other, in the memory of one.
-        known = vectors.reshape(-1)[0]
-        reduced.append(vectors)
-        tops.append(top)
+    vectors, top = reduce_matrices(buckets, route.reduction, prepare)
+    n = [min(array.shape[1:]) for bucket in buckets for array in bucket]
+    counts = [len(array) for bucket in buckets for array in bucket]
     with jax.named_scope("finish"):
-        return list(zip(route.finish(reduced), tops, strict=True))
+        return route.finish(vectors, np.repeat(n, counts)), top
 
 
 def _matrices(stack):
@@ -202,8 +198,10 @@ def _log_eigenvalues(eigenvalues: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.log(jnp.maximum(eigenvalues, 0))
 
 
-def _ascending(singular_values: list[Vectors]) -> list[Float[Array, "_ _"]]:
-    return [values[:, ::-1] for values in singular_values]
+def _ascending(vectors, sizes):
+    """Singular values; those of a smaller matrix are its last."""
+    del sizes
+    return vectors[:, 0, ::-1]
 
 
 def _log_squares(singular_values: Float[Array, "..."]) -> Float[Array, "..."]:
