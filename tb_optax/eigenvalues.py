@@ -5,7 +5,6 @@ eigenvalues below x. All shifts of all matrices advance together, so that one sh
 serves a whole batch.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -45,21 +44,22 @@ def tridiagonal_eigenvalues(
     # Intervals of each matrix, some more than it has eigenvalues.
     matrix = np.concatenate([np.repeat(g.matrix, g.lanes) for g in groups])
     width, (_, start) = np.bincount(matrix), np.unique(matrix, return_index=True)
+    first = jnp.asarray(start[matrix], jnp.int32)
+    interval = jnp.arange(len(matrix), dtype=jnp.int32)
+    rank = interval - first
+    # As many cells, a power of two, from -2 to 2, where all eigenvalues are.
+    cells = 2.0 ** np.floor(np.log2(width))
+    cell = jnp.asarray((4 / cells)[matrix], dtype)
     rows, unit = _prepared(forms, sizes)
     rows = [rows[group.matrix, :, -group.steps * ROWS :] for group in groups]
-    first, cells = (
-        jnp.asarray(column)[jnp.asarray(matrix)]
-        for column in (start, np.asarray(width + 1, dtype))
-    )
-    interval = jnp.arange(len(matrix))
 
     def grid(number):
-        """Cuts -2 to 2, where all eigenvalues are, in cells."""
-        return 4 * (number.astype(dtype) / cells) - 2
+        return number.astype(dtype) * cell - 2
 
-    def narrow(i, bounds):
-        below, above = bounds
-        shifts = jnp.where(i == 0, grid(interval - first + 1), (below + above) / 2)
+    def narrow(i, state):
+        """What is between `below` and that plus cell·scale gets half as wide."""
+        below, scale = state
+        shifts = below + cell * scale
         parts = jnp.split(shifts, np.cumsum([group.total for group in groups])[:-1])
         counts = jnp.concatenate(
             [
@@ -70,21 +70,22 @@ def tridiagonal_eigenvalues(
 
         def locate():
             # The keys ascend over all matrices, as the intervals do.
-            cell = jnp.searchsorted(first + counts, interval, side="right") - first
-            return grid(cell), grid(cell + 1)
+            number = jnp.searchsorted(first + counts, interval, side="right") - first
+            return grid(number)
 
         def halve():
-            fewer = counts <= interval - first
-            return jnp.where(fewer, shifts, below), jnp.where(fewer, above, shifts)
+            return jnp.where(counts <= rank, shifts, below)
 
-        return jax.lax.cond(i == 0, locate, halve)
+        return jax.lax.cond(i == 0, locate, halve), scale / 2
 
-    halvings = max(0, math.ceil(jnp.finfo(dtype).nmant + 3 - math.log2(width.min())))
-    everywhere = jnp.full_like(forms, 0, shape=interval.shape)
-    bounds = everywhere - 2, everywhere + 2
-    below, above = jax.lax.fori_loop(0, 1 + halvings, narrow, bounds)
+    # A few bits more than of λ_max, where small eigenvalues are that exact.
+    bits = jnp.finfo(dtype).nmant * 9 // 8 + 3
+    halvings = max(0, bits - int(np.log2(cells.min())))
+    scale = jnp.ones_like(forms, shape=())
+    state = grid(rank) * scale, scale
+    below, scale = jax.lax.fori_loop(0, 1 + halvings, narrow, state)
     place = np.minimum(np.arange(forms.shape[2]), width[:, None] - 1)
-    found = ((below + above) / 2)[jnp.asarray(start)[:, None] + place]
+    found = (below + cell * scale)[start[:, None] + place]
     return found * unit[:, None]
 
 

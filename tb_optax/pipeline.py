@@ -127,6 +127,8 @@ def layer_spectra(
         factors.append(conv_norm if axes.pooled else 1.0)
         order += members
     spectra = compute_spectra(stacks, factors, route)
+    if order == sorted(order):
+        return spectra
     return jax.tree.map(lambda column: column[np.argsort(order)], spectra)
 
 

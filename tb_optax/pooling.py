@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Float, Int
 
 from tb_optax.scale import exponents
 
@@ -45,7 +45,7 @@ class Places(NamedTuple):
 
 def pool(
     values: Float[Array, "matrices n"],
-    top: UInt[Array, " matrices"],
+    top: Int[Array, " matrices"],
     places: Places,
     log: Callable[[Float[Array, "..."]], Float[Array, "..."]],
 ):

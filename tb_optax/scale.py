@@ -7,13 +7,13 @@ arithmetic: a kernel of 1e-40 has its spectrum like any other.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int
 
 
 @jax.jit
 def rescale(
     matrices: Float[Array, "batch rows columns"],
-) -> tuple[Float[Array, "batch rows columns"], UInt[Array, " batch"]]:
+) -> tuple[Float[Array, "batch rows columns"], Int[Array, " batch"]]:
     """Divides each matrix by a power of two near its largest magnitude.
 
     Args:
@@ -28,48 +28,56 @@ def rescale(
     [[[0.5534 0.5534]]] [-64] [ True]
     """
     dtype = matrices.dtype
-    info, unsigned = jnp.finfo(dtype), _unsigned(dtype)
-
-    def magnitude_bits(x):
-        bits = jax.lax.bitcast_convert_type(x, unsigned)
-        return bits & unsigned(2 ** (info.bits - 1) - 1)
-
-    def larger(x, y):
-        bits = jax.lax.max(magnitude_bits(x), magnitude_bits(y))
-        return jax.lax.bitcast_convert_type(bits, dtype)
-
-    top = magnitude_bits(jax.lax.reduce(matrices, dtype.type(0), larger, (1, 2)))
+    info, integer = jnp.finfo(dtype), _integer(dtype)
+    top = _largest(matrices)
     biased, finite = _biased(top)
     # Small ones are multiplied by 2^lift before, a sum of exponents.
     low = biased < _lift(info)
     inverse = 2 * info.maxexp - 3 - biased - low.astype(jnp.int32) * _lift(info)
-    factor = jax.lax.bitcast_convert_type(inverse.astype(unsigned) << info.nmant, dtype)
-    bits = jax.lax.bitcast_convert_type(matrices, unsigned)
-    magnitude = magnitude_bits(matrices)
+    factor = jax.lax.bitcast_convert_type(inverse.astype(integer) << info.nmant, dtype)
+    bits = jax.lax.bitcast_convert_type(matrices, integer)
+    magnitude = _magnitude(matrices)
     subnormal = magnitude.astype(dtype) * 2.0 ** (
         info.minexp - info.nmant + _lift(info)
     )
     lifted = jax.lax.select(
-        magnitude < unsigned(2**info.nmant),
-        jax.lax.bitcast_convert_type(subnormal, unsigned),
-        magnitude + unsigned(_lift(info) << info.nmant),
+        magnitude < integer(2**info.nmant),
+        jax.lax.bitcast_convert_type(subnormal, integer),
+        magnitude + integer(_lift(info) << info.nmant),
     )
     low, factor, finite = (
         jax.lax.broadcast_in_dim(column, matrices.shape, (0,))
         for column in (low, factor, finite)
     )
-    signed = jax.lax.select(low, lifted, magnitude) | (bits - magnitude)
+    signed = jax.lax.select(low, lifted, magnitude) | (bits ^ magnitude)
     rescaled = jax.lax.bitcast_convert_type(signed, dtype) * factor
     return jax.lax.select(finite, rescaled, jnp.zeros_like(rescaled)), top
 
 
 def exponents(
-    top: UInt[Array, " batch"],
+    top: Int[Array, " batch"],
 ) -> tuple[Int[Array, " batch"], Bool[Array, " batch"]]:
     """The exponents of the powers that `rescale` divided by, and what was finite."""
     biased, finite = _biased(top)
     exponent = biased + jnp.finfo(_floating(top.dtype)).minexp
     return jnp.where(finite, exponent, 0), finite
+
+
+def _largest(matrices):
+    """The bits of the largest magnitude of each matrix; those of NaN are larger."""
+    dtype = matrices.dtype
+
+    def larger(x, y):
+        bits = jax.lax.max(_magnitude(x), _magnitude(y))
+        return jax.lax.bitcast_convert_type(bits, dtype)
+
+    return _magnitude(jax.lax.reduce(matrices, dtype.type(0), larger, (1, 2)))
+
+
+def _magnitude(x):
+    """The bits of the magnitude, which ascend with it."""
+    integer = _integer(x.dtype)
+    return jax.lax.bitcast_convert_type(x, integer) & np.iinfo(integer).max
 
 
 def _biased(top):
@@ -87,9 +95,9 @@ def _lift(info) -> int:
     return 2 * info.nmant
 
 
-def _unsigned(dtype):
-    return np.uint32 if jnp.finfo(dtype).bits == 32 else np.uint64
+def _integer(dtype):
+    return np.int32 if jnp.finfo(dtype).bits == 32 else np.int64
 
 
-def _floating(unsigned):
-    return np.float32 if unsigned == np.uint32 else np.float64
+def _floating(integer):
+    return np.float32 if integer == np.int32 else np.float64
