@@ -2,9 +2,9 @@
 
     python -m benchmarks.compilation resnet18
 
-prints one JSON object: seconds to load LAPACK, which JAX does once per process, then to
-trace and to compile; bytes of temporary memory. Nothing is computed, so that the largest
-network costs no more than its compilation.
+prints one JSON object: seconds to load LAPACK, which JAX does once per process, then
+to trace and to compile; bytes of temporary memory. Nothing is computed, so that the
+largest network costs no more than its compilation.
 """
 
 import json

@@ -57,7 +57,7 @@ def tridiagonal_eigenvalues(
         return number.astype(dtype) * cell - 2
 
     def narrow(i, state):
-        """What is between `below` and that plus cell·scale gets half as wide."""
+        """Counts at below + cell·scale: first the grid, then middles of intervals."""
         below, scale = state
         shifts = below + cell * scale
         parts = jnp.split(shifts, np.cumsum([group.total for group in groups])[:-1])
@@ -78,7 +78,7 @@ def tridiagonal_eigenvalues(
 
         return jax.lax.cond(i == 0, locate, halve), scale / 2
 
-    # A few bits more than of λ_max, where small eigenvalues are that exact.
+    # A few bits beyond those of λ_max: small eigenvalues can be as exact as that.
     bits = jnp.finfo(dtype).nmant * 9 // 8 + 3
     halvings = max(0, bits - int(np.log2(cells.min())))
     scale = jnp.ones_like(forms, shape=())

@@ -29,14 +29,14 @@ def rescale(
     """
     dtype = matrices.dtype
     info, integer = jnp.finfo(dtype), _integer(dtype)
-    top = _largest(matrices)
+    bits = jax.lax.bitcast_convert_type(matrices, integer)
+    magnitude = bits & np.iinfo(integer).max
+    top = jnp.max(magnitude, axis=(1, 2))
     biased, finite = _biased(top)
     # Small ones are multiplied by 2^lift before, a sum of exponents.
     low = biased < _lift(info)
     inverse = 2 * info.maxexp - 3 - biased - low.astype(jnp.int32) * _lift(info)
     factor = jax.lax.bitcast_convert_type(inverse.astype(integer) << info.nmant, dtype)
-    bits = jax.lax.bitcast_convert_type(matrices, integer)
-    magnitude = _magnitude(matrices)
     subnormal = magnitude.astype(dtype) * 2.0 ** (
         info.minexp - info.nmant + _lift(info)
     )
@@ -61,23 +61,6 @@ def exponents(
     biased, finite = _biased(top)
     exponent = biased + jnp.finfo(_floating(top.dtype)).minexp
     return jnp.where(finite, exponent, 0), finite
-
-
-def _largest(matrices):
-    """The bits of the largest magnitude of each matrix; those of NaN are larger."""
-    dtype = matrices.dtype
-
-    def larger(x, y):
-        bits = jax.lax.max(_magnitude(x), _magnitude(y))
-        return jax.lax.bitcast_convert_type(bits, dtype)
-
-    return _magnitude(jax.lax.reduce(matrices, dtype.type(0), larger, (1, 2)))
-
-
-def _magnitude(x):
-    """The bits of the magnitude, which ascend with it."""
-    integer = _integer(x.dtype)
-    return jax.lax.bitcast_convert_type(x, integer) & np.iinfo(integer).max
 
 
 def _biased(top):

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 import tb_optax
 from tb_optax import Layer, MatrixAxes
 from tb_optax.layers import expand_stacks
+from tb_optax.scale import rescale
 
 DENSE = MatrixAxes((0,), (1,))
 # Shapes whose axes some mesh axis divides, and one that none does.
@@ -104,6 +105,17 @@ def assert_spread(compiled, devices=8):
     assert decompositions(text) == shares
     # All eigenvalues are gathered in one table, at most 40 for each of 40 matrices.
     assert largest_gathered(text) <= 40 * 40 < 48 * 40
+
+
+@pytest.mark.parametrize("spec", [P("x"), P(None, "x", "y"), P(None, ("x", "y"))])
+def test_matrices_in_pieces_are_rescaled_to_the_bit(spec):
+    """Where no mesh is known, XLA alone says how."""
+    scales = np.asarray([1, 1e-40, 1e30, np.inf], np.float32)[:, None, None]
+    normal = np.random.default_rng(3).normal(size=(4, 48, 40))
+    matrices = normal.astype(np.float32) * scales
+    sharding = NamedSharding(make_mesh(AxisType.Auto), spec)
+    found = jax.jit(rescale)(jax.device_put(matrices, sharding))
+    assert_equal(found, jax.device_get(rescale(matrices)))
 
 
 def check_spread(function, params):
