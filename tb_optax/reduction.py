@@ -21,9 +21,9 @@ from jaxtyping import Array, Float
 # Bytes of the matrices that are reduced in one go, elsewhere than on CPU.
 CHUNK_BYTES = 64 * 2**20
 
-# Calls of LAPACK side by side, at most; XLA shares out what is more than nine.
+# Calls of LAPACK side by side, at most; XLA shares out ten or more.
 TOGETHER = 16
-_TOO_FEW = 9
+_ENOUGH = 10
 
 # Only matrices from this size on are reduced faster side by side, and only this many
 # (Σ n³) are worth the compilation of the calls.
@@ -213,11 +213,13 @@ def _chunks(arrays: Sequence[Matrices]) -> list[list[tuple[int, slice]]]:
 
 def _group_size(count: int, n: int, dtype: Any) -> int:
     """How many matrices are reduced side by side: one, or enough to be shared out."""
-    size = -(-count // -(-count // TOGETHER))
-    fits = size * n**2 * dtype.itemsize <= CHUNK_BYTES
     worth = n >= _SIDE and count * n**3 >= _WORK
-    shared = size > _TOO_FEW and fits and worth and _blas_has_one_thread()
-    return size if shared else 1
+    fits = TOGETHER * n**2 * dtype.itemsize <= CHUNK_BYTES
+    if count < _ENOUGH or not (worth and fits and _blas_has_one_thread()):
+        return 1
+    # As little as can be done twice, by as few calls as can be.
+    sizes = range(_ENOUGH, min(count, TOGETHER) + 1)
+    return min(sizes, key=lambda size: (-count % size, size))
 
 
 def _blas_has_one_thread() -> bool:
