@@ -15,6 +15,9 @@ from jaxtyping import Array, Float, Int
 # Rows of a step of the loop that counts eigenvalues, an even number.
 ROWS = 8
 
+# Above all pivots whose size matters.
+_HUGE = 1e30
+
 
 def tridiagonal_eigenvalues(
     forms: Float[Array, "matrices vectors n"], sizes: Int[np.ndarray, " matrices"]
@@ -168,10 +171,11 @@ def _count_below(
         q_k = a_k - e²_{k-1} · y
         1 / q_{k+1} = q_k / (a_{k+1} q_k - e²_k) = y'
 
-    A vanishing q_{k+1} is moved to a tiny number, which changes d_{k+1} by as much; no
-    e² is zero, so that not both are. Nothing overflows, and nothing is 0 / 0.
+    No e² is zero, so that not both vanish: nothing is 0 / 0. Where q_{k+1} does, the
+    next pivot is infinite, and a huge number instead: a change of d_{k+1} by e² divided
+    by that.
     """
-    tiny = _smallest(shifts.dtype)
+    huge = shifts.dtype.type(_HUGE)
 
     def next_pivots(step, carry):
         inverse, count = carry
@@ -179,10 +183,9 @@ def _count_below(
         own = own.transpose(2, 1, 0)[..., None]
         for (first, before), (second, between) in zip(own[::2], own[1::2], strict=True):
             pivot = first - shifts - before * inverse
-            product = (second - shifts) * pivot - between
-            least = tiny * pivot
-            product = jnp.where(jnp.abs(product) < jnp.abs(least), least, product)
-            inverse = pivot / product
+            bounded = jax.lax.clamp(-huge, pivot, huge)
+            product = (second - shifts) * bounded - between
+            inverse = bounded / product
             count = count + jnp.signbit(pivot) + jnp.signbit(inverse)
         return inverse, count
 
