@@ -101,7 +101,8 @@ def over_devices(
     A bucket's matrices, all of one shape, are padded with zero matrices to a multiple
     of the number of devices. They reach their devices one mesh axis at a time, which
     XLA compiles to all-to-alls and permutes: nowhere is a kernel put together that
-    was not whole before. What the function returns is gathered, and cut to size.
+    was not whole before. What the function returns is gathered, and cut to size: of a
+    row, if there are rows, as many numbers as the matrix has eigenvalues; zeros follow.
 
     Inside `shard_map` each device takes its share of what all of them hold.
 
@@ -132,9 +133,18 @@ def over_devices(
         for stack, pad in zip(stacks, padding, strict=True)
     ]
 
+    def apart(whole, stacks):
+        """What there is of each bucket."""
+        ends = np.cumsum([len(stack) for stack in stacks])
+        found = []
+        for stack, end in zip(stacks, ends, strict=True):
+            cut = (slice(end - len(stack), end), slice(min(stack.shape[1:])))
+            found.append(jax.tree.map(lambda x, cut=cut: x[cut[: x.ndim]], whole))
+        return found
+
     def share(*stacks):
         if not axes.manual:
-            return function([[stack] for stack in stacks])
+            return apart(function([[stack] for stack in stacks]), stacks)
         index = jax.lax.axis_index(axes.manual)
         parts = math.prod(sizes[axis] for axis in axes.manual)
 
@@ -149,7 +159,9 @@ def over_devices(
             whole = jax.lax.dynamic_update_slice_in_dim(whole, number, start, 0)
             return jax.lax.psum(whole, axes.manual).astype(column.dtype)
 
-        return jax.tree.map(shared, function([[own(stack)] for stack in stacks]))
+        stacks = [own(stack) for stack in stacks]
+        whole = function([[stack] for stack in stacks])
+        return jax.tree.map(shared, apart(whole, stacks))
 
     if axes.automatic:
         batch = PartitionSpec(axes.automatic)
@@ -158,13 +170,21 @@ def over_devices(
             share, in_specs=batch, out_specs=batch, axis_names=set(axes.automatic)
         )
     results = jax.tree.map(_constrain_to_all, share(*stacks))
-    # Device by device are the matrices now, and on each bucket by bucket.
-    shares = np.asarray([len(stack) // devices for stack in stacks])
-    bucket = np.tile(np.repeat(np.arange(len(stacks)), shares), devices)
-    order = np.argsort(bucket, kind="stable")
-    padded = np.repeat(np.asarray(counts), shares * devices)
-    order = order[np.concatenate([np.arange(n * devices) for n in shares]) < padded]
-    return jax.tree.map(lambda column: column[order], results)
+    results = [
+        jax.tree.map(lambda column, count=count: column[:count], result)
+        for result, count in zip(results, counts, strict=True)
+    ]
+    return jax.tree.map(lambda *columns: _joined(columns), *results)
+
+
+def _joined(columns):
+    """One array behind the other, filled with zeros to the longest rows."""
+    shape = np.max([column.shape[1:] for column in columns], axis=0)
+    padded = [
+        jnp.pad(column, [(0, 0), *((0, int(d)) for d in shape - column.shape[1:])])
+        for column in columns
+    ]
+    return jnp.concatenate(padded)
 
 
 class _Axes(NamedTuple):

@@ -155,6 +155,7 @@ def test_sizes_side_by_side():
             forms.append(float32(form))
             exact.append(known)
     found = several(jnp.stack(forms), tuple(map(len, exact)))
+    assert found.shape == (len(exact), max(sizes))
     for values, form, known in zip(found, forms, exact, strict=True):
         n = len(known)
         radius = np.abs(form[0, -n:]).max()
