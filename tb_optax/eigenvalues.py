@@ -49,7 +49,6 @@ def tridiagonal_eigenvalues(
     width, (_, start) = np.bincount(matrix), np.unique(matrix, return_index=True)
     first = jnp.asarray(start[matrix], jnp.int32)
     interval = jnp.arange(len(matrix), dtype=jnp.int32)
-    rank = interval - first
     # As many cells, a power of two, from -2 to 2, where all eigenvalues are.
     cells = 2.0 ** np.floor(np.log2(width))
     cell = jnp.asarray((4 / cells)[matrix], dtype)
@@ -64,20 +63,18 @@ def tridiagonal_eigenvalues(
         below, scale = state
         shifts = below + cell * scale
         parts = jnp.split(shifts, np.cumsum([group.total for group in groups])[:-1])
-        counts = jnp.concatenate(
-            [
-                _count_below(own, part.reshape(-1, group.lanes)).reshape(-1)
-                for group, own, part in zip(groups, rows, parts, strict=True)
-            ]
-        )
+        counts = [
+            _count_below(own, part.reshape(-1, group.lanes)).reshape(-1)
+            for group, own, part in zip(groups, rows, parts, strict=True)
+        ]
+        # They ascend over all matrices, as the intervals do.
+        keys = first + jnp.concatenate(counts)
 
         def locate():
-            # The keys ascend over all matrices, as the intervals do.
-            number = jnp.searchsorted(first + counts, interval, side="right") - first
-            return grid(number)
+            return grid(_number_up_to(keys, interval, first, width.max()))
 
         def halve():
-            return jnp.where(counts <= rank, shifts, below)
+            return jnp.where(keys <= interval, shifts, below)
 
         return jax.lax.cond(i == 0, locate, halve), scale / 2
 
@@ -85,7 +82,7 @@ def tridiagonal_eigenvalues(
     bits = jnp.finfo(dtype).nmant * 9 // 8 + 3
     halvings = max(0, bits - int(np.log2(cells.min())))
     scale = jnp.ones_like(forms, shape=())
-    state = grid(rank) * scale, scale
+    state = grid(interval - first) * scale, scale
     below, scale = jax.lax.fori_loop(0, 1 + halvings, narrow, state)
     place = np.minimum(np.arange(forms.shape[2]), width[:, None] - 1)
     found = (below + cell * scale)[start[:, None] + place]
@@ -124,6 +121,18 @@ def _groups(sizes: Int[np.ndarray, " matrices"]) -> list[_Group]:
         steps = -(-int(sizes[own].max()) // ROWS)
         groups.append(_Group(np.repeat(own, -(-sizes[own] // lanes)), steps, lanes))
     return groups
+
+
+def _number_up_to(keys, bounds, start, most):
+    """How many of ascending keys, `most` of them from `start` on, are up to a bound."""
+    steps = int(most).bit_length()
+
+    def double(i, end):
+        ahead = end + (1 << (steps - 1 - i))
+        last = keys[jnp.minimum(ahead, len(keys)) - 1]
+        return jnp.where(last <= bounds, ahead, end)
+
+    return jax.lax.fori_loop(0, steps, double, start + jnp.zeros_like(keys)) - start
 
 
 def _prepared(forms, sizes):
@@ -179,9 +188,10 @@ def _count_below(
 
     def next_pivots(step, carry):
         inverse, count = carry
-        own = jax.lax.dynamic_slice_in_dim(rows, step * ROWS, ROWS, axis=2)
-        own = own.transpose(2, 1, 0)[..., None]
-        for (first, before), (second, between) in zip(own[::2], own[1::2], strict=True):
+        places = jax.lax.optimization_barrier([jnp.int32(i) for i in range(0, ROWS, 2)])
+        for place in places:
+            own = jax.lax.dynamic_slice_in_dim(rows, step * ROWS + place, 2, axis=2)
+            (first, before), (second, between) = own.transpose(2, 1, 0)[..., None]
             pivot = first - shifts - before * inverse
             bounded = jax.lax.clamp(-huge, pivot, huge)
             product = (second - shifts) * bounded - between

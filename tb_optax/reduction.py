@@ -105,56 +105,65 @@ def _one_by_one(reduction, prepare, table, buckets):
     def shape_of(bucket):
         return _outline(prepare, bucket)[0].shape
 
-    start = 0
     # One loop for all buckets that come to matrices of one shape.
-    for shape, run in itertools.groupby(buckets, shape_of):
-        parts = [(_count(bucket), _prepared_one(prepare, bucket)) for bucket in run]
-        total, one = sum(count for count, _ in parts), _one_of(parts)
+    runs = [(shape, list(run)) for shape, run in itertools.groupby(buckets, shape_of)]
+    totals = [sum(map(_count, run)) for _, run in runs]
+    starts = _unknown(np.cumsum(totals) - totals)
+    places = np.concatenate([_places(run) for _, run in runs], axis=1)
+    for (shape, run), start, total in zip(runs, starts, totals, strict=True):
         size, way = 1, reduction.on_cpu
         if reduction.side_by_side is not None:
             size = _group_size(total, shape[-1], table[0].dtype)
             way = reduction.side_by_side if size > 1 else way
+        one = functools.partial(_prepared_one, prepare, run, list(jnp.asarray(places)))
         table = _in_groups(way, one, table, start, total, size)
-        start += total
     return table
 
 
-def _prepared_one(prepare, bucket):
-    """From its number to a matrix of a bucket, prepared."""
-    matrix = _one_of(
-        [(len(array), functools.partial(_slice, array)) for array in bucket]
-    )
-    return lambda number: prepare(matrix(number))
+def _places(run):
+    """Of each matrix of several buckets: its bucket, its array there, its place there."""
+    columns = [
+        np.stack(np.broadcast_arrays(i, j, np.arange(len(array))))
+        for i, bucket in enumerate(run)
+        for j, array in enumerate(bucket)
+    ]
+    return np.concatenate(columns, axis=1).astype(np.int32)
 
 
-def _one_of(parts):
-    """Functions of a number below a count each, as one of a number below all counts."""
-    counts, functions = zip(*parts, strict=True)
-    starts = np.cumsum(counts) - counts
+def _prepared_one(prepare, run, places, number):
+    """A matrix by its number, prepared."""
 
-    def one(number):
-        part = jnp.sum(number >= starts[1:], dtype=jnp.int32)
-        # XLA compiles branches that do the same to one kernel.
-        return jax.lax.switch(part, functions, number - jnp.asarray(starts)[part])
+    def matrix(bucket, array, place):
+        slices = [functools.partial(_slice, array) for array in bucket]
+        return prepare(jax.lax.switch(array, slices, place))
 
-    return one if len(parts) > 1 else functions[0]
+    # XLA compiles what is the same in several branches and loops to one kernel.
+    bucket, *inside = (_slice(column, number)[0] for column in places)
+    branches = [functools.partial(matrix, bucket) for bucket in run]
+    return jax.lax.switch(bucket, branches, *inside)
 
 
 def _in_groups(way, one, table, start, total, size):
     """Fills the table from `start` on with `total` matrices, `size` of them at once."""
 
     def fill(group, table):
-        # What the last group lacks is what was before it once more.
-        first = jnp.minimum(group * size, total - size)
         if size == 1:
+            first = start + group
             matrices, *others = one(first)
         else:
+            # What the last group lacks is what was before it once more.
+            first = start + jnp.minimum(group * size, total - size)
             results = jax.lax.map(one, first + jnp.arange(size))
             matrices, *others = jax.tree.map(lambda x: x[:, 0], results)
-        vectors = [way(matrices[i : i + 1]) for i in range(size)]
-        return _filled(table, start + first, (jnp.concatenate(vectors), *others))
+        vectors = [way(_slice(matrices, i)) for i in _unknown(range(size))]
+        return _filled(table, first, (jnp.concatenate(vectors), *others))
 
     return jax.lax.fori_loop(0, -(-total // size), fill, table)
+
+
+def _unknown(numbers):
+    """Numbers that XLA does not know: it compiles steps that differ in them once."""
+    return jax.lax.optimization_barrier(list(map(jnp.asarray, numbers)))
 
 
 def _filled(table, start, columns):
@@ -229,23 +238,23 @@ def _blas_has_one_thread() -> bool:
 
 
 def _tridiagonal(matrices):
-    """Diagonals, what is before them in the rows, and the scales of the reflections."""
+    """Reflections, diagonals, what is before them in the rows, and scales."""
     # By columns, as LAPACK has matrices, an upper triangle is a lower one.
     by_columns = matrices.swapaxes(1, 2)
-    _, diagonal, beside, scales = jax.lax.linalg.tridiagonal(by_columns)
-    return diagonal, jnp.pad(beside, ((0, 0), (1, 0))), scales
+    reflections, diagonal, beside, scales = jax.lax.linalg.tridiagonal(by_columns)
+    return reflections, diagonal, jnp.pad(beside, ((0, 0), (1, 0))), scales
 
 
 def _by_householder(matrices):
-    diagonal, before, _ = _tridiagonal(matrices)
+    _, diagonal, before, _ = _tridiagonal(matrices)
     return jnp.stack([diagonal, before], axis=1)
 
 
 def _by_householder_apart(matrices):
-    diagonal, before, scales = _tridiagonal(matrices)
+    reflections, diagonal, before, scales = _tridiagonal(matrices)
     # A scale of the reflections stands where no number is read. Were none of them used,
     # all calls would share the memory for them, and so wait for each other.
-    unread = jnp.pad(scales[:, :1], ((0, 0), (0, scales.shape[1])))
+    unread = jnp.pad(scales[:, :1] + reflections[:, :1, 0], ((0, 0), (0, scales.shape[1])))
     return jnp.stack([diagonal, before + unread], axis=1)
 
 

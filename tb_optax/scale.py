@@ -31,7 +31,7 @@ def rescale(
     info, integer = jnp.finfo(dtype), _integer(dtype)
     bits = jax.lax.bitcast_convert_type(matrices, integer)
     magnitude = bits & np.iinfo(integer).max
-    top = jnp.max(magnitude, axis=(1, 2))
+    top = _largest(magnitude)
     biased, finite = _biased(top)
     # Small ones are multiplied by 2^lift before, a sum of exponents.
     low = biased < _lift(info)
@@ -52,6 +52,21 @@ def rescale(
     signed = jax.lax.select(low, lifted, magnitude) | (bits ^ magnitude)
     rescaled = jax.lax.bitcast_convert_type(signed, dtype) * factor
     return jax.lax.select(finite, rescaled, jnp.zeros_like(rescaled)), top
+
+
+def _largest(magnitude):
+    """Over short axes, which XLA reduces in one go, as it does not do with longer ones."""
+    axes = [factor for size in magnitude.shape[1:] for factor in _factors(size)]
+    folded = jax.lax.optimization_barrier(magnitude.reshape(len(magnitude), *axes))
+    return jnp.max(folded, axis=range(1, folded.ndim))
+
+
+def _factors(size: int) -> list[int]:
+    """Up to 32, where there are any."""
+    for factor in range(32, 1, -1):
+        if size % factor == 0:
+            return [*_factors(size // factor), factor]
+    return [size] if size > 1 else []
 
 
 def exponents(
