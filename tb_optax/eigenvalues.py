@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from tb_optax.hidden import hidden
+
 # Rows of a step of the loop that counts eigenvalues, an even number.
 ROWS = 8
 
@@ -188,8 +190,7 @@ def _count_below(
 
     def next_pivots(step, carry):
         inverse, count = carry
-        places = jax.lax.optimization_barrier([jnp.int32(i) for i in range(0, ROWS, 2)])
-        for place in places:
+        for place in hidden(range(0, ROWS, 2)):
             own = jax.lax.dynamic_slice_in_dim(rows, step * ROWS + place, 2, axis=2)
             (first, before), (second, between) = own.transpose(2, 1, 0)[..., None]
             pivot = first - shifts - before * inverse

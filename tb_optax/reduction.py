@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from tb_optax.hidden import hidden
+
 # Bytes of the matrices that are reduced in one go, elsewhere than on CPU.
 CHUNK_BYTES = 64 * 2**20
 
@@ -108,7 +110,7 @@ def _one_by_one(reduction, prepare, table, buckets):
     # One loop for all buckets that come to matrices of one shape.
     runs = [(shape, list(run)) for shape, run in itertools.groupby(buckets, shape_of)]
     totals = [sum(map(_count, run)) for _, run in runs]
-    starts = _unknown(np.cumsum(totals) - totals)
+    starts = hidden([0, *itertools.accumulate(totals[:-1])])
     places = np.concatenate([_places(run) for _, run in runs], axis=1)
     for (shape, run), start, total in zip(runs, starts, totals, strict=True):
         size, way = 1, reduction.on_cpu
@@ -121,7 +123,7 @@ def _one_by_one(reduction, prepare, table, buckets):
 
 
 def _places(run):
-    """Of each matrix of several buckets: its bucket, its array there, its place there."""
+    """Of each matrix of several buckets: its bucket, its array, its place there."""
     columns = [
         np.stack(np.broadcast_arrays(i, j, np.arange(len(array))))
         for i, bucket in enumerate(run)
@@ -155,15 +157,10 @@ def _in_groups(way, one, table, start, total, size):
             first = start + jnp.minimum(group * size, total - size)
             results = jax.lax.map(one, first + jnp.arange(size))
             matrices, *others = jax.tree.map(lambda x: x[:, 0], results)
-        vectors = [way(_slice(matrices, i)) for i in _unknown(range(size))]
+        vectors = [way(_slice(matrices, i)) for i in hidden(range(size))]
         return _filled(table, first, (jnp.concatenate(vectors), *others))
 
     return jax.lax.fori_loop(0, -(-total // size), fill, table)
-
-
-def _unknown(numbers):
-    """Numbers that XLA does not know: it compiles steps that differ in them once."""
-    return jax.lax.optimization_barrier(list(map(jnp.asarray, numbers)))
 
 
 def _filled(table, start, columns):
@@ -238,7 +235,7 @@ def _blas_has_one_thread() -> bool:
 
 
 def _tridiagonal(matrices):
-    """Reflections, diagonals, what is before them in the rows, and scales."""
+    """Reflections, diagonals, what is before them in the rows, scales."""
     # By columns, as LAPACK has matrices, an upper triangle is a lower one.
     by_columns = matrices.swapaxes(1, 2)
     reflections, diagonal, beside, scales = jax.lax.linalg.tridiagonal(by_columns)
@@ -252,9 +249,11 @@ def _by_householder(matrices):
 
 def _by_householder_apart(matrices):
     reflections, diagonal, before, scales = _tridiagonal(matrices)
-    # A scale of the reflections stands where no number is read. Were none of them used,
-    # all calls would share the memory for them, and so wait for each other.
-    unread = jnp.pad(scales[:, :1] + reflections[:, :1, 0], ((0, 0), (0, scales.shape[1])))
+    # Something of each result stands where no number is read. Memory of a result that
+    # nobody used would be another call's as well, which would wait for this one.
+    unread = jnp.pad(
+        reflections[:, 0, :1] + scales[:, :1], ((0, 0), (0, before.shape[1] - 1))
+    )
     return jnp.stack([diagonal, before + unread], axis=1)
 
 

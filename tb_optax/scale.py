@@ -55,14 +55,14 @@ def rescale(
 
 
 def _largest(magnitude):
-    """Over short axes, which XLA reduces in one go, as it does not do with longer ones."""
+    """Of each matrix, over short axes: XLA compiles three kernels for longer ones."""
     axes = [factor for size in magnitude.shape[1:] for factor in _factors(size)]
     folded = jax.lax.optimization_barrier(magnitude.reshape(len(magnitude), *axes))
-    return jnp.max(folded, axis=range(1, folded.ndim))
+    return jnp.max(folded, axis=tuple(range(1, folded.ndim)))
 
 
 def _factors(size: int) -> list[int]:
-    """Up to 32, where there are any."""
+    """Up to 32, where there are such."""
     for factor in range(32, 1, -1):
         if size % factor == 0:
             return [*_factors(size // factor), factor]
