@@ -126,13 +126,13 @@ def _groups(sizes: Int[np.ndarray, " matrices"]) -> list[_Group]:
 
 
 def _number_up_to(keys, bounds, start, most):
-    """How many of ascending keys, `most` of them from `start` on, are up to a bound."""
+    """How many of ascending keys from `start` on, at most `most`, are up to a bound."""
     steps = int(most).bit_length()
 
     def double(i, end):
         ahead = end + (1 << (steps - 1 - i))
         last = keys[jnp.minimum(ahead, len(keys)) - 1]
-        return jnp.where(last <= bounds, ahead, end)
+        return jnp.where((ahead <= len(keys)) & (last <= bounds), ahead, end)
 
     return jax.lax.fori_loop(0, steps, double, start + jnp.zeros_like(keys)) - start
 
