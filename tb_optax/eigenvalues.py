@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tb_optax.hidden import hidden
+from tb_optax.scale import integer_like
 
 # Rows of a step of the loop that counts eigenvalues, an even number.
 ROWS = 8
@@ -161,7 +162,7 @@ def _prepared(forms, sizes):
 def _power_of_two(x):
     """The power of two at or below a number, exact to divide by; 0 for 0."""
     info = jnp.finfo(x.dtype)
-    integer = jnp.int32 if info.bits == 32 else jnp.int64
+    integer = integer_like(x.dtype)
     bits = jax.lax.bitcast_convert_type(x, integer) & ~integer(2**info.nmant - 1)
     return jax.lax.bitcast_convert_type(bits, x.dtype)
 

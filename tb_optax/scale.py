@@ -28,7 +28,7 @@ def rescale(
     [[[0.5534 0.5534]]] [-64] [ True]
     """
     dtype = matrices.dtype
-    info, integer = jnp.finfo(dtype), _integer(dtype)
+    info, integer = jnp.finfo(dtype), integer_like(dtype)
     bits = jax.lax.bitcast_convert_type(matrices, integer)
     magnitude = bits & np.iinfo(integer).max
     top = _largest(magnitude)
@@ -93,7 +93,8 @@ def _lift(info) -> int:
     return 2 * info.nmant
 
 
-def _integer(dtype):
+def integer_like(dtype):
+    """The signed integers of as many bits as these floats."""
     return np.int32 if jnp.finfo(dtype).bits == 32 else np.int64
 
 

@@ -115,11 +115,11 @@ def compute_spectra(
     """Eigenvalues of all layers, bucket by bucket.
 
     The peak of temporary memory for matrices of n x m is on CPU, where they are reduced
-    one by one, 3·(n·m + min(n, m)²)·itemsize, and where their LAPACK calls are shared
-    out TOGETHER·min(n, m)²·itemsize more; elsewhere, where CHUNK_BYTES of them are
-    reduced in one go, (2 + 2 min(n, m) / max(n, m)) times as much. The eigenvalues of
-    all matrices are then found at once, in less than 100·itemsize for each matrix and
-    each row of the largest.
+    one by one, at most 3·(n·m + min(n, m)²)·itemsize, and where their LAPACK calls are
+    shared out 2·TOGETHER·min(n, m)²·itemsize more; elsewhere, where CHUNK_BYTES of them
+    are reduced in one go, (2 + 2 min(n, m) / max(n, m)) times as much. The eigenvalues
+    of all matrices are then found at once, in less than 100·itemsize for each matrix
+    and each row of the largest.
 
     Args:
         stacks: kernels as matrices, (layers, pooled, rows, columns) each, of any
