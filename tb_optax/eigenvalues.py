@@ -127,7 +127,10 @@ def _groups(sizes: Int[np.ndarray, " matrices"]) -> list[_Group]:
 
 
 def _number_up_to(keys, bounds, start, most):
-    """How many of ascending keys from `start` on, at most `most`, are up to a bound."""
+    """How many of ascending keys from `start` on, at most `most`, are up to a bound.
+
+    As `jnp.searchsorted` from the right, less `start`, in fewer kernels and steps.
+    """
     steps = int(most).bit_length()
 
     def double(i, end):

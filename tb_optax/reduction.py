@@ -111,13 +111,13 @@ def _one_by_one(reduction, prepare, table, buckets):
     runs = [(shape, list(run)) for shape, run in itertools.groupby(buckets, shape_of)]
     totals = [sum(map(_count, run)) for _, run in runs]
     starts = hidden([0, *itertools.accumulate(totals[:-1])])
-    places = jnp.asarray(np.concatenate([_places(run) for _, run in runs], axis=1))
+    places = [*jnp.asarray(np.concatenate([_places(run) for _, run in runs], axis=1))]
     for (shape, run), start, total in zip(runs, starts, totals, strict=True):
         size, way = 1, reduction.on_cpu
         if reduction.side_by_side is not None:
             size = _group_size(total, shape[-1], table[0].dtype)
             way = reduction.side_by_side if size > 1 else way
-        one = functools.partial(_prepared_one, prepare, run, list(places))
+        one = functools.partial(_prepared_one, prepare, run, places)
         table = _in_groups(way, one, table, start, total, size)
     return table
 
@@ -140,9 +140,9 @@ def _prepared_one(prepare, run, places, number):
         return prepare(jax.lax.switch(array, slices, place))
 
     # XLA compiles what is the same in several branches and loops to one kernel.
-    bucket, *inside = (_slice(column, number)[0] for column in places)
+    which, *inside = (_slice(column, number)[0] for column in places)
     branches = [functools.partial(matrix, bucket) for bucket in run]
-    return jax.lax.switch(bucket, branches, *inside)
+    return jax.lax.switch(which, branches, *inside)
 
 
 def _in_groups(way, one, table, start, total, size):
