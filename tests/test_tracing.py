@@ -502,7 +502,7 @@ def test_a_parameter_that_jax_has_renamed_is_named_with_its_primitive():
     )(x)
     branch = jax.make_jaxpr(lambda x: lax.cond(x.sum() > 0, jnp.sin, jnp.cos, x))(x)
     read = {
-        "scan": (scan, ("num_consts", "num_carry", "length", "reverse", "jaxpr")),
+        "scan": (scan, ("length", "reverse", "jaxpr")),
         "while": (loop, ("cond_nconsts", "body_nconsts", "body_jaxpr")),
         "cond": (branch, ("branches",)),
     }
@@ -510,7 +510,12 @@ def test_a_parameter_that_jax_has_renamed_is_named_with_its_primitive():
         (equation,) = [e for e in program.eqns if e.primitive.name == name]
         for field in fields:
             control.field(name, equation.params, field)
-    params = dict(read["scan"][0].eqns[-1].params)
-    del params["num_carry"]
-    with pytest.raises(NotImplementedError, match=r"'num_carry' of .* 'scan'"):
-        control.scan("scan", params, [], lambda *_: [], Record({}, {}))
+    (equation,) = [e for e in scan.eqns if e.primitive.name == "scan"]
+    operands = [str(variable) for variable in equation.invars]
+    parts = control.scan_operands("scan", equation.params, operands)
+    assert list(map(len, parts)) == [0, 1, 1]
+    assert sum(parts, []) == operands
+    for name in ({"num_carry", "ft_in"} & equation.params.keys()) | {"length"}:
+        params = {k: v for k, v in equation.params.items() if k != name}
+        with pytest.raises(NotImplementedError, match=rf"'{name}' of .* 'scan'"):
+            control.scan("scan", params, operands, lambda *_: [], Record({}, {}))

@@ -95,22 +95,37 @@ def scan(
     record: Record,
 ) -> list[Value]:
     """`scan`: its body once per slice of what is scanned."""
-    constants = field(primitive, params, "num_consts")
-    carried = constants + field(primitive, params, "num_carry")
+    constants, carry, scanned = scan_operands(primitive, params, values)
     length = field(primitive, params, "length")
     reverse = field(primitive, params, "reverse")
     body = field(primitive, params, "jaxpr")
-    fixed = [_entering(value) for value in values[:constants]]
+    fixed = [_entering(value) for value in constants]
 
     def once(carry):
         with record.loop(length, reverse=reverse) as loop:
-            slices = [_slice_of(value, loop, record) for value in values[carried:]]
+            slices = [_slice_of(value, loop, record) for value in scanned]
             return run(body, [*fixed, *carry, *slices])
 
-    count = carried - constants
-    results = _until_stable(once, list(values[constants:carried]), record)
-    stacks = [_stacked(value, length) for value in results[count:]]
-    return results[:count] + stacks
+    results = _until_stable(once, carry, record)
+    stacks = [_stacked(value, length) for value in results[len(carry) :]]
+    return results[: len(carry)] + stacks
+
+
+def scan_operands(
+    primitive: str, params: Mapping[str, Any], values: Sequence[Value]
+) -> tuple[list[Value], list[Value], list[Value]]:
+    """Divide the operands of `scan` into constants, carry and scanned arrays.
+
+    JAX up to 0.10 counts them (`num_consts`, `num_carry`); from 0.11 on `ft_in` is a
+    tree of three parts in the order of the operands.
+    """
+    if "num_consts" in params:
+        first = field(primitive, params, "num_consts")
+        last = first + field(primitive, params, "num_carry")
+        return list(values[:first]), list(values[first:last]), list(values[last:])
+    parts = field(primitive, params, "ft_in").update(values).unpack()
+    constants, carry, scanned = (list(part) for part in parts)
+    return constants, carry, scanned
 
 
 def _until_stable(
