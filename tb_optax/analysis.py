@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,10 +39,14 @@ class LayerAnalysis:
     options: Options
     max_dim: int
     mesh: Mesh | AbstractMesh | None = None
+    _warned: set[str] = dataclasses.field(
+        default_factory=set, init=False, repr=False, compare=False
+    )
 
     def __call__(self, params: Any) -> Analysis:
-        """Analyses the layers of `params`."""
+        """Analyze the layers of `params`."""
         layers, kernels = self.resolve(params)
+        self.warn_if_ineffective(layers, kernels)
         kernels = placed(kernels, self.mesh)
         return _analyze(kernels, layers, self.options, mesh_of(kernels, self.mesh))
 
@@ -56,6 +61,15 @@ class LayerAnalysis:
         layers = _checked_layers(layers, leaves, self.max_dim)
         layer_of_leaf(layers, shapes_of(leaves))
         return layers, {layer.path: leaves[layer.path].value for layer in layers}
+
+    def warn_if_ineffective(
+        self, layers: Sequence[Layer], kernels: Mapping[str, Any]
+    ) -> None:
+        """Warn, once per analysis, if the sizes of the layers leave nothing to tune."""
+        message = _ineffective(layers, kernels, self.options.min_eigenvalues)
+        if message and message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, UserWarning, stacklevel=3)
 
 
 def layer_analysis(
@@ -108,6 +122,10 @@ def layer_analysis(
         ValueError: if an option is out of range; when called, if a layer or a
             follower is not in the parameters or does not fit them, or if a kernel
             differs along an axis of a `shard_map` around the call.
+
+    Warns:
+        UserWarning: once per analysis, when it is first traced, if no layer or only
+            one has `min_eigenvalues`, so that every multiplier stays 1.
 
     >>> key = jax.random.key(0)
     >>> params = {"a": {"kernel": jax.random.normal(key, (128, 64))},
@@ -185,13 +203,16 @@ def esd(
 def _checked_layers(
     layers: Sequence[Layer], leaves: Mapping[str, Leaf], max_dim: int | None = None
 ) -> tuple[Layer, ...]:
-    """The layers with stacks expanded, every kernel fit for a decomposition."""
-    layers = expand_stacks(layers, shapes_of(leaves))
+    """Expand stacks and check that every kernel is fit for a decomposition."""
+    given, layers = layers, expand_stacks(layers, shapes_of(leaves))
     if not layers:
-        msg = (
-            "there is no layer to balance: the parameters hold no kernel that the "
-            "rules of find_layers know, or `layers` is empty."
+        why = (
+            f"the kernels of all {len(given)} layers are masked out of the parameters."
+            if given
+            else "the parameters hold no kernel that the rules of find_layers know, or "
+            "`layers` is empty."
         )
+        msg = f"there is no layer to balance: {why}"
         raise ValueError(msg)
     for layer in layers:
         kernel = leaves[layer.path].value
@@ -210,6 +231,41 @@ def _checked_layers(
             )
             raise ValueError(msg)
     return layers
+
+
+def _ineffective(
+    layers: Sequence[Layer], kernels: Mapping[str, Any], least: int
+) -> str | None:
+    """Say why no multiplier can differ from 1; None if at least two layers can."""
+    counts = [layer.eigenvalue_count(kernels[layer.path].shape) for layer in layers]
+    tunable = [i for i, count in enumerate(counts) if count >= least]
+    if len(tunable) > 1:
+        return None
+    sizes = sorted(counts)
+    if not tunable:
+        between = " to ".join(map(str, sorted({sizes[0], sizes[-1]})))
+        have = f"all {len(layers)} have" if len(layers) > 1 else "the only one has"
+        return (
+            f"no layer reaches min_eigenvalues = {least}: {have} {between} "
+            f"eigenvalues, so every multiplier stays 1 and TempBalance changes nothing. "
+            f"Pass layer_analysis(..., min_eigenvalues={sizes[0]}) to tune every layer."
+        )
+    name, count = layers[tunable[0]].name, counts[tunable[0]]
+    others = (
+        f"the other {len(layers) - 1} have at most {sizes[-2]}"
+        if len(layers) > 1
+        else "there is no other layer"
+    )
+    remedy = (
+        f"Pass layer_analysis(..., min_eigenvalues={sizes[0]}) to tune every layer."
+        if len(layers) > 1
+        else "Give the analysis more layers."
+    )
+    return (
+        f"only one layer can be tuned: {name!r} with {count} eigenvalues reaches "
+        f"min_eigenvalues = {least}, {others}. A layer with nothing to be compared "
+        f"with keeps multiplier 1 under the maps of this library. {remedy}"
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

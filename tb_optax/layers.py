@@ -145,7 +145,10 @@ class Layer(_Compact):
 def expand_stacks(
     layers: Sequence[Layer], shapes: Mapping[str, tuple[int, ...] | None]
 ) -> tuple[Layer, ...]:
-    """Replaces every stacked layer by its slices, in order.
+    """Replace every stacked layer by its slices, in order.
+
+    A layer whose kernel is masked, as `optax.masked` and `optax.partition` mask
+    frozen leaves, is left out.
 
     Args:
         layers: layers, each with or without an index.
@@ -155,7 +158,7 @@ def expand_stacks(
         Layers with one multiplier each.
 
     Raises:
-        ValueError: if a kernel is absent, masked, or does not fit its layer.
+        ValueError: if a kernel is absent or does not fit its layer.
 
     >>> stack = Layer("w", MatrixAxes((1,), (2,), stacked=(0,)))
     >>> [layer.name for layer in expand_stacks([stack], {"w": (2, 8, 4)})]
@@ -163,6 +166,8 @@ def expand_stacks(
     """
     expanded = []
     for layer in layers:
+        if layer.path in shapes and shapes[layer.path] is None:
+            continue
         shape = _kernel_shape(layer, shapes)
         if layer.index or not layer.axes.stacked:
             expanded.append(layer)
@@ -176,10 +181,9 @@ def expand_stacks(
 def _kernel_shape(layer, shapes) -> tuple[int, ...]:
     shape = shapes.get(layer.path)
     if shape is None:
-        why = "is masked out of" if layer.path in shapes else "is not in"
         msg = (
-            f"layer {layer.path!r} {why} the parameters; take it out of `layers`, or "
-            f"name it as one of their paths: {listing(shapes)}."
+            f"layer {layer.path!r} is not in the parameters; take it out of `layers`, "
+            f"or name it as one of their paths: {listing(shapes)}."
         )
         raise ValueError(msg)
     if len(shape) != layer.axes.rank:

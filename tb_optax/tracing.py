@@ -13,6 +13,7 @@ from tb_optax.forward.program import program_of
 from tb_optax.forward.reading import read_kernels
 from tb_optax.forward.record import Record
 from tb_optax.layers import Layer, MatrixAxes
+from tb_optax.leaves import listing
 from tb_optax.patterns import match_paths
 
 Parts = int | Sequence[int]
@@ -85,8 +86,8 @@ def trace_layers(
         ValueError: if the axes of a leaf cannot be told, naming each such leaf and why:
             output axes that are apart (`einsum("td,edf->tef")`: experts or heads?),
             uses that disagree, a kernel that is computed beyond recognition, a
-            primitive that is not known, a leaf with two axes that is never used; or if
-            an option does not fit.
+            primitive that is not known, a leaf with two axes that is never used; if no
+            layer is found at all; or if an option does not fit.
         NotImplementedError: if this JAX names the parameters of a loop differently.
 
     >>> import jax, jax.numpy as jnp
@@ -128,6 +129,8 @@ def trace_layers(
         for piece in _pieces(layer, shapes[path], parts.get(path)):
             fitting = [f for f in follows.get(path, ()) if _fits(piece, f, shapes)]
             layers.append(dataclasses.replace(piece, follows=tuple(fitting)))
+    if not layers and not kernels.unclear and not given:
+        _complain_of_nothing(shapes)
     return tuple(layers)
 
 
@@ -181,6 +184,20 @@ def _complain(
         msg = f"{what}:\n{listed}\n{remedy}"
         raise ValueError(msg)
     warnings.warn(f"{what} and leaves them out:\n{listed}\n{remedy}", stacklevel=3)
+
+
+def _complain_of_nothing(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise because no layer was found, and say why."""
+    matrices = [path for path, shape in shapes.items() if len(shape) > 1]
+    if matrices:
+        why = (
+            f"the forward pass multiplies no data with {listing(matrices)}. Call "
+            f"trace_layers(fn, params, *inputs) with the data among the inputs"
+        )
+    else:
+        why = f"none of the {len(shapes)} parameters has two axes"
+    msg = f"trace_layers finds no layer: {why}."
+    raise ValueError(msg)
 
 
 def _pieces(

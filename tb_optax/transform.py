@@ -111,6 +111,8 @@ def scale_by_temp_balance(
         check_length(state.multipliers, layers)
         multipliers, alpha = state.multipliers, state.alpha
         if interval is not None:
+            if isinstance(analyze, LayerAnalysis):
+                analyze.warn_if_ineffective(*analyze.resolve(_arrays(params)))
             due = state.count % interval == 0
             arrays = _arrays(params)
             if spread:
@@ -165,7 +167,9 @@ def _arrays(params: Any) -> Any:
 
 
 def _layers_of(analyze, params) -> tuple[Layer, ...]:
-    """The layers that `analyze` finds, without its work."""
+    """Name the layers that `analyze` finds, without its work."""
+    if isinstance(analyze, LayerAnalysis):
+        return analyze.resolve(_arrays(params))[0]
     return jax.eval_shape(analyze, _arrays(params)).layers
 
 

@@ -95,10 +95,10 @@ def scan(
     record: Record,
 ) -> list[Value]:
     """`scan`: its body once per slice of what is scanned."""
-    constants, carry, scanned = scan_operands(primitive, params, values)
     length = field(primitive, params, "length")
     reverse = field(primitive, params, "reverse")
     body = field(primitive, params, "jaxpr")
+    constants, carry, scanned = scan_operands(primitive, params, values)
     fixed = [_entering(value) for value in constants]
 
     def once(carry):
@@ -112,8 +112,8 @@ def scan(
 
 
 def scan_operands(
-    primitive: str, params: Mapping[str, Any], values: Sequence[Value]
-) -> tuple[list[Value], list[Value], list[Value]]:
+    primitive: str, params: Mapping[str, Any], values: Sequence[Any]
+) -> tuple[list[Any], list[Any], list[Any]]:
     """Divide the operands of `scan` into constants, carry and scanned arrays.
 
     JAX up to 0.10 counts them (`num_consts`, `num_carry`); from 0.11 on `ft_in` is a
