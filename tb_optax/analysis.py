@@ -247,8 +247,8 @@ def _ineffective(
         have = f"all {len(layers)} have" if len(layers) > 1 else "the only one has"
         return (
             f"no layer reaches min_eigenvalues = {least}: {have} {between} "
-            f"eigenvalues, so every multiplier stays 1 and TempBalance changes nothing. "
-            f"Pass layer_analysis(..., min_eigenvalues={sizes[0]}) to tune every layer."
+            f"eigenvalues, so every multiplier stays 1 and TempBalance changes "
+            f"nothing. Pass layer_analysis(..., min_eigenvalues={sizes[0]}) to tune every layer."
         )
     name, count = layers[tunable[0]].name, counts[tunable[0]]
     others = (
