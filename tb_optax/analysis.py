@@ -248,7 +248,8 @@ def _ineffective(
         return (
             f"no layer reaches min_eigenvalues = {least}: {have} {between} "
             f"eigenvalues, so every multiplier stays 1 and TempBalance changes "
-            f"nothing. Pass layer_analysis(..., min_eigenvalues={sizes[0]}) to tune every layer."
+            f"nothing. Pass layer_analysis(..., min_eigenvalues={sizes[0]}) to tune "
+            f"every layer."
         )
     name, count = layers[tunable[0]].name, counts[tunable[0]]
     others = (
