@@ -15,9 +15,9 @@ from jaxtyping import Float
 from tb_optax.assignment import Assign, layer_of_leaf, linear
 from tb_optax.checks import check_int, check_number
 from tb_optax.devices import mesh_of, on_mesh, placed
+from tb_optax.find import find_layers
 from tb_optax.layers import Layer, expand_stacks
 from tb_optax.leaves import Leaf, leaves_of, shapes_of
-from tb_optax.naming import find_layers
 from tb_optax.pipeline import (
     Metric,
     Options,

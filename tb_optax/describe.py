@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from tb_optax.assignment import layer_of_leaf
+from tb_optax.find import Reading, read_leaves
 from tb_optax.layers import Layer, expand_stacks
 from tb_optax.leaves import Leaf, leaves_of, listing, shapes_of
-from tb_optax.naming import Reading, read_leaves
 
 
 def describe(

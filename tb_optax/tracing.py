@@ -13,8 +13,7 @@ from tb_optax.forward.program import program_of
 from tb_optax.forward.reading import read_kernels
 from tb_optax.forward.record import Record
 from tb_optax.layers import Layer, MatrixAxes
-from tb_optax.leaves import listing
-from tb_optax.patterns import match_paths
+from tb_optax.leaves import listing, match_paths
 
 Parts = int | Sequence[int]
 
