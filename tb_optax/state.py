@@ -216,7 +216,7 @@ def _shapes_of_moments(
 ) -> dict[str, tuple[int, ...] | None]:
     """Find shapes of kernels by the paths of moments: `0/mu/blocks/kernel`."""
     flat, _ = jax.tree_util.tree_flatten_with_path(opt_state)
-    found = {}
+    found: dict[str, tuple[int, ...] | None] = {}
     for keys, leaf in flat:
         for path, layer in stacks.items():
             fits = is_array(leaf) and len(leaf.shape) == layer.axes.rank

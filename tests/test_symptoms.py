@@ -3,6 +3,7 @@
 import pathlib
 import re
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -259,8 +260,9 @@ def test_a_run_goes_on_with_tempbalance_switched_on():
     _, restored = optimizer.update(params, optimizer.init(params), params)
     analyze = layer_analysis(dense("a", "b"))
     tx = tb_optax.temp_balance(optimizer, analyze, interval=10)
-    opt_state = (restored, *tx.init(params)[1:])
-    assert jax.tree.structure(opt_state) == jax.tree.structure(tx.init(params))
+    fresh: Any = tx.init(params)
+    opt_state: Any = (restored, *fresh[1:])
+    assert jax.tree.structure(opt_state) == jax.tree.structure(fresh)
     updates, opt_state = jax.jit(tx.update)(params, opt_state, params)
     plain, _ = optimizer.update(params, restored, params)
     for name, multiplier in (("a", 0.5), ("b", 1.5)):
