@@ -21,10 +21,11 @@ References:
 """
 
 import dataclasses
+import functools
 import math
 import string
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,12 @@ class exact:
     exact()
     """
 
+    above: ClassVar[float] = math.inf
+
+    def cost(self, n: int, m: int) -> float:
+        """Multiplications for a matrix of n x m: Gram matrix, Householder."""
+        return n**2 * (m + 4 / 3 * n)
+
 
 @dataclasses.dataclass(frozen=True)
 class quadrature:
@@ -71,7 +78,9 @@ class quadrature:
     and 32 probes halve that. `spectral_norm` is a lower bound: the largest node falls
     short of λ_max by at most 0.103·(ln(n·(steps - 1)⁴) / (steps - 1))² of it in the
     mean over probes [1]_, and by far less where λ_max stands off from the rest.
-    `frobenius_norm` is exact. `ks_distance` is 0: single eigenvalues are not known.
+    `frobenius_norm` is exact. `ks_distance` is 0: single eigenvalues are not known. A
+    kernel with fewer distinct eigenvalues than steps, such as an orthogonal one or one
+    of low rank, is not fitted.
 
     Args:
         above: the largest smaller side of a matrix that is still decomposed, an
@@ -106,6 +115,15 @@ class quadrature:
         check_int("probes", self.probes, at_least=1)
         check_int("steps", self.steps, at_least=2)
 
+    def cost(self, n: int, m: int) -> float:
+        """Multiplications for a matrix of n x m, where n <= m."""
+        if n <= self.above:
+            return exact().cost(n, m)
+        return 2 * self.steps * self.probes * n * m
+
+
+Spectrum: TypeAlias = exact | quadrature
+
 
 class WeightedSpectra(NamedTuple):
     """Estimated spectral densities of several layers.
@@ -114,7 +132,8 @@ class WeightedSpectra(NamedTuple):
 
     Attributes:
         log_nodes: one ascending row per probe and pooled matrix; -inf for a zero, for
-            what rounding noise hides, and for padding.
+            what rounding noise hides, and for padding; -inf only, where every matrix
+            has fewer distinct eigenvalues than there are steps.
         weights: of the nodes; those of a layer sum to 1.
         count: N, number of eigenvalues of each layer.
         factor: `conv_norm` where several matrices are pooled, else 1.
@@ -134,6 +153,22 @@ class WeightedSpectra(NamedTuple):
     log_top: Float[Array, " layers"]
     square_sum: Float[Array, " layers"]
     log_noise: float
+
+    def log_unit(self) -> Float[Array, " layers"]:
+        """Natural logarithm of the unit of each row."""
+        exponent = self.exponent.astype(self.log_nodes.dtype)
+        return 2 * math.log(2) * exponent + np.log(self.factor)
+
+    def absolute(self, values: Float[Array, " layers"]) -> Float[Array, " layers"]:
+        """Values in the units of the rows, in absolute units; they may overflow."""
+        return jnp.ldexp(values * self.factor, 2 * self.exponent)
+
+    def stable_rank(self) -> Float[Array, " layers"]:
+        """Σλ / λ_max; 0 where there is no spectrum."""
+        known = self.log_top > -jnp.inf
+        return jnp.where(
+            known, self.square_sum / jnp.exp(jnp.where(known, self.log_top, 0)), 0
+        )
 
 
 class Measures(NamedTuple):
@@ -258,6 +293,7 @@ class Operator:
 
     def _inside(self, side: Sequence[int]) -> Bool[Array, "..."]:
         """Where the part is, along the last axes of an array, those of a side."""
+        assert self.part is not None
         axis, start, stop = self.part
         shape = [self.kernel.shape[axis] if a == axis else 1 for a in side]
         number = jnp.arange(self.kernel.shape[axis]).reshape(shape)
@@ -310,10 +346,14 @@ class Operator:
 
 
 class Reading(NamedTuple):
-    """What is read off each matrix; see `Measures` and `lanczos`."""
+    """What is read off each matrix; see `Measures` and `lanczos`.
+
+    `ended` says that all recurrences of the matrix broke down before their last step.
+    """
 
     diagonal: Float[Array, "matrices probes steps"]
     beside: Float[Array, "matrices probes steps"]
+    ended: Bool[Array, " matrices"]
     measures: Measures
 
 
@@ -366,6 +406,87 @@ def quadrature_spectra(
     return _pooled(read, first, pooled, n, np.asarray(factor, read.diagonal.dtype))
 
 
+def estimate_key(kernels: Mapping[str, Any], layer: Layer) -> tuple:
+    """What layers must share that `estimate_one_of` chooses from."""
+    operator = Operator(kernels[layer.path], layer.axes, layer.part)
+    key = (operator.n, operator.pooled, operator.dtype, bool(layer.axes.pooled))
+    return (*key, layer.path, layer.axes, layer.part) if layer.axes.stacked else key
+
+
+def estimate_one_of(
+    kernels: Mapping[str, Any],
+    layers: Sequence[Layer],
+    place: Int[Array, ""],
+    conv_norm: int | float,
+    method: quadrature,
+) -> WeightedSpectra:
+    """Estimate the spectral density of the layer with this number.
+
+    Products with all of the kernels are compiled, into one recurrence. The slice of a
+    stack is copied; one of a stack that is sharded along the stacked axis moves.
+
+    Args:
+        kernels: kernels by path, sharded in any way.
+        layers: layers with one `estimate_key`.
+        place: which of them.
+        conv_norm: factor on λ where axes are pooled.
+        method: how many probes and steps.
+
+    Returns:
+        WeightedSpectra, of one row.
+    """
+    like = layers[0]
+    if like.axes.stacked:
+        cuts = [functools.partial(_slice, kernels[x.path], x) for x in layers]
+        kernel = jax.lax.switch(place, cuts)
+        operator = Operator(kernel, like.axes, like.part)
+    else:
+        operator = _OneOf(
+            [Operator(kernels[x.path], x.axes, x.part) for x in layers], place
+        )
+    read = _read([operator], method)
+    factor = np.asarray([conv_norm if like.axes.pooled else 1.0], read.diagonal.dtype)
+    first, pooled, n = np.asarray([[0], [operator.pooled], [operator.n]])
+    return _pooled(read, first, pooled, n, factor)
+
+
+@dataclasses.dataclass(frozen=True)
+class _OneOf:
+    """One of several operators of equal sizes, by number."""
+
+    operators: Sequence[Operator]
+    place: Int[Array, ""]
+
+    @property
+    def count(self) -> int:
+        return self.operators[0].count
+
+    @property
+    def pooled(self) -> int:
+        return self.operators[0].pooled
+
+    @property
+    def n(self) -> int:
+        return self.operators[0].n
+
+    def probes(self, number: int):
+        return self.operators[0].probes(number)
+
+    def measure(self):
+        return jax.lax.switch(self.place, [own.measure for own in self.operators])
+
+    def product(self, vectors, exponent):
+        products = [own.product for own in self.operators]
+        return jax.lax.switch(self.place, products, vectors, exponent)
+
+
+def _slice(kernel, layer: Layer):
+    """One slice of a stack, as a stack of one."""
+    for axis, index in zip(layer.axes.stacked, layer.index, strict=True):
+        kernel = jax.lax.slice_in_dim(kernel, index, index + 1, axis=axis)
+    return kernel
+
+
 def _groups(operators: Sequence[Operator], method: quadrature) -> list[list[int]]:
     """Numbers of the operators that are read together: of one size, in few bytes."""
     groups: list[list[int]] = []
@@ -381,7 +502,7 @@ def _groups(operators: Sequence[Operator], method: quadrature) -> list[list[int]
     return groups
 
 
-def _read(operators: Sequence[Operator], method: quadrature) -> Reading:
+def _read(operators: Sequence[Operator | _OneOf], method: quadrature) -> Reading:
     """One recurrence for all matrices of operators of one size."""
     columns = [operator.measure() for operator in operators]
     measures = jax.tree.map(lambda *parts: jnp.concatenate(parts), *columns)
@@ -401,8 +522,10 @@ def _read(operators: Sequence[Operator], method: quadrature) -> Reading:
     steps = min(method.steps, operators[0].n)
     missing = [(0, 0), (0, 0), (0, method.steps - steps)]
     with jax.named_scope("lanczos"):
-        rows = [jnp.pad(row, missing) for row in lanczos(product, start, steps)]
-    return Reading(*rows, measures)
+        diagonal, beside = lanczos(product, start, steps)
+    ended = (beside[..., : steps - 1] == 0).any(axis=2).all(axis=1)
+    diagonal, beside = jnp.pad(diagonal, missing), jnp.pad(beside, missing)
+    return Reading(diagonal, beside, ended, measures)
 
 
 def _pooled(read: Reading, first, pooled, n, factor) -> WeightedSpectra:
@@ -428,6 +551,8 @@ def _pooled(read: Reading, first, pooled, n, factor) -> WeightedSpectra:
     # Past an invariant subspace, what rounding left of a residual can lead to nodes of
     # no weight between the others.
     hidden = (logs <= (log_top + log_noise)[:, None, None, None]) | ~weighty[members]
+    # Between fewer distinct eigenvalues than steps there is no density to estimate.
+    hidden |= read.ended[members].all(axis=1)[:, None, None, None]
     samples = (len(members), -1, shape[-1])
     share = own / (pooled * shape[1])[:, None, None, None].astype(dtype)
     square_sum = jnp.where(own[..., 0, 0], square_sum * jnp.exp(offset), 0)
@@ -485,8 +610,8 @@ def lanczos(
         r_j = A q_j - (A q_j)ᵀ[q_0 ... q_j] [q_0 ... q_j],   q_{j+1} = r_j / |r_j|,
 
     orthogonalized twice against all vectors so far. Where a residual is no more than
-    rounding noise, the q's span an invariant subspace: there the recurrence ends, and
-    zeros follow, which are eigenvalues 0 of weight 0.
+    rounding noise, 8·eps of |T|, the q's span an invariant subspace: there the
+    recurrence ends, and zeros follow, which are eigenvalues 0 of weight 0.
 
     Args:
         product: multiplies all vectors by their matrices A.
@@ -516,7 +641,8 @@ def lanczos(
             r -= jnp.einsum("mpjn,mpj->mpn", basis, along, precision=_HIGHEST)
         b = jnp.sqrt(jnp.sum(r**2, axis=-1))
         largest = jnp.maximum(largest, jnp.abs(a) + b)
-        goes_on = b > eps * largest
+        # Twice is enough only while a residual is well above the rounding of A q.
+        goes_on = b > 8 * eps * largest
         b = jnp.where(goes_on, b, 0)
         q = jnp.where(goes_on, 1 / jnp.where(goes_on, b, 1), 0)[..., None] * r
         diagonal = jax.lax.dynamic_update_index_in_dim(diagonal, a, j, axis=2)

@@ -9,27 +9,37 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from tb_optax.lanczos import Spectrum, estimate_key, estimate_one_of, exact
 from tb_optax.layers import Layer, MatrixAxes
 from tb_optax.pipeline import (
     Options,
     assign_multipliers,
+    estimated_table,
     fitted_table,
+    is_large,
     layer_matrices,
     layer_spectra,
     route_of,
 )
 
 
-def piece_starts(layers: Sequence[Layer], shapes: Mapping[str, Any], pieces: int):
+def piece_starts(
+    layers: Sequence[Layer],
+    shapes: Mapping[str, Any],
+    pieces: int,
+    spectrum: Spectrum = exact(),
+):
     """Cuts the layers into runs of about equal cost.
 
     The cost of a layer is that of its Gram matrices and their tridiagonal forms,
-    pooled·n²·(m + 4/3 n). A layer larger than its share is a piece of its own.
+    pooled·n²·(m + 4/3 n), or that of the products of `quadrature`,
+    pooled·2·steps·probes·n·m. A layer larger than its share is a piece of its own.
 
     Args:
         layers: layers, stacks expanded.
         shapes: shape of every kernel by path.
         pieces: how many runs, some of them empty where there are fewer layers.
+        spectrum: how the layers are read.
 
     Returns:
         int32 array (pieces + 1,): piece p is layers[starts[p]:starts[p + 1]].
@@ -44,7 +54,7 @@ def piece_starts(layers: Sequence[Layer], shapes: Mapping[str, Any], pieces: int
         rows, columns = layer.matrix_shape(shapes[layer.path])
         n, m = min(rows, columns), max(rows, columns)
         pooled = layer.eigenvalue_count(shapes[layer.path]) / n
-        costs.append(pooled * n**2 * (m + 4 / 3 * n))
+        costs.append(pooled * spectrum.cost(n, m))
     middles = np.cumsum(costs) - np.asarray(costs) / 2
     piece_of_layer = (middles / np.sum(costs) * pieces).astype(int)
     return np.searchsorted(piece_of_layer, np.arange(pieces + 1)).astype(np.int32)
@@ -75,7 +85,7 @@ def spread_refresh(
         Multipliers, new ones from all alphas after the last piece, and alphas.
     """
     shapes = {path: kernel.shape for path, kernel in kernels.items()}
-    starts = jnp.asarray(piece_starts(layers, shapes, pieces))
+    starts = jnp.asarray(piece_starts(layers, shapes, pieces, options.spectrum))
     alpha = _refresh_alphas(
         kernels, layers, options, alpha, starts[piece], starts[piece + 1]
     )
@@ -98,6 +108,10 @@ def _refresh_alphas(kernels, layers, options: Options, alpha, start, stop):
     """
     kinds: dict[tuple, list[int]] = {}
     for i, layer in enumerate(layers):
+        if is_large(layer, kernels[layer.path].shape, options):
+            key = ("large", *estimate_key(kernels, layer))
+            kinds.setdefault(key, []).append(i)
+            continue
         matrices = jax.eval_shape(
             functools.partial(layer_matrices, layer=layer), kernels
         )
@@ -127,7 +141,23 @@ def _refresh_alphas(kernels, layers, options: Options, alpha, start, stop):
 
         return compute
 
-    kind_alphas = [alpha_of_kind(members, key[2]) for key, members in kinds.items()]
+    def alpha_of_large_kind(members: Sequence[int]):
+        method: Any = options.spectrum
+        own = tuple(layers[i] for i in members)
+
+        def compute(place):
+            estimate = estimate_one_of(kernels, own, place, options.conv_norm, method)
+            table = estimated_table(estimate, own[:1], options)
+            return table.alpha[0].astype(alpha.dtype)
+
+        return compute
+
+    kind_alphas = [
+        alpha_of_large_kind(members)
+        if key[0] == "large"
+        else alpha_of_kind(members, key[2])
+        for key, members in kinds.items()
+    ]
 
     def visit(i, alpha):
         kind, place = jnp.asarray(kind_of)[i], jnp.asarray(place_in)[i]
