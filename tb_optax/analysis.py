@@ -221,7 +221,7 @@ def _checked_layers(
     layers: Sequence[Layer],
     leaves: Mapping[str, Leaf],
     max_dim: int | None = None,
-    above: float = math.inf,
+    above: int | float = math.inf,
 ) -> tuple[Layer, ...]:
     """The layers with stacks expanded, every kernel fit for its way to a spectrum."""
     layers = expand_stacks(layers, shapes_of(leaves))

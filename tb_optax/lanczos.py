@@ -53,7 +53,7 @@ class exact:
 
     above: ClassVar[float] = math.inf
 
-    def cost(self, n: int, m: int) -> float:
+    def cost(self, n: int, m: int) -> int | float:
         """Multiplications for a matrix of n x m: Gram matrix, Householder."""
         return n**2 * (m + 4 / 3 * n)
 
@@ -115,7 +115,7 @@ class quadrature:
         check_int("probes", self.probes, at_least=1)
         check_int("steps", self.steps, at_least=2)
 
-    def cost(self, n: int, m: int) -> float:
+    def cost(self, n: int, m: int) -> int | float:
         """Multiplications for a matrix of n x m, where n <= m."""
         if n <= self.above:
             return exact().cost(n, m)

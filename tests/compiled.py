@@ -7,6 +7,10 @@ from collections import Counter
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%(\S+) \(.*\{$")
 _CALLS = re.compile(r"(?:calls|to_apply|branch_computations)=\{?((?:%[\w.-]+(?:, )?)+)")
 _GATHERED = re.compile(r" = \(?(.*?)\)? all-gather(?:-start)?\(")
+_MOVED = re.compile(
+    r" = \(?(.*?)\)? (?:all-gather|all-reduce|all-to-all|collective-permute|"
+    r"reduce-scatter)(?:-start)?\("
+)
 _SHAPE = re.compile(r"[a-z]+\d*\[([\d,]*)\]")
 
 
@@ -43,10 +47,19 @@ def decompositions(text: str) -> Counter[int]:
 
 def largest_gathered(text: str) -> int:
     """Entries of the largest array that is put together on every device."""
+    return _largest(_GATHERED, text)
+
+
+def largest_moved(text: str) -> int:
+    """Entries of the largest array that any communication between devices leaves."""
+    return _largest(_MOVED, text)
+
+
+def _largest(operation: re.Pattern[str], text: str) -> int:
     sizes = [
         math.prod(shape)
         for line in text.splitlines()
-        for found in _GATHERED.findall(line)
+        for found in operation.findall(line)
         for shape in _shapes(found)
     ]
     return max(sizes, default=0)
