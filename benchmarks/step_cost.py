@@ -8,7 +8,6 @@ the host (`interval=None`), refreshed in the step (`plain`) and piece by piece
 (`spread`); always in turn:
 
 - `step`: a step in which no refresh is due.
-- `update`: the same for the optimizer alone.
 - `refresh`: a step with a whole refresh, and the analysis alone.
 - `cycle`: every step of whole intervals, by position.
 - `memory`: temporary bytes of the compiled steps.
@@ -22,13 +21,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import commandline, machine
-from benchmarks.errors import UserError
 
-if TYPE_CHECKING:  # What is imported here would fix its number of threads.
+if TYPE_CHECKING:  # What is imported here would not see which cores it has.
     from benchmarks.steps import StepState
-
-# Updates in one sample: one alone is too short for the clock.
-UPDATES = 20
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,11 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> None:
     options = _parser().parse_args(arguments)
-    if options.interval <= UPDATES:
-        msg = f"--interval is {options.interval}; allowed: above {UPDATES}"
-        raise UserError(msg)
     commandline.check_output(options.out, force=options.force)
-    machine.fix_threads(options.threads, options.blas_threads)
+    machine.bind_cores(options.cores)
 
     from benchmarks import models, steps
 
@@ -66,12 +58,10 @@ def _run(arguments: Sequence[str] | None) -> None:
         "side": options.side,
         "dtype": options.dtype,
         "interval": options.interval,
-        "updates": UPDATES,
     }
     results["memory"] = {name: run.temporary_bytes for name, run in runners.items()}
     parts: dict[str, Callable[[], Mapping[str, Any]]] = {
         "step": lambda: _steps(runners, options.repeats),
-        "update": lambda: _updates(optimizers, runners, options.repeats),
         "refresh": lambda: _refreshes(runners, analyze, options.repeats),
         "cycle": lambda: _cycles(runners, options.cycles, options.interval),
     }
@@ -141,35 +131,6 @@ def _steps(runners: Mapping[str, _Runner], repeats: int) -> dict[str, list[float
     return timing.interleave(
         between, repeats, before=lambda name: runners[name].move_to(1)
     )
-
-
-def _updates(
-    optimizers: Mapping[str, Any], runners: Mapping[str, _Runner], repeats: int
-) -> dict[str, list[float]]:
-    import jax
-    import jax.numpy as jnp
-
-    from benchmarks import steps, timing
-
-    # Any numbers do that are not so small that they slow the arithmetic down.
-    gradients = jax.tree.map(jnp.copy, runners["without"].state.params)
-    names = [name for name in optimizers if name != "spread"]
-    updates = {name: steps.update_only(optimizers[name]) for name in names}
-    states = {name: jax.tree.map(jnp.copy, runners[name].state) for name in names}
-
-    def move(name: str) -> None:
-        states[name] = jax.block_until_ready(steps.at_count(states[name], 1))
-
-    def calls(name: str) -> Callable[[], None]:
-        def call() -> None:
-            for _ in range(UPDATES):
-                states[name] = updates[name](states[name], gradients)
-            jax.block_until_ready(states[name])
-
-        return call
-
-    calls_by_name = {name: calls(name) for name in names}
-    return timing.interleave(calls_by_name, repeats, before=move)
 
 
 def _refreshes(

@@ -96,16 +96,6 @@ class Task:
         return jax.jit(step, donate_argnums=0)
 
 
-def update_only(optimizer: optax.GradientTransformation) -> Any:
-    """Return `(state, gradients) -> state`: the optimizer without the network."""
-
-    def update(state: StepState, gradients: Any) -> StepState:
-        params, opt_state = _updated(optimizer, gradients, state)
-        return StepState(params, state.batch_stats, opt_state)
-
-    return jax.jit(update, donate_argnums=0)
-
-
 def optimizers(
     analyze: Callable[[Any], tb_optax.Analysis], interval: int
 ) -> dict[str, optax.GradientTransformation]:

@@ -409,7 +409,8 @@ def quadrature_spectra(
 def estimate_key(kernels: Mapping[str, Any], layer: Layer) -> tuple:
     """What layers must share that `estimate_one_of` chooses from."""
     operator = Operator(kernels[layer.path], layer.axes, layer.part)
-    key = (operator.n, operator.pooled, operator.dtype, bool(layer.axes.pooled))
+    sizes = ("large", operator.n, operator.pooled, operator.dtype)
+    key = (*sizes, bool(layer.axes.pooled))
     return (*key, layer.path, layer.axes, layer.part) if layer.axes.stacked else key
 
 
@@ -675,12 +676,12 @@ def gauss_quadrature(
     above = beside[:, :, None] * jnp.eye(steps, k=1, dtype=beside.dtype)
     whole = diagonal[:, :, None] * jnp.eye(steps, dtype=beside.dtype)
     matrices = whole + above + above.swapaxes(1, 2)
-    return over_devices(_eigenpairs, [[matrices]])
+    return over_devices(_eigenpairs, [matrices])[0]
 
 
 def _eigenpairs(buckets):
     """On CPU, one matrix per call of LAPACK: two batched calls can deadlock."""
-    [[matrices]] = buckets
+    [matrices] = buckets
 
     def pairs(matrices):
         nodes, vectors = jnp.linalg.eigh(matrices)
@@ -689,7 +690,7 @@ def _eigenpairs(buckets):
     def one_by_one(matrices):
         return jax.lax.map(pairs, matrices)
 
-    return jax.lax.platform_dependent(matrices, cpu=one_by_one, default=pairs)
+    return [jax.lax.platform_dependent(matrices, cpu=one_by_one, default=pairs)]
 
 
 def _powers(exponent, dtype):

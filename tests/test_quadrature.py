@@ -88,10 +88,12 @@ class MeanOfNodes:
     """A fit of the user that takes weights: alpha is 2 plus the mean of ln λ."""
 
     def __call__(self, log_eigenvalues, valid):
+        """Fit eigenvalues."""
         mean = jnp.mean(log_eigenvalues, axis=-1, where=valid)
         return self._law(mean, valid.sum(axis=-1))
 
     def fit_weighted(self, log_nodes, weights, count):
+        """Fit nodes."""
         known = jnp.where(log_nodes > -jnp.inf, log_nodes, 0)
         return self._law(jnp.sum(known * weights, axis=(1, 2)), jnp.asarray(count))
 
@@ -110,6 +112,7 @@ def test_a_fit_of_the_user_that_takes_weights():
 def test_a_fit_of_the_user_with_a_wrong_shape_raises():
     class Wrong(MeanOfNodes):
         def fit_weighted(self, log_nodes, weights, count):
+            """Fit nothing."""
             del weights, count
             return PowerLaw(*[log_nodes[0]] * 4)
 
