@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,15 +17,15 @@ from tb_optax.assignment import Assign, layer_of_leaf, linear
 from tb_optax.checks import check_int, check_number
 from tb_optax.devices import mesh_of, on_mesh, placed
 from tb_optax.find import find_layers
+from tb_optax.lanczos import Spectrum, exact, quadrature
 from tb_optax.layers import Layer, expand_stacks
 from tb_optax.leaves import Leaf, leaves_of, shapes_of
 from tb_optax.pipeline import (
     Metric,
     Options,
     assigned_table,
-    fitted_table,
     layer_spectra,
-    route_of,
+    layer_table,
 )
 from tb_optax.power_law import Fit, fit_median
 from tb_optax.spectrum import SINGULAR_VALUES
@@ -58,7 +59,8 @@ class LayerAnalysis:
         """
         leaves = leaves_of(params)
         layers = find_layers(params) if self.layers is None else self.layers
-        layers = _checked_layers(layers, leaves, self.max_dim)
+        spectrum = self.options.spectrum
+        layers = _checked_layers(layers, leaves, self.max_dim, spectrum.above)
         layer_of_leaf(layers, shapes_of(leaves))
         return layers, {layer.path: leaves[layer.path].value for layer in layers}
 
@@ -83,6 +85,7 @@ def layer_analysis(
     conv_norm: int | float = 0.5,
     max_dim: int = 16384,
     mesh: Mesh | AbstractMesh | None = None,
+    spectrum: Spectrum = exact(),
 ) -> LayerAnalysis:
     r"""A spectral analysis: a pure jitted function from parameters to `Analysis`.
 
@@ -109,17 +112,24 @@ def layer_analysis(
             1e-5 is the published zero filter. Norms and N are of all λ.
         conv_norm: factor on λ where axes are pooled, a finite number > 0.
         max_dim: largest smaller side of a matrix, an int >= 1; a larger one is an
-            error, since its eigenvalues cost O(max_dim³).
+            error, since its eigenvalues cost O(max_dim³). It does not bind what
+            `quadrature` reads.
         mesh: the devices to spread the eigenproblems over; None takes the mesh that
             is set by `jax.set_mesh`, or that of the parameters, where JAX tells it.
             Sharded parameters need nothing else: the table is the same on all devices.
+        spectrum: `exact()` decomposes all kernels; `quadrature(...)` estimates the
+            spectra of large ones from products with vectors, without gathering them
+            where they are sharded. It needs a fit that takes weighted eigenvalues,
+            by a method `fit_weighted` as `fit_median` has, and goes neither with
+            `eigenvalue_floor` nor with the metric `ks_distance`, which is 0 there.
 
     Returns:
         `analyze(params) -> Analysis`, which can be called inside `jit` too;
         `jax.eval_shape(analyze, params).layers` gives its layers without work.
 
     Raises:
-        ValueError: if an option is out of range; when called, if a layer or a
+        ValueError: if an option is out of range or does not go with `spectrum`; when
+            called, if a layer or a
             follower is not in the parameters or does not fit them, or if a kernel
             differs along an axis of a `shard_map` around the call.
 
@@ -156,6 +166,7 @@ def layer_analysis(
     check_number("conv_norm", conv_norm, above=0)
     if eigenvalue_floor is not None:
         check_number("eigenvalue_floor", eigenvalue_floor, above=0)
+    _check_spectrum(spectrum, fit, metric, eigenvalue_floor)
     options = Options(
         fit=fit,
         metric=metric,
@@ -163,6 +174,7 @@ def layer_analysis(
         min_eigenvalues=min_eigenvalues,
         eigenvalue_floor=eigenvalue_floor,
         conv_norm=conv_norm,
+        spectrum=spectrum,
     )
     return LayerAnalysis(layers, options, max_dim, mesh)
 
@@ -200,10 +212,36 @@ def esd(
     return [row[len(row) - n :] for row, n in zip(eigenvalues, count, strict=True)]
 
 
+def _check_spectrum(spectrum, fit, metric, eigenvalue_floor) -> None:
+    """Raise ValueError unless the other options can do with such a spectrum."""
+    if not isinstance(spectrum, exact | quadrature):
+        msg = f"spectrum must be exact() or quadrature(...), got {spectrum!r}."
+        raise ValueError(msg)
+    if isinstance(spectrum, exact):
+        return
+    takes_weights = callable(getattr(fit, "fit_weighted", None))
+    if not takes_weights or getattr(fit, "absolute", False):
+        name, value, remedy = "fit", fit, "pass fit_median(...)"
+    elif metric == "ks_distance":
+        name, value, remedy = "metric", metric, "pass another metric, such as 'alpha'"
+    elif eigenvalue_floor is not None:
+        name, value, remedy = "eigenvalue_floor", eigenvalue_floor, "leave it out"
+    else:
+        return
+    msg = (
+        f"{name} = {value!r} needs single eigenvalues, but spectrum = {spectrum} "
+        f"estimates their density; {remedy}, or spectrum=exact()."
+    )
+    raise ValueError(msg)
+
+
 def _checked_layers(
-    layers: Sequence[Layer], leaves: Mapping[str, Leaf], max_dim: int | None = None
+    layers: Sequence[Layer],
+    leaves: Mapping[str, Leaf],
+    max_dim: int | None = None,
+    above: int | float = math.inf,
 ) -> tuple[Layer, ...]:
-    """Expand stacks and check that every kernel is fit for a decomposition."""
+    """Expand stacks and check that every kernel is fit for its way to a spectrum."""
     given, layers = layers, expand_stacks(layers, shapes_of(leaves))
     if not layers:
         why = (
@@ -223,11 +261,12 @@ def _checked_layers(
             )
             raise ValueError(msg)
         side = min(layer.matrix_shape(kernel.shape))
-        if max_dim is not None and side > max_dim:
+        if max_dim is not None and max_dim < side <= above:
             msg = (
                 f"layer {layer.name!r} needs the eigenvalues of a {side} x {side} "
-                f"matrix, above max_dim = {max_dim}; leave it out of `layers`, raise "
-                f"max_dim, or split it into parts (`Layer.part`)."
+                f"matrix, above max_dim = {max_dim}; estimate them by "
+                f"spectrum=quadrature(), leave it out of `layers`, raise max_dim, or "
+                f"split it into parts (`Layer.part`)."
             )
             raise ValueError(msg)
     return layers
@@ -277,8 +316,7 @@ def _analyze(
     mesh: AbstractMesh | None,
 ) -> Analysis:
     def analyze(kernels):
-        spectra = layer_spectra(kernels, layers, options.conv_norm, route_of(options))
-        return assigned_table(fitted_table(spectra, layers, options), options)
+        return assigned_table(layer_table(kernels, layers, options), options)
 
     return on_mesh(mesh, analyze, kernels)
 

@@ -3,8 +3,9 @@
 import math
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
+from tb_optax.lanczos import WeightedSpectra
 from tb_optax.layers import Layer
 from tb_optax.power_law import PowerLaw
 from tb_optax.spectrum import Spectra
@@ -15,13 +16,17 @@ MAX_ALPHA = 1e4
 
 
 def metrics_table(
-    layers: tuple[Layer, ...], spectra: Spectra, law: PowerLaw, *, absolute: bool
+    layers: tuple[Layer, ...],
+    spectra: Spectra | WeightedSpectra,
+    law: PowerLaw,
+    *,
+    absolute: bool,
 ) -> Analysis:
     """The table of an analysis, before any multiplier is assigned.
 
     Args:
         layers: the layers, one per row.
-        spectra: their spectra, each in the unit of its own kernel.
+        spectra: their spectra or estimates of them, each in the unit of its own kernel.
         law: the fits.
         absolute: whether the fits were given eigenvalues in absolute units.
 
@@ -29,15 +34,16 @@ def metrics_table(
         Analysis with multipliers 1 and nothing tuned; what is not fitted has alpha 0
         and no tail.
     """
-    logs, exponent = spectra.log_eigenvalues, spectra.exponent
-    dtype = logs.dtype
-    fitted = _is_fitted(law, spectra, absolute)
-    log_top = logs[:, -1]
+    exponent, dtype = spectra.exponent, law.alpha.dtype
+    if isinstance(spectra, Spectra):
+        log_top, stable_rank = spectra.log_eigenvalues[:, -1], _stable_rank(spectra)
+        log_first = _log_first(law, spectra)
+    else:
+        log_top, stable_rank = spectra.log_top, spectra.stable_rank()
+        log_first = jnp.full_like(log_top, -jnp.inf)
+    fitted = _is_fitted(law, spectra, log_top, log_first, absolute)
     is_zero = log_top == -jnp.inf
     log_top = jnp.where(is_zero, 0, log_top)
-    counted = spectra.is_eigenvalue() & ~is_zero[:, None]
-    relative = jnp.where(counted, jnp.exp(logs - log_top[:, None]), 0)
-    stable_rank = relative.sum(axis=-1)
     sigma = jnp.where(is_zero, 0, jnp.exp(log_top / 2)) * jnp.sqrt(spectra.factor)
     alpha = jnp.where(fitted, law.alpha, 0).astype(dtype)
     xmin = law.xmin if absolute else spectra.absolute(law.xmin)
@@ -58,20 +64,36 @@ def metrics_table(
     )
 
 
-def _is_fitted(
-    law: PowerLaw, spectra: Spectra, absolute: bool
-) -> Bool[Array, " layers"]:
-    """Whether each fit can be trusted; False for whatever is NaN."""
+def _stable_rank(spectra: Spectra) -> Float[Array, " layers"]:
+    """Σλ / λ_max; 0 where there is no spectrum."""
+    logs = spectra.log_eigenvalues
+    is_zero = logs[:, -1:] == -jnp.inf
+    counted = spectra.is_eigenvalue() & ~is_zero
+    relative = logs - jnp.where(is_zero, 0, logs[:, -1:])
+    return jnp.where(counted, jnp.exp(relative), 0).sum(axis=-1)
+
+
+def _log_first(law: PowerLaw, spectra: Spectra) -> Float[Array, " layers"]:
+    """The smallest eigenvalue of each tail."""
     logs = spectra.log_eigenvalues
     width = logs.shape[-1]
-    # An absolute xmin can leave the range of the dtype: then its tail tells.
     first = jnp.clip(width - law.tail_size, 0, width - 1)[:, None]
-    log_first = jnp.take_along_axis(logs, first, axis=-1)[:, 0]
+    return jnp.take_along_axis(logs, first, axis=-1)[:, 0]
+
+
+def _is_fitted(
+    law: PowerLaw,
+    spectra: Spectra | WeightedSpectra,
+    log_top: Float[Array, " layers"],
+    log_first: Float[Array, " layers"],
+    absolute: bool,
+) -> Bool[Array, " layers"]:
+    """Whether each fit can be trusted; False for whatever is NaN."""
+    # An absolute xmin can leave the range of the dtype: then its tail tells.
     in_range = (law.xmin > 0) & (law.xmin < jnp.inf)
     log_xmin = jnp.log(jnp.where(in_range, law.xmin, 1))
     log_xmin = log_xmin - (spectra.log_unit() if absolute else 0)
     log_xmin = jnp.where(in_range, log_xmin, log_first)
-    log_top = logs[:, -1]
     return (
         spectra.finite
         & (log_top > -jnp.inf)

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from tb_optax.assignment import Assign
+from tb_optax.lanczos import Spectrum, WeightedSpectra, exact, quadrature_spectra
 from tb_optax.layers import Layer, MatrixAxes
 from tb_optax.metrics import metrics_table
 from tb_optax.power_law import Fit, PowerLaw
@@ -22,7 +23,7 @@ from tb_optax.spectrum import (
     as_matrices,
     compute_spectra,
 )
-from tb_optax.table import Analysis
+from tb_optax.table import COLUMNS, Analysis
 
 Metric: TypeAlias = str | Callable[[Analysis], Float[Array, " layers"]]
 
@@ -37,6 +38,58 @@ class Options:
     min_eigenvalues: int
     eigenvalue_floor: int | float | None
     conv_norm: int | float
+    spectrum: Spectrum = exact()
+
+
+def layer_table(
+    kernels: Mapping[str, Any], layers: tuple[Layer, ...], options: Options
+) -> Analysis:
+    """The table of the layers, before any multiplier is assigned.
+
+    Large layers are estimated, the others decomposed.
+    """
+    large = [is_large(layer, kernels[layer.path].shape, options) for layer in layers]
+    tables, order = [], []
+    for reads, table_of in ((False, _exact_table), (True, _estimated_table)):
+        own = [i for i, is_one in enumerate(large) if is_one == reads]
+        if own:
+            tables.append(table_of(kernels, tuple(layers[i] for i in own), options))
+            order += own
+    if len(tables) == 1:
+        return tables[0]
+    place = np.argsort(order)
+    columns = {
+        name: jnp.concatenate([getattr(table, name) for table in tables])[place]
+        for name in COLUMNS
+    }
+    return Analysis(layers=layers, **columns)
+
+
+def is_large(layer: Layer, shape: tuple[int, ...], options: Options) -> bool:
+    """Whether the spectrum of a layer is estimated from products alone."""
+    return min(layer.matrix_shape(shape)) > options.spectrum.above
+
+
+def _exact_table(kernels, layers, options):
+    spectra = layer_spectra(kernels, layers, options.conv_norm, route_of(options))
+    return fitted_table(spectra, layers, options)
+
+
+def _estimated_table(kernels, layers, options):
+    estimate = quadrature_spectra(kernels, layers, options.conv_norm, options.spectrum)
+    return estimated_table(estimate, layers, options)
+
+
+def estimated_table(
+    spectra: WeightedSpectra, layers: tuple[Layer, ...], options: Options
+) -> Analysis:
+    """As `fitted_table`, from weighted nodes."""
+    fit: Any = options.fit
+    with jax.named_scope("fit"):
+        law = fit.fit_weighted(spectra.log_nodes, spectra.weights, spectra.count)
+        for name, column in zip(PowerLaw._fields, law, strict=True):
+            _check_shape(f"fit ({name})", column, (len(layers),))
+    return metrics_table(layers, spectra, law, absolute=False)
 
 
 def route_of(options: Options) -> Route:

@@ -9,27 +9,37 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from tb_optax.lanczos import Spectrum, estimate_key, estimate_one_of, exact
 from tb_optax.layers import Layer, MatrixAxes
 from tb_optax.pipeline import (
     Options,
     assign_multipliers,
+    estimated_table,
     fitted_table,
+    is_large,
     layer_matrices,
     layer_spectra,
     route_of,
 )
 
 
-def piece_starts(layers: Sequence[Layer], shapes: Mapping[str, Any], pieces: int):
+def piece_starts(
+    layers: Sequence[Layer],
+    shapes: Mapping[str, Any],
+    pieces: int,
+    spectrum: Spectrum = exact(),
+):
     """Cut the layers into runs of about equal cost.
 
     The cost of a layer is that of its Gram matrices and their tridiagonal forms,
-    pooled·n²·(m + 4/3 n). A layer larger than its share is a piece of its own.
+    pooled·n²·(m + 4/3 n), or that of the products of `quadrature`,
+    pooled·2·steps·probes·n·m. A layer larger than its share is a piece of its own.
 
     Args:
         layers: layers, stacks expanded.
         shapes: shape of every kernel by path.
         pieces: how many runs, some of them empty where there are fewer layers.
+        spectrum: how the layers are read.
 
     Returns:
         int32 array (pieces + 1,): piece p is layers[starts[p]:starts[p + 1]].
@@ -43,7 +53,7 @@ def piece_starts(layers: Sequence[Layer], shapes: Mapping[str, Any], pieces: int
     for layer in layers:
         n, m = sorted(layer.matrix_shape(shapes[layer.path]))
         pooled = layer.eigenvalue_count(shapes[layer.path]) / n
-        costs.append(pooled * n**2 * (m + 4 / 3 * n))
+        costs.append(pooled * spectrum.cost(n, m))
     middles = np.cumsum(costs) - np.asarray(costs) / 2
     piece_of_layer = (middles / np.sum(costs) * pieces).astype(int)
     return np.searchsorted(piece_of_layer, np.arange(pieces + 1)).astype(np.int32)
@@ -62,7 +72,7 @@ def spread_refresh(
     """Compute one piece of a refresh: alphas of its layers, and at its end multipliers.
 
     Layers are analyzed one by one. Those whose matrices agree in shape and dtype share
-    one compiled analysis, whatever their number.
+    one compiled analysis, whatever their number; large ones share a recurrence.
 
     Args:
         kernels: kernels by path, as they are at this step.
@@ -79,8 +89,12 @@ def spread_refresh(
     matrices = [functools.partial(layer_matrices, kernels, layer) for layer in layers]
     kinds: dict[tuple, list[int]] = {}
     for i, layer in enumerate(layers):
-        own = jax.eval_shape(matrices[i])
-        kinds.setdefault((own.shape, own.dtype, bool(layer.axes.pooled)), []).append(i)
+        if is_large(layer, kernels[layer.path].shape, options):
+            key = estimate_key(kernels, layer)
+        else:
+            own = jax.eval_shape(matrices[i])
+            key = (own.shape, own.dtype, bool(layer.axes.pooled))
+        kinds.setdefault(key, []).append(i)
     kind_of, place_of = np.zeros((2, len(layers)), np.int32)
     for number, members in enumerate(kinds.values()):
         kind_of[members], place_of[members] = number, np.arange(len(members))
@@ -92,17 +106,27 @@ def spread_refresh(
         spectra = layer_spectra({"": own}, alone, options.conv_norm, route_of(options))
         return fitted_table(spectra, alone, options).alpha[0].astype(alpha.dtype)
 
-    analyses = [
-        functools.partial(alpha_of, pooled, members)
-        for (_, _, pooled), members in kinds.items()
-    ]
+    def alpha_of_large(members, place):
+        own = tuple(layers[i] for i in members)
+        method: Any = options.spectrum
+        spectra = estimate_one_of(kernels, own, place, options.conv_norm, method)
+        return estimated_table(spectra, own[:1], options).alpha[0].astype(alpha.dtype)
+
+    analyses = []
+    for members in kinds.values():
+        like = layers[members[0]]
+        if is_large(like, kernels[like.path].shape, options):
+            analysis = functools.partial(alpha_of_large, members)
+        else:
+            analysis = functools.partial(alpha_of, bool(like.axes.pooled), members)
+        analyses.append(analysis)
 
     def visit(i, alpha):
         kind, place = jnp.asarray(kind_of)[i], jnp.asarray(place_of)[i]
         return alpha.at[i].set(jax.lax.switch(kind, analyses, place))
 
     shapes = {path: kernel.shape for path, kernel in kernels.items()}
-    starts = jnp.asarray(piece_starts(layers, shapes, pieces))
+    starts = jnp.asarray(piece_starts(layers, shapes, pieces, options.spectrum))
     alpha = jax.lax.fori_loop(starts[piece], starts[piece + 1], visit, alpha)
 
     def assign():
