@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import commandline, machine
 
 if TYPE_CHECKING:  # What is imported here would not see which cores it has.
-    from benchmarks.steps import StepState
+    from benchmarks.steps import Runner
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +47,7 @@ def _run(arguments: Sequence[str] | None) -> None:
     runners = {}
     for name, optimizer in optimizers.items():
         commandline.say(f"{name}: compiling")
-        runners[name] = _Runner(task, optimizer)
+        runners[name] = steps.Runner(task, optimizer)
 
     given = sys.argv[1:] if arguments is None else list(arguments)
     results = machine.describe("benchmarks.step_cost", given)
@@ -96,37 +96,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-class _Runner:
-    """A compiled step with its state, which each call moves on."""
-
-    def __init__(self, task: Any, optimizer: Any):
-        from benchmarks.compilation import temporary_bytes
-
-        self.state: StepState = task.start(optimizer)
-        self._examples = task.examples()
-        lowered = task.step(optimizer).lower(self.state, *self._examples)
-        self._step = lowered.compile()
-        self.temporary_bytes = temporary_bytes(self._step)
-
-    def __call__(self) -> None:
-        import jax
-
-        self.state, loss = self._step(self.state, *self._examples)
-        jax.block_until_ready((self.state, loss))
-
-    def move_to(self, count: int) -> None:
-        """Let the next call be the update of this count."""
-        import jax
-
-        from benchmarks import steps
-
-        self.state = jax.block_until_ready(steps.at_count(self.state, count))
-
-
-def _steps(runners: Mapping[str, _Runner], repeats: int) -> dict[str, list[float]]:
+def _steps(runners: Mapping[str, "Runner"], repeats: int) -> dict[str, list[float]]:
     from benchmarks import timing
 
-    # The first update behind a refresh. In a spread cycle every update has its piece.
+    # The first update after a refresh. In a spread cycle every update has its piece.
     between = {name: run for name, run in runners.items() if name != "spread"}
     return timing.interleave(
         between, repeats, before=lambda name: runners[name].move_to(1)
@@ -134,7 +107,7 @@ def _steps(runners: Mapping[str, _Runner], repeats: int) -> dict[str, list[float
 
 
 def _refreshes(
-    runners: Mapping[str, _Runner], analyze: Callable[[Any], Any], repeats: int
+    runners: Mapping[str, "Runner"], analyze: Callable[[Any], Any], repeats: int
 ) -> dict[str, list[float]]:
     import jax
 
@@ -154,7 +127,7 @@ def _refreshes(
 
 
 def _cycles(
-    runners: Mapping[str, _Runner], cycles: int, interval: int
+    runners: Mapping[str, "Runner"], cycles: int, interval: int
 ) -> dict[str, list[list[float]]]:
     """Return seconds of each step: by cycle, then by position."""
     from benchmarks import timing

@@ -432,7 +432,7 @@ def test_a_spread_refresh_is_one_of_the_parameters_as_they_are():
     for interval in (1, 4, 9):
         tx = tb_optax.scale_by_temp_balance(ANALYZE, interval=interval, spread=True)
         update = jax.jit(tx.update)
-        state = tx.init(params)
+        state: Any = tx.init(params)
         zeros = jax.tree.map(jnp.zeros_like, params)
         for _ in range(interval + 1):
             _, state = update(zeros, state, params)
