@@ -264,7 +264,7 @@ def test_a_run_goes_on_with_tempbalance_switched_on():
     opt_state: Any = (restored, *fresh[1:])
     assert jax.tree.structure(opt_state) == jax.tree.structure(fresh)
     updates, opt_state = jax.jit(tx.update)(params, opt_state, params)
-    plain, _ = optimizer.update(params, restored, params)
+    plain: Any = optimizer.update(params, restored, params)[0]
     for name, multiplier in (("a", 0.5), ("b", 1.5)):
         np.testing.assert_allclose(updates[name], multiplier * plain[name], rtol=1e-6)
     assert tb_optax.get_state(opt_state).count == 1
