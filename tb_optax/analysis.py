@@ -1,35 +1,170 @@
-"""The analysis: from parameters to spectral metrics and multipliers of the layers."""
+"""The analysis: from parameters to spectral metrics and multipliers of the layers.
+
+    params -> layers -> spectra -> power laws -> metrics -> multipliers
+
+`layer_analysis` makes an analysis, `Analysis` is the table that it returns.
+"""
 
 import dataclasses
 import functools
 import math
+import typing
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Float
+from jaxtyping import Array, Bool, Float, Int
 
-from tb_optax.assignment import Assign, layer_of_leaf, linear
 from tb_optax.checks import check_int, check_number
-from tb_optax.devices import mesh_of, on_mesh, placed
 from tb_optax.find import find_layers
-from tb_optax.lanczos import Spectrum, exact, quadrature
-from tb_optax.layers import Layer, expand_stacks
-from tb_optax.leaves import Leaf, leaves_of, shapes_of
-from tb_optax.pipeline import (
-    Metric,
-    Options,
-    assigned_table,
-    layer_spectra,
-    layer_table,
+from tb_optax.lanczos import (
+    Spectrum,
+    WeightedSpectra,
+    exact,
+    quadrature,
+    quadrature_spectra,
 )
-from tb_optax.power_law import Fit, fit_median
-from tb_optax.spectrum import SINGULAR_VALUES
-from tb_optax.table import METRICS, Analysis
+from tb_optax.layers import Layer, MatrixAxes, expand_stacks, layer_of_leaf
+from tb_optax.leaves import Leaf, leaves_of, path_of, shapes_of
+from tb_optax.maps import Assign, linear
+from tb_optax.power_law import Fit, PowerLaw, fit_median
+from tb_optax.sharding import mesh_of, on_mesh, placed
+from tb_optax.spectrum import (
+    GRAM,
+    SINGULAR_VALUES,
+    Route,
+    Spectra,
+    as_matrices,
+    compute_spectra,
+)
+
+# An exponent above this says that all eigenvalues are equal but for rounding.
+MAX_ALPHA = 1e4
+
+
+@typing.no_type_check  # JAX unflattens it with tracers, shapes and placeholders.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+    """One row per layer: what its spectrum says, and the multiplier that follows.
+
+    λ are the eigenvalues of a layer, pooled over its matrices, scaled by
+    `conv_norm` where axes are pooled. Columns in λ units may overflow to infinity
+    where a kernel is huge; those in σ units do not.
+
+    Attributes:
+        layers: the layers, stacks expanded; static.
+        alpha: exponent of the fitted power law; 0 where not fitted.
+        alpha_hat: alpha·log10 λ_max.
+        ks_distance: Kolmogorov-Smirnov distance of the fit; 0 where not fitted.
+        xmin: smallest λ of the tail; 0 where not fitted.
+        tail_size: number of λ in the tail; 0 where not fitted.
+        eigenvalue_count: N, before any floor.
+        spectral_norm: σ_max = sqrt(λ_max). (The published code's is λ_max.)
+        frobenius_norm: sqrt(Σλ). (The published code's `norm` is Σλ.)
+        stable_rank: Σλ / λ_max; 0 for a zero or non-finite kernel.
+        multipliers: factor on the updates of the layer; 1 where not tuned.
+        fitted: whether the fit can be trusted: finite kernel, not all zero, alpha
+            finite and at most 1e4, xmin above the rounding noise.
+        tuned: fitted, enough eigenvalues, and inside the domain of the map.
+    """
+
+    layers: tuple[Layer, ...] = dataclasses.field(metadata={"static": True})
+    alpha: Float[Array, " layers"]
+    alpha_hat: Float[Array, " layers"]
+    ks_distance: Float[Array, " layers"]
+    xmin: Float[Array, " layers"]
+    tail_size: Int[Array, " layers"]
+    eigenvalue_count: Int[Array, " layers"]
+    spectral_norm: Float[Array, " layers"]
+    frobenius_norm: Float[Array, " layers"]
+    stable_rank: Float[Array, " layers"]
+    multipliers: Float[Array, " layers"]
+    fitted: Bool[Array, " layers"]
+    tuned: Bool[Array, " layers"]
+
+    def leaf_multipliers(self, params: Any) -> Any:
+        """The multiplier of every leaf, as a tree like `params`.
+
+        Args:
+            params: the parameters, or any tree with their paths and shapes.
+
+        Returns:
+            For each array a scalar, or an array that broadcasts against it where
+            slices or parts of it belong to different layers; 1 where no layer does.
+        """
+        owners = layer_of_leaf(self.layers, shapes_of(leaves_of(params)))
+        by_path = leaf_multipliers(owners, self.multipliers)
+        one = jnp.ones((), self.multipliers.dtype)
+        return jax.tree_util.tree_map_with_path(
+            lambda keys, _: by_path.get(path_of(keys), one), params
+        )
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The table as plain dicts, one per layer: for pandas, csv or a logger."""
+        columns = jax.device_get({name: getattr(self, name) for name in COLUMNS})
+        plain = {name: column.tolist() for name, column in columns.items()}
+        return [
+            {"layer": layer.name} | {name: plain[name][i] for name in COLUMNS}
+            for i, layer in enumerate(self.layers)
+        ]
+
+
+COLUMNS = tuple(f.name for f in dataclasses.fields(Analysis) if f.name != "layers")
+# The columns that a map can act on.
+METRICS = tuple(
+    name for name in COLUMNS if name not in ("multipliers", "fitted", "tuned")
+)
+
+
+def leaf_multipliers(
+    owners: Mapping[str, Int[np.ndarray, "..."]], multipliers: Float[Array, " layers"]
+) -> dict[str, Float[Array, "..."]]:
+    """Return the multipliers of the leaves that belong to a layer, by path.
+
+    Args:
+        owners: what `layer_of_leaf` says of each leaf.
+        multipliers: one per layer.
+    """
+    padded = jnp.append(multipliers, jnp.ones((), multipliers.dtype))
+    return {
+        path: padded[owner if owner.size > 1 else owner.item()]
+        for path, owner in owners.items()
+    }
+
+
+Metric: TypeAlias = str | Callable[[Analysis], Float[Array, " layers"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What an analysis computes; `layer_analysis` documents and checks each field."""
+
+    fit: Fit
+    metric: Metric
+    assign: Assign
+    min_eigenvalues: int
+    eigenvalue_floor: int | float | None
+    conv_norm: int | float
+    spectrum: Spectrum = exact()
+
+
+class Resolved(NamedTuple):
+    """The layers of an analysis in given parameters.
+
+    Attributes:
+        layers: stacks expanded, one per multiplier.
+        kernels: their kernels, by path.
+        owners: which layer each part of each leaf belongs to; see `layer_of_leaf`.
+    """
+
+    layers: tuple[Layer, ...]
+    kernels: dict[str, Any]
+    owners: dict[str, Int[np.ndarray, "..."]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +181,17 @@ class LayerAnalysis:
 
     def __call__(self, params: Any) -> Analysis:
         """Analyze the layers of `params`."""
-        layers, kernels = self.resolve(params)
+        layers, kernels, _ = self.resolve(params)
         self.warn_if_ineffective(layers, kernels)
+        return self.run(layers, kernels)
+
+    def run(self, layers: tuple[Layer, ...], kernels: Mapping[str, Any]) -> Analysis:
+        """Analyze layers that are resolved already."""
         kernels = placed(kernels, self.mesh)
         return _analyze(kernels, layers, self.options, mesh_of(kernels, self.mesh))
 
-    def resolve(self, params: Any) -> tuple[tuple[Layer, ...], dict[str, Any]]:
-        """The layers in `params`, stacks expanded, and their kernels by path.
+    def resolve(self, params: Any) -> Resolved:
+        """Find the layers in `params`, stacks expanded, their kernels and leaves.
 
         Raises:
             ValueError: if there is none, or one does not fit the parameters.
@@ -61,8 +200,9 @@ class LayerAnalysis:
         layers = find_layers(params) if self.layers is None else self.layers
         spectrum = self.options.spectrum
         layers = _checked_layers(layers, leaves, self.max_dim, spectrum.above)
-        layer_of_leaf(layers, shapes_of(leaves))
-        return layers, {layer.path: leaves[layer.path].value for layer in layers}
+        owners = layer_of_leaf(layers, shapes_of(leaves))
+        kernels = {layer.path: leaves[layer.path].value for layer in layers}
+        return Resolved(layers, kernels, owners)
 
     def warn_if_ineffective(
         self, layers: Sequence[Layer], kernels: Mapping[str, Any]
@@ -333,3 +473,259 @@ def _eigenvalues(
         return spectra.absolute(jnp.exp(spectra.log_eigenvalues)), spectra.count
 
     return on_mesh(mesh, eigenvalues, kernels)
+
+
+# --- stages ------------------------------------------------------------------------
+
+
+def layer_table(
+    kernels: Mapping[str, Any], layers: tuple[Layer, ...], options: Options
+) -> Analysis:
+    """The table of the layers, before any multiplier is assigned.
+
+    Large layers are estimated, the others decomposed.
+    """
+    large = [is_large(layer, kernels[layer.path].shape, options) for layer in layers]
+    tables, order = [], []
+    for reads, table_of in ((False, _exact_table), (True, _estimated_table)):
+        own = [i for i, is_one in enumerate(large) if is_one == reads]
+        if own:
+            tables.append(table_of(kernels, tuple(layers[i] for i in own), options))
+            order += own
+    if len(tables) == 1:
+        return tables[0]
+    place = np.argsort(order)
+    columns = {
+        name: jnp.concatenate([getattr(table, name) for table in tables])[place]
+        for name in COLUMNS
+    }
+    return Analysis(layers=layers, **columns)
+
+
+def is_large(layer: Layer, shape: tuple[int, ...], options: Options) -> bool:
+    """Whether the spectrum of a layer is estimated from products alone."""
+    return min(layer.matrix_shape(shape)) > options.spectrum.above
+
+
+def _exact_table(kernels, layers, options):
+    spectra = layer_spectra(kernels, layers, options.conv_norm, route_of(options))
+    return fitted_table(spectra, layers, options)
+
+
+def _estimated_table(kernels, layers, options):
+    estimate = quadrature_spectra(kernels, layers, options.conv_norm, options.spectrum)
+    return estimated_table(estimate, layers, options)
+
+
+def estimated_table(
+    spectra: WeightedSpectra, layers: tuple[Layer, ...], options: Options
+) -> Analysis:
+    """As `fitted_table`, from weighted nodes."""
+    fit: Any = options.fit
+    with jax.named_scope("fit"):
+        law = fit.fit_weighted(spectra.log_nodes, spectra.weights, spectra.count)
+        for name, column in zip(PowerLaw._fields, law, strict=True):
+            _check_shape(f"fit ({name})", column, (len(layers),))
+    return metrics_table(layers, spectra, law, absolute=False)
+
+
+def route_of(options: Options) -> Route:
+    """Singular values where small eigenvalues decide, else Gram matrices.
+
+    They decide in a fit of the whole spectrum, behind a floor, and for `ks_distance`,
+    a small difference whose error near xmin no later step averages out.
+    """
+    whole = getattr(options.fit, "whole_spectrum", False)
+    precise = whole or options.eigenvalue_floor or options.metric == "ks_distance"
+    return SINGULAR_VALUES if precise else GRAM
+
+
+def fitted_table(
+    spectra: Spectra, layers: tuple[Layer, ...], options: Options
+) -> Analysis:
+    """The table of the layers, before any multiplier is assigned."""
+    fit, floor = options.fit, options.eigenvalue_floor
+    absolute = getattr(fit, "absolute", False)
+    with jax.named_scope("fit"):
+        logs = spectra.log_eigenvalues
+        log_unit = spectra.log_unit()[:, None]
+        kept = spectra.is_eigenvalue()
+        if floor is not None:
+            above = kept & (logs + log_unit > math.log(floor))
+            kept = jnp.where(above.any(axis=-1, keepdims=True), above, kept)
+        law = fit(logs + log_unit if absolute else logs, kept)
+        for name, column in zip(PowerLaw._fields, law, strict=True):
+            _check_shape(f"fit ({name})", column, (len(layers),))
+    return metrics_table(layers, spectra, law, absolute=absolute)
+
+
+def assigned_table(table: Analysis, options: Options) -> Analysis:
+    """The table with the multipliers that the map gives to its metric."""
+    metric = options.metric
+    scores = getattr(table, metric) if isinstance(metric, str) else metric(table)
+    _check_shape("metric", scores, table.alpha.shape)
+    multipliers, tuned = assign_multipliers(
+        scores.astype(table.alpha.dtype), table.fitted, table.eigenvalue_count, options
+    )
+    return dataclasses.replace(table, multipliers=multipliers, tuned=tuned)
+
+
+def assign_multipliers(
+    scores: Float[Array, " layers"],
+    fitted: Bool[Array, " layers"],
+    eigenvalue_count: Int[Array, " layers"],
+    options: Options,
+) -> tuple[Float[Array, " layers"], Bool[Array, " layers"]]:
+    """Multipliers, and which layers are tuned: the others have 1."""
+    tuned = fitted & (eigenvalue_count >= options.min_eigenvalues)
+    tuned = tuned & jnp.isfinite(scores)
+    with jax.named_scope("assign"):
+        multipliers = options.assign(jnp.where(tuned, scores, 1), tuned)
+    _check_shape("assign", multipliers, scores.shape)
+    tuned = tuned & jnp.isfinite(multipliers)
+    return jnp.where(tuned, multipliers, 1).astype(scores.dtype), tuned
+
+
+def layer_matrices(
+    kernels: Mapping[str, Any], layer: Layer
+) -> Float[Array, "pooled rows columns"]:
+    """The matrices of one layer."""
+    kernel = _part_of(kernels[layer.path], layer.part)
+    stack = as_matrices(kernel, layer.axes)
+    return stack[_slices(kernel, layer.axes)[layer.index]]
+
+
+def layer_spectra(
+    kernels: Mapping[str, Any],
+    layers: Sequence[Layer],
+    conv_norm: int | float,
+    route: Route,
+) -> Spectra:
+    """Spectra of the layers, those of one kernel read as one stack."""
+    groups: dict[tuple, list[int]] = {}
+    for position, layer in enumerate(layers):
+        groups.setdefault((layer.path, layer.axes, layer.part), []).append(position)
+    stacks, factors, order = [], [], []
+    for (path, axes, part), members in groups.items():
+        kernel = _part_of(kernels[path], part)
+        stack = as_matrices(kernel, axes)
+        slices = _slices(kernel, axes)
+        wanted = np.asarray([slices[layers[i].index] for i in members])
+        if not np.array_equal(wanted, np.arange(len(stack))):
+            stack = stack[wanted]
+        stacks.append(stack)
+        factors.append(conv_norm if axes.pooled else 1.0)
+        order += members
+    spectra = compute_spectra(stacks, factors, route)
+    if order == sorted(order):
+        return spectra
+    return jax.tree.map(lambda column: column[np.argsort(order)], spectra)
+
+
+def _part_of(kernel, part):
+    if part is None:
+        return kernel
+    axis, start, stop = part
+    return jax.lax.slice_in_dim(kernel, start, stop, axis=axis)
+
+
+def _slices(kernel, axes: MatrixAxes) -> np.ndarray:
+    """Number of each slice of the stacked axes, by index."""
+    sizes = [kernel.shape[axis] for axis in axes.stacked]
+    return np.arange(math.prod(sizes)).reshape(sizes)
+
+
+def _check_shape(name: str, column, shape: tuple[int, ...]) -> None:
+    if jnp.shape(column) != shape:
+        msg = (
+            f"{name} must return shape {shape}, one per layer, got {jnp.shape(column)}."
+        )
+        raise ValueError(msg)
+
+
+def metrics_table(
+    layers: tuple[Layer, ...],
+    spectra: Spectra | WeightedSpectra,
+    law: PowerLaw,
+    *,
+    absolute: bool,
+) -> Analysis:
+    """The table of an analysis, before any multiplier is assigned.
+
+    Args:
+        layers: the layers, one per row.
+        spectra: their spectra or estimates of them, each in the unit of its own kernel.
+        law: the fits.
+        absolute: whether the fits were given eigenvalues in absolute units.
+
+    Returns:
+        Analysis with multipliers 1 and nothing tuned; what is not fitted has alpha 0
+        and no tail.
+    """
+    exponent, dtype = spectra.exponent, law.alpha.dtype
+    if isinstance(spectra, Spectra):
+        log_top, stable_rank = spectra.log_eigenvalues[:, -1], _stable_rank(spectra)
+        log_first = _log_first(law, spectra)
+    else:
+        log_top, stable_rank = spectra.log_top, spectra.stable_rank()
+        log_first = jnp.full_like(log_top, -jnp.inf)
+    fitted = _is_fitted(law, spectra, log_top, log_first, absolute)
+    is_zero = log_top == -jnp.inf
+    log_top = jnp.where(is_zero, 0, log_top)
+    sigma = jnp.where(is_zero, 0, jnp.exp(log_top / 2)) * jnp.sqrt(spectra.factor)
+    alpha = jnp.where(fitted, law.alpha, 0).astype(dtype)
+    xmin = law.xmin if absolute else spectra.absolute(law.xmin)
+    return Analysis(
+        layers=layers,
+        alpha=alpha,
+        alpha_hat=alpha * (log_top + spectra.log_unit()) / math.log(10),
+        ks_distance=jnp.where(fitted, law.ks_distance, 0).astype(dtype),
+        xmin=jnp.where(fitted, xmin, 0).astype(dtype),
+        tail_size=jnp.where(fitted, law.tail_size, 0).astype(jnp.int32),
+        eigenvalue_count=jnp.asarray(spectra.count),
+        spectral_norm=jnp.ldexp(sigma, exponent),
+        frobenius_norm=jnp.ldexp(sigma * jnp.sqrt(stable_rank), exponent),
+        stable_rank=stable_rank,
+        multipliers=jnp.ones_like(alpha),
+        fitted=fitted,
+        tuned=jnp.zeros_like(fitted),
+    )
+
+
+def _stable_rank(spectra: Spectra) -> Float[Array, " layers"]:
+    """Σλ / λ_max; 0 where there is no spectrum."""
+    logs = spectra.log_eigenvalues
+    is_zero = logs[:, -1:] == -jnp.inf
+    counted = spectra.is_eigenvalue() & ~is_zero
+    relative = logs - jnp.where(is_zero, 0, logs[:, -1:])
+    return jnp.where(counted, jnp.exp(relative), 0).sum(axis=-1)
+
+
+def _log_first(law: PowerLaw, spectra: Spectra) -> Float[Array, " layers"]:
+    """The smallest eigenvalue of each tail."""
+    logs = spectra.log_eigenvalues
+    width = logs.shape[-1]
+    first = jnp.clip(width - law.tail_size, 0, width - 1)[:, None]
+    return jnp.take_along_axis(logs, first, axis=-1)[:, 0]
+
+
+def _is_fitted(
+    law: PowerLaw,
+    spectra: Spectra | WeightedSpectra,
+    log_top: Float[Array, " layers"],
+    log_first: Float[Array, " layers"],
+    absolute: bool,
+) -> Bool[Array, " layers"]:
+    """Whether each fit can be trusted; False for whatever is NaN."""
+    # An absolute xmin can leave the range of the dtype: then its tail tells.
+    in_range = (law.xmin > 0) & (law.xmin < jnp.inf)
+    log_xmin = jnp.log(jnp.where(in_range, law.xmin, 1))
+    log_xmin = log_xmin - (spectra.log_unit() if absolute else 0)
+    log_xmin = jnp.where(in_range, log_xmin, log_first)
+    return (
+        spectra.finite
+        & (log_top > -jnp.inf)
+        & (law.alpha > 0)
+        & (law.alpha <= MAX_ALPHA)
+        & (log_xmin > log_top + spectra.log_noise)
+    )

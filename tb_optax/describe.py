@@ -6,9 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from tb_optax.assignment import layer_of_leaf
 from tb_optax.find import Reading, read_leaves
-from tb_optax.layers import Layer, expand_stacks
+from tb_optax.layers import Layer, expand_stacks, layer_of_leaf
 from tb_optax.leaves import Leaf, leaves_of, listing, shapes_of
 
 

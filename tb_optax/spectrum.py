@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from tb_optax.devices import over_devices
 from tb_optax.eigenvalues import (
     Bucket,
     Decomposed,
@@ -25,6 +24,7 @@ from tb_optax.eigenvalues import (
     singular_values,
 )
 from tb_optax.layers import MatrixAxes
+from tb_optax.sharding import over_devices
 
 
 class Spectra(NamedTuple):

@@ -9,9 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from tb_optax.lanczos import Spectrum, estimate_key, estimate_one_of, exact
-from tb_optax.layers import Layer, MatrixAxes
-from tb_optax.pipeline import (
+from tb_optax.analysis import (
     Options,
     assign_multipliers,
     estimated_table,
@@ -21,6 +19,8 @@ from tb_optax.pipeline import (
     layer_spectra,
     route_of,
 )
+from tb_optax.lanczos import Spectrum, estimate_key, estimate_one_of, exact
+from tb_optax.layers import Layer, MatrixAxes
 
 
 def piece_starts(

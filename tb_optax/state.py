@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from tb_optax.analysis import Analysis
 from tb_optax.layers import Layer, expand_stacks
 from tb_optax.leaves import is_array, leaves_of, listing, path_of, shapes_of
-from tb_optax.table import Analysis
 
 
 class TempBalanceState(NamedTuple):

@@ -5,14 +5,13 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tb_optax.assignment import layer_of_leaf
 from tb_optax.forward.association import POLICIES, followers
 from tb_optax.forward.execution import slices_in_order
 from tb_optax.forward.interpreter import Interpreter
 from tb_optax.forward.program import program_of
 from tb_optax.forward.reading import read_kernels
 from tb_optax.forward.record import Record
-from tb_optax.layers import Layer, MatrixAxes
+from tb_optax.layers import Layer, MatrixAxes, layer_of_leaf
 from tb_optax.leaves import listing, match_paths
 
 Parts = int | Sequence[int]

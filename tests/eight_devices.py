@@ -16,10 +16,10 @@ from jax.sharding import PartitionSpec as P
 
 import tb_optax
 from tb_optax import Layer, MatrixAxes
-from tb_optax.devices import mesh_of, on_mesh
+from tb_optax.analysis import layer_spectra
 from tb_optax.eigenvalues import find_scale
 from tb_optax.layers import expand_stacks
-from tb_optax.pipeline import layer_spectra
+from tb_optax.sharding import mesh_of, on_mesh
 from tb_optax.spectrum import GRAM, Route
 
 DENSE = MatrixAxes((0,), (1,))
