@@ -175,7 +175,7 @@ class Measures(NamedTuple):
     """What one look at the entries of each matrix tells.
 
     Attributes:
-        exponent: e, the power of two above its largest magnitude.
+        exponent: e, where 2^e is at most its largest magnitude, and more than half.
         finite: whether its slice of the kernel is finite.
         square_sum: Σλ / 4^e, its squared Frobenius norm.
     """
@@ -243,7 +243,7 @@ class Operator:
         low = jnp.min(self.kernel, axis=matrix_axes, keepdims=True)
         top = jnp.maximum(high, -low).astype(self.dtype)
         finite = jnp.isfinite(top)
-        exponent = jnp.frexp(jnp.where(finite & (top > 0), top, 0.5))[1]
+        exponent = jnp.frexp(jnp.where(finite & (top > 0), top, 1))[1] - 1
         half, rest = _powers(exponent, self.dtype)
         squares = (self.kernel.astype(self.dtype) * half * rest) ** 2
         if self.part is not None:

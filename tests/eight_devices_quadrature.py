@@ -166,7 +166,7 @@ def test_inside_shard_map(manual):
 def training(spread):
     """A jitted step, and how its optimizer starts."""
     tx = tb_optax.temp_balance(
-        optax.sgd(0.1, momentum=0.9), ANALYZE, interval=3, spread=spread
+        optax.sgd(0.01, momentum=0.9), ANALYZE, interval=3, spread=spread
     )
 
     def step(params, state):
@@ -200,11 +200,11 @@ def test_training_goes_as_on_one_device(spread, axis_type):
         compiled = step.lower(sharded, init(sharded)).compile()
         assert_vectors_only(compiled)
     for name, kernel in found.items():
-        np.testing.assert_allclose(kernel, expected[name], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(kernel, expected[name], rtol=1e-5, atol=1e-5)
         assert kernel.sharding.is_equivalent_to(sharded[name].sharding, kernel.ndim)
     alphas = [tb_optax.get_state(one).alpha for one in (own, state)]
-    np.testing.assert_allclose(*alphas, rtol=1e-4)
-    assert min(alphas[0]) > 1
+    np.testing.assert_allclose(*alphas, rtol=1e-5)
+    assert (alphas[0] != alone().alpha).all()
 
 
 @pytest.mark.parametrize("fault", [math.nan, 0.0])

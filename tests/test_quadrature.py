@@ -25,9 +25,10 @@ from tb_optax import (
     layer_analysis,
     quadrature,
 )
+from tb_optax.lanczos import quadrature_spectra
 
 EPS = eps_of(np.float32)
-# Of all kernels of the zoo; as many steps as the largest has rows.
+# Every kernel of the zoo is large.
 ALL = quadrature(above=0)
 STACK = MatrixAxes((1,), (2,), stacked=(0,))
 CONV = MatrixAxes((2,), (3,), pooled=(0, 1))
@@ -85,33 +86,36 @@ def test_max_dim_binds_only_what_is_decomposed():
 
 
 @dataclasses.dataclass(frozen=True)
-class MeanOfNodes:
-    """A fit of the user that takes weights: alpha is 2 plus the mean of ln λ."""
+class Mean:
+    """A fit of the user that takes weights: alpha is 2 plus the mean of λ."""
 
     def __call__(self, log_eigenvalues, valid):
         """Fit eigenvalues."""
-        mean = jnp.mean(log_eigenvalues, axis=-1, where=valid)
+        mean = jnp.mean(jnp.exp(log_eigenvalues), axis=-1, where=valid)
         return self._law(mean, valid.sum(axis=-1))
 
     def fit_weighted(self, log_nodes, weights, count):
         """Fit nodes."""
-        known = jnp.where(log_nodes > -jnp.inf, log_nodes, 0)
-        return self._law(jnp.sum(known * weights, axis=(1, 2)), jnp.asarray(count))
+        mean = jnp.sum(jnp.exp(log_nodes) * weights, axis=(1, 2))
+        return self._law(mean, jnp.asarray(count))
 
     def _law(self, mean, count):
-        return PowerLaw(2 + jnp.abs(mean), jnp.ones_like(mean), 0 * mean, count)
+        return PowerLaw(2 + mean, jnp.ones_like(mean), 0 * mean, count)
 
 
 def test_a_fit_of_the_user_that_takes_weights():
-    kernels = {"w": heavy(2, 200, 200)}
+    """It is given nodes in the unit of the eigenvalues that it would be given."""
+    kernels = {"w": float32(np.random.default_rng(2).normal(size=(200, 400)))}
     layers = [Layer("w", DENSE)]
-    found = table(kernels, layers, fit=MeanOfNodes()).alpha[0]
-    known = layer_analysis(layers, fit=MeanOfNodes())(kernels).alpha[0]
-    assert found == pytest.approx(known, rel=0.02)
+    found = table(kernels, layers, fit=Mean())
+    known = layer_analysis(layers, fit=Mean())(kernels)
+    assert known.alpha[0] > 10
+    # The mean of eight forms qᵀAq, each with variance 2·mean λ² / n, is within 0.04.
+    np.testing.assert_allclose(found.alpha, known.alpha, rtol=0.12)
 
 
 def test_a_fit_of_the_user_with_a_wrong_shape_raises():
-    class Wrong(MeanOfNodes):
+    class Wrong(Mean):
         def fit_weighted(self, log_nodes, weights, count):
             """Fit nothing."""
             del weights, count
@@ -266,9 +270,7 @@ def test_slices_parts_and_transposes_are_read_like_kernels_of_their_own():
     np.testing.assert_allclose(found.frobenius_norm, norms, rtol=8 * EPS)
 
 
-@pytest.mark.parametrize(
-    "asked", [[0], [5], [1, 2, 3, 4], [2, 3], [5, 0], [0, 1, 2, 3, 4, 5]], ids=str
-)
+@pytest.mark.parametrize("asked", [[5], [1, 2, 3, 4], [3, 2]], ids=str)
 def test_slices_of_a_stack_in_any_order(asked):
     """Whether or not the others are left out of the products."""
     stack = heavy(14, 6, 60, 70)
@@ -279,15 +281,11 @@ def test_slices_of_a_stack_in_any_order(asked):
 
 
 def test_pooled_matrices_weigh_the_same():
-    """The density of a pooled kernel is the mean of those of its matrices.
-
-    The quantile and the excess of the mean are found by NumPy from the nodes that each
-    matrix has with the same probes.
-    """
+    """The nodes of each have its own mean eigenvalue, in the unit of the layer."""
     kernel = heavy(15, 2, 1, 70, 90)
     kernel[1] *= 8
     layers = [Layer("w", CONV)]
-    pooled = tb_optax.lanczos.quadrature_spectra({"w": kernel}, layers, 1.0, ALL)
+    pooled = quadrature_spectra({"w": jnp.asarray(kernel)}, layers, 1.0, ALL)
     unit = 4.0 ** np.asarray(pooled.exponent, np.float64)[0]
     logs, weights = (np.asarray(x, np.float64)[0] for x in pooled[:2])
     assert logs.shape == (2 * ALL.probes, ALL.steps)
@@ -312,7 +310,7 @@ def test_pooled_kernels_with_a_zero_matrix():
     found = table({"w": kernel}, [Layer("w", CONV)])
     assert known.fitted[0]
     assert found.fitted[0]
-    assert found.alpha[0] == pytest.approx(known.alpha[0], rel=0.08)
+    np.testing.assert_allclose(found.alpha, known.alpha, rtol=0.08)
     kernel[2] = 0
     check_not_fitted(table({"w": kernel}, [Layer("w", CONV)]), 0)
 
@@ -353,7 +351,7 @@ def test_low_rank(share):
     if share < 0.5:
         check_not_fitted(found, 0)
     else:
-        assert found.alpha[0] == pytest.approx(known.alpha[0], rel=0.06)
+        np.testing.assert_allclose(found.alpha, known.alpha, rtol=0.06)
 
 
 @pytest.mark.parametrize("size", [96, 700])
@@ -396,7 +394,8 @@ def test_tiny_kernels(shape):
     assert found.eigenvalue_count[0] == min(shape)
     top = np.linalg.norm(kernel.astype(np.float64), 2)
     assert found.spectral_norm[0] == pytest.approx(top, rel=84 * EPS)
-    assert found.fitted[0] == (min(shape) > 1)
+    # A tail of one eigenvalue has no spread.
+    assert found.fitted[0] == (min(shape) > 2)
 
 
 # --- training -----------------------------------------------------------------------
@@ -430,15 +429,18 @@ def test_a_spread_refresh_is_one_of_the_parameters_as_they_are():
     params = make_params()
     known = ANALYZE(params)
     assert known.fitted.all()
-    for interval in (1, 4, 9):
-        tx = tb_optax.scale_by_temp_balance(ANALYZE, interval=interval, spread=True)
-        update = jax.jit(tx.update)
-        state: Any = tx.init(params)
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        for _ in range(interval + 1):
-            _, state = update(zeros, state, params)
-        np.testing.assert_allclose(state.alpha, known.alpha, rtol=2e-6)
-        np.testing.assert_allclose(state.multipliers, known.multipliers, rtol=1e-4)
+    tx = tb_optax.scale_by_temp_balance(ANALYZE, interval=4, spread=True)
+    update = jax.jit(tx.update)
+    state: Any = tx.init(params)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    _, state = update(zeros, state, params)
+    # What the first refresh, a whole one, found must not be what the pieces find.
+    state = tb_optax.set_multipliers(state, [1.0] * len(known.layers))
+    state = tb_optax.get_state(state)._replace(alpha=jnp.zeros_like(known.alpha))
+    for _ in range(4):
+        _, state = update(zeros, state, params)
+    np.testing.assert_allclose(state.alpha, known.alpha, rtol=2e-6)
+    np.testing.assert_allclose(state.multipliers, known.multipliers, rtol=1e-4)
 
 
 @pytest.mark.parametrize("spread", [False, True])
