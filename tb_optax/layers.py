@@ -132,7 +132,7 @@ class Layer(_Compact):
         return f"{self.path}{index}{part}"
 
     def matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Rows and columns of the layer's matrices in a kernel of this shape."""
+        """Return rows and columns of the layer's matrices in a kernel of this shape."""
         sizes = list(shape)
         if self.part is not None:
             axis, start, stop = self.part
@@ -141,7 +141,7 @@ class Layer(_Compact):
         return rows, math.prod(sizes[axis] for axis in self.axes.output)
 
     def eigenvalue_count(self, shape: tuple[int, ...]) -> int:
-        """N of the layer in a kernel of this shape, pooled over its positions."""
+        """Return N of the layer in a kernel of this shape, pooled over positions."""
         pooled = math.prod(shape[axis] for axis in self.axes.pooled)
         return pooled * min(self.matrix_shape(shape))
 
@@ -215,7 +215,7 @@ def _kernel_shape(layer, shapes) -> tuple[int, ...]:
 def layer_of_leaf(
     layers: Sequence[Layer], shapes: Mapping[str, tuple[int, ...] | None]
 ) -> dict[str, Int[np.ndarray, "..."]]:
-    """Which layer each part of each leaf belongs to.
+    """Say which layer each part of each leaf belongs to.
 
     Args:
         layers: one entry per multiplier, stacks expanded.
@@ -270,7 +270,7 @@ def layer_of_leaf(
 
 
 def _part_of_leaf(layer, path, shape, kernel_shape) -> tuple[slice, ...]:
-    """The slices of a leaf, one per axis, that belong to a layer."""
+    """Return the slices of a leaf, one per axis, that belong to a layer."""
     where = [slice(None)] * len(shape)
     axes = layer.axes
     for axis, index in zip(axes.stacked, layer.index, strict=True):
@@ -291,7 +291,7 @@ def _part_of_leaf(layer, path, shape, kernel_shape) -> tuple[slice, ...]:
 
 
 def _output_axis_of_follower(layer, path, shape, kernel_shape) -> int:
-    """The axis of a follower that runs along the split output axis."""
+    """Find the axis of a follower that runs along the split output axis."""
     free = [axis for axis in range(len(shape)) if axis not in layer.axes.stacked]
     outputs = layer.axes.output
     if tuple(shape[axis] for axis in free) == tuple(kernel_shape[a] for a in outputs):

@@ -90,7 +90,7 @@ class fit_median:
     def __call__(
         self, log_eigenvalues: Float[Array, "layers n"], valid: Bool[Array, "layers n"]
     ) -> PowerLaw:
-        """Fits every row; rows ascend, invalid entries come first."""
+        """Fit every row; rows ascend, invalid entries come first."""
         width = log_eigenvalues.shape[-1]
         count = valid.sum(axis=-1)
         # A table, since a float32 quotient can land on the wrong side of an integer.
@@ -176,7 +176,7 @@ class fit_min_ks:
     def __call__(
         self, log_eigenvalues: Float[Array, "layers n"], valid: Bool[Array, "layers n"]
     ) -> PowerLaw:
-        """Fits every row; rows ascend, invalid entries come first."""
+        """Fit every row; rows ascend, invalid entries come first."""
         return _min_ks(log_eigenvalues, valid, valid)
 
 
@@ -223,7 +223,7 @@ class fit_peak:
     def __call__(
         self, log_eigenvalues: Float[Array, "layers n"], valid: Bool[Array, "layers n"]
     ) -> PowerLaw:
-        """Fits every row; rows ascend, invalid entries come first."""
+        """Fit every row; rows ascend, invalid entries come first."""
         counted = valid & (log_eigenvalues > -jnp.inf)
         logs = jnp.where(counted, log_eigenvalues, 0) / math.log(10)
         low = jnp.min(logs, axis=-1, initial=jnp.inf, where=counted)

@@ -85,7 +85,7 @@ SINGULAR_VALUES = Route(singular_values, 2)
 def as_matrices(
     kernel: Float[Array, "..."], axes: MatrixAxes
 ) -> Float[Array, "stacked pooled rows columns"]:
-    """Reads a kernel as matrices, by transposing and reshaping it.
+    """Read a kernel as matrices, by transposing and reshaping it.
 
     >>> conv = MatrixAxes((2,), (3,), pooled=(0, 1))
     >>> print(as_matrices(jnp.zeros((3, 3, 16, 32)), conv).shape)
