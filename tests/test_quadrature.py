@@ -27,6 +27,9 @@ from tb_optax import (
 )
 from tb_optax.lanczos import quadrature_spectra
 
+# Kernels are analyzed one at a time here, to read their alphas.
+pytestmark = pytest.mark.filterwarnings("ignore:only one layer can be tuned")
+
 EPS = eps_of(np.float32)
 # Every kernel of the zoo is large.
 ALL = quadrature(above=0)
