@@ -1,8 +1,8 @@
 """VGG for small images: convolutions with BatchNorm, and one linear head.
 
-Convolutions have biases.  Behind each stage a 2x2 maximum halves the resolution, so
-that 32 x 32 pixels end as one position; of what is left of larger images the head sees
-the mean.  Inputs are NHWC.
+Convolutions have biases. After each stage, a 2x2 maximum halves the resolution, so that
+32 x 32 pixels end as one position. Of larger images, the head sees the mean of the
+positions that are left. Inputs are NHWC.
 
 References:
     Simonyan & Zisserman, `Very Deep Convolutional Networks for Large-Scale Image
@@ -14,31 +14,28 @@ from collections.abc import Sequence
 from flax import nnx
 from jax import Array
 
-from benchmarks.models.initialisation import Initialisation
-from benchmarks.models.parts import conv, head, norm
+from benchmarks.models.parts import Parts
 
 
 class VGG(nnx.Module):
     """Stages of 3x3 convolutions, each with a norm and a ReLU.
 
     Args:
+        parts: builds the layers.
         channels: channels of each stage.
         blocks: convolutions of each stage.
         image_channels: channels of the images.
         num_classes: number of logits.
-        init: how weights start.
-        rngs: random numbers for the initial weights.
     """
 
     def __init__(
         self,
+        parts: Parts,
         channels: Sequence[int],
         blocks: Sequence[int],
         *,
         image_channels: int,
         num_classes: int,
-        init: Initialisation,
-        rngs: nnx.Rngs,
     ):
         self.image_channels = image_channels
         self.stages = tuple(blocks)
@@ -46,12 +43,10 @@ class VGG(nnx.Module):
         inputs = image_channels
         for outputs, count in zip(channels, blocks, strict=True):
             for _ in range(count):
-                self.convs.append(
-                    conv(inputs, outputs, 3, bias=True, init=init, rngs=rngs)
-                )
-                self.norms.append(norm(outputs, rngs=rngs))
+                self.convs.append(parts.conv(inputs, outputs, 3, bias=True))
+                self.norms.append(parts.norm(outputs))
                 inputs = outputs
-        self.linear = head(inputs, num_classes, init=init, rngs=rngs)
+        self.linear = parts.head(inputs, num_classes)
 
     def __call__(self, images: Array, *, train: bool) -> Array:
         """Return the logits (batch, num_classes) of images (batch, H, W, channels)."""
@@ -59,8 +54,8 @@ class VGG(nnx.Module):
         layers = zip(self.convs, self.norms, strict=True)
         for count in self.stages:
             for _ in range(count):
-                convolve, normalise = next(layers)
-                x = nnx.relu(normalise(convolve(x), use_running_average=not train))
-            # An odd side is rounded up: smaller images pass too.
+                convolve, normalize = next(layers)
+                x = nnx.relu(normalize(convolve(x), use_running_average=not train))
+            # An odd side is rounded up, so that smaller images pass too.
             x = nnx.max_pool(x, (2, 2), (2, 2), "SAME")
         return self.linear(x.mean((1, 2)))
