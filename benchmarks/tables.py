@@ -5,14 +5,15 @@
 
 writes `benchmarks/README.md`, or says whether it is what would be written. Files named
 `spectral*.json`, `step_cost*.json` and `compare_*.json` have a section each, in the
-order of their names; those of a comparison show the pictures of their name.
+order of their names, and so do directories named `accelerator*`; those of a comparison
+show the pictures of their name.
 """
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import commandline, report, speed_tables
+from benchmarks import accelerator, commandline, report, speed_tables
 from benchmarks.errors import UserError
 from benchmarks.files import read_json
 
@@ -60,6 +61,14 @@ def render(directory: Path) -> str:
             parts += section(read_json(path))
         if not paths:
             parts += [f"Not measured: `python -m benchmarks.{name}`."]
+    cards = sorted(path for path in directory.glob("accelerator*") if path.is_dir())
+    for path in cards:
+        parts += accelerator.sections(path)
+    if not cards:
+        parts += [
+            "Not measured on an accelerator: `python -m benchmarks.accelerator "
+            "--minutes 7 --out benchmarks/results/accelerator_NAME`."
+        ]
     for path in sorted(directory.glob("compare_*.json")):
         pictures = sorted(directory.glob(f"{path.stem}_*.png"))
         links = [f"{commandline.RESULTS.name}/{picture.name}" for picture in pictures]
