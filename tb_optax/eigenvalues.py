@@ -1,6 +1,6 @@
-"""Exact eigenvalues of WᵀW, and singular values of W, for matrices in buckets.
+"""Exact eigenvalues of WWᵀ, and singular values of W, for matrices in buckets.
 
-A bucket is an array of matrices of one shape, with at least as many rows as columns.
+A bucket is an array of matrices of one shape, with at most as many rows as columns.
 
 On CPU, LAPACK is called on one matrix at a time. A batched call holds a thread of
 XLA's pool while it waits for its own sub-tasks; with few cores, two such calls in one
@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 Bucket: TypeAlias = Float[Array, "_ _ _"]
-Decompose: TypeAlias = Callable[[Float[Array, "_ _"]], Float[Array, "_ _"]]
+Decompose: TypeAlias = Callable[[Float[Array, "_ _"]], Float[Array, "..."]]
 
 # Bytes of the matrices that are decomposed in one call, except on CPU.
 CHUNK_BYTES = 2**29
@@ -60,13 +60,13 @@ class Scale(NamedTuple):
 
 
 def gram_eigenvalues(buckets: Sequence[Bucket]) -> list[Decomposed]:
-    """Compute the eigenvalues λ of WᵀW for each matrix W, from the Gram matrix.
+    """Compute the eigenvalues λ of WWᵀ for each matrix W, from that Gram matrix.
 
     Equivalent to `scipy.linalg.svdvals(w)[::-1] ** 2`, but for an error of a few
     eps·sqrt(n)·λ_max.
 
     Args:
-        buckets: arrays of matrices, (matrices, rows, n) with rows >= n.
+        buckets: arrays of matrices, (matrices, n, columns) with n <= columns.
 
     Returns:
         What is known of each bucket.
@@ -78,21 +78,19 @@ def gram_eigenvalues(buckets: Sequence[Bucket]) -> list[Decomposed]:
         return jnp.stack([diagonal, jnp.pad(beside, (1, 0))])
 
     def by_bisection(buckets, unit):
+        n = np.repeat([w.shape[1] for w in buckets], [len(w) for w in buckets])
         with jax.named_scope("tridiagonal"):
-            forms = _one_by_one(reduce, 2, buckets, unit)
-        n = np.repeat([w.shape[2] for w in buckets], [len(w) for w in buckets])
+            forms = _one_by_one(reduce, buckets, unit, (2, int(n.max())))
         with jax.named_scope("bisection"):
-            return tridiagonal_eigenvalues(forms, n)
+            return _by_bucket(tridiagonal_eigenvalues(forms, n), buckets)
 
     def by_eigvalsh(buckets, unit):
-        return _in_chunks(
-            lambda matrix: jnp.linalg.eigvalsh(_gram(matrix))[None], buckets, unit
-        )[:, 0]
+        return _in_chunks(lambda w: jnp.linalg.eigvalsh(_gram(w)), buckets, unit)
 
     values = jax.lax.platform_dependent(
         list(buckets), scale.unit, cpu=by_bisection, default=by_eigvalsh
     )
-    return _by_bucket(buckets, values, scale)
+    return _decomposed(values, scale)
 
 
 def singular_values(buckets: Sequence[Bucket]) -> list[Decomposed]:
@@ -101,23 +99,27 @@ def singular_values(buckets: Sequence[Bucket]) -> list[Decomposed]:
     Equivalent to `scipy.linalg.svdvals(w)[::-1]`.
 
     Args:
-        buckets: arrays of matrices, (matrices, rows, n) with rows >= n.
+        buckets: arrays of matrices, (matrices, n, columns) with n <= columns.
 
     Returns:
         What is known of each bucket.
     """
     scale = find_scale(buckets)
 
-    def decompose(matrix):
-        return jnp.linalg.svd(matrix, compute_uv=False)[None, ::-1]
+    def ascending(matrix):
+        return jnp.linalg.svd(matrix, compute_uv=False)[::-1]
+
+    def on_cpu(buckets, unit):
+        n = max(w.shape[1] for w in buckets)
+        return _by_bucket(_one_by_one(ascending, buckets, unit, (n,)), buckets)
+
+    def elsewhere(buckets, unit):
+        return _in_chunks(ascending, buckets, unit)
 
     values = jax.lax.platform_dependent(
-        list(buckets),
-        scale.unit,
-        cpu=lambda buckets, unit: _one_by_one(decompose, 1, buckets, unit),
-        default=lambda buckets, unit: _in_chunks(decompose, buckets, unit),
+        list(buckets), scale.unit, cpu=on_cpu, default=elsewhere
     )
-    return _by_bucket(buckets, values[:, 0], scale)
+    return _decomposed(values, scale)
 
 
 def find_scale(buckets: Sequence[Bucket]) -> Scale:
@@ -176,8 +178,8 @@ def tridiagonal_eigenvalues(
     return found
 
 
-def _gram(matrix: Float[Array, "rows n"]) -> Float[Array, "n n"]:
-    return jnp.matmul(matrix.T, matrix, precision=jax.lax.Precision.HIGHEST)
+def _gram(matrix: Float[Array, "n columns"]) -> Float[Array, "n n"]:
+    return jnp.matmul(matrix, matrix.T, precision=jax.lax.Precision.HIGHEST)
 
 
 def _divided(matrix, unit):
@@ -185,21 +187,21 @@ def _divided(matrix, unit):
 
 
 def _one_by_one(
-    decompose: Decompose, vectors: int, buckets: Sequence[Bucket], unit
-) -> Float[Array, "matrices vectors n"]:
-    """Fill a table with the vectors of one matrix after the other.
+    decompose: Decompose, buckets: Sequence[Bucket], unit, shape: tuple[int, ...]
+) -> Float[Array, "matrices ..."]:
+    """Decompose one matrix after the other into a table, each row of this shape.
 
     One loop hands its table to the next, so that two never run at once: the threads of
     BLAS would hinder each other.
     """
-    total, n = len(unit), max(w.shape[2] for w in buckets)
-    table = jnp.zeros_like(unit, shape=(total, vectors, n))
+    table = jnp.zeros_like(unit, shape=(len(unit), *shape))
     start = 0
     for bucket in buckets:
 
         def fill(i, table, bucket=bucket, start=start):
             row = decompose(_divided(bucket[i], unit[start + i]))
-            return jax.lax.dynamic_update_slice(table, row[None], (start + i, 0, 0))
+            place = (start + i, *(0 for _ in shape))
+            return jax.lax.dynamic_update_slice(table, row[None], place)
 
         table = jax.lax.fori_loop(0, len(bucket), fill, table)
         start += len(bucket)
@@ -208,33 +210,35 @@ def _one_by_one(
 
 def _in_chunks(
     decompose: Decompose, buckets: Sequence[Bucket], unit
-) -> Float[Array, "matrices vectors n"]:
+) -> list[Float[Array, "_ _"]]:
     """Decompose as many matrices of a bucket at once as fit in CHUNK_BYTES."""
-    n = max(w.shape[2] for w in buckets)
-    tables, start = [], 0
-    for bucket in buckets:
-        own = unit[start : start + len(bucket)]
-        start += len(bucket)
-        table = jax.lax.map(
-            lambda pair: decompose(_divided(*pair)),
-            (bucket, own),
-            batch_size=max(1, CHUNK_BYTES // (bucket[0].size * bucket.dtype.itemsize)),
-        )
-        tables.append(jnp.pad(table, ((0, 0), (0, 0), (0, n - table.shape[2]))))
-    return jnp.concatenate(tables)
-
-
-def _by_bucket(buckets, values, scale: Scale) -> list[Decomposed]:
-    found, start = [], 0
-    for bucket in buckets:
-        own = slice(start, start + len(bucket))
-        start += len(bucket)
+    found = []
+    for bucket, own in zip(buckets, _split(unit, buckets), strict=True):
+        together = max(1, CHUNK_BYTES // (bucket[0].size * bucket.dtype.itemsize))
         found.append(
-            Decomposed(
-                values[own, : bucket.shape[2]], scale.exponent[own], scale.finite[own]
+            jax.lax.map(
+                lambda pair: decompose(_divided(*pair)),
+                (bucket, own),
+                batch_size=together,
             )
         )
     return found
+
+
+def _split(column, buckets):
+    """Cut what there is of each matrix by bucket."""
+    return jnp.split(column, np.cumsum([len(bucket) for bucket in buckets])[:-1])
+
+
+def _by_bucket(table, buckets):
+    """Cut a table by bucket, and its rows to the size of the matrices."""
+    parts = zip(_split(table, buckets), buckets, strict=True)
+    return [part[:, : bucket.shape[1]] for part, bucket in parts]
+
+
+def _decomposed(values, scale: Scale) -> list[Decomposed]:
+    exponents, finite = _split(scale.exponent, values), _split(scale.finite, values)
+    return [*map(Decomposed, values, exponents, finite)]
 
 
 def _bisect(
@@ -260,7 +264,7 @@ def _bisect(
     pairs = rows.transpose(2, 3, 0, 1)
 
     # A few bits more than those of λ_max: small eigenvalues can be as exact as that.
-    bits = jnp.finfo(dtype).nmant * 9 // 8 + 2
+    bits = jnp.finfo(dtype).nmant * 9 // 8 + 3
     level = n.bit_length() - 1
     number = jnp.arange(n)
     grid = jnp.arange(2**level, dtype=dtype) * 2.0 ** (1 - level) - 1
