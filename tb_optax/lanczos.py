@@ -62,9 +62,9 @@ class exact:
 class quadrature:
     r"""Read the spectra of large kernels by stochastic Lanczos quadrature.
 
-    A kernel whose matrices have a smaller side above `above` is read by
-    2·steps·probes products of it with a vector, without a decomposition and, where it
-    is sharded, without being gathered. Its alpha, xmin and tail are estimates from
+    A kernel whose matrices have a smaller side above `above` is read by 2·steps
+    products of it with `probes` vectors, without a decomposition and, where it is
+    sharded, without being gathered. Its alpha, xmin and tail are estimates from
     the mean over the probes of the weighted densities
 
         p(λ) ≈ Σ_j τ_j δ(λ - θ_j),
@@ -190,7 +190,8 @@ class Operator:
     """A = WWᵀ / 4^e of all matrices W of one kernel, on the smaller side of each.
 
     The kernel is contracted along its own axes. It is never transposed, reshaped, cast
-    or cut to a part, since each of these could copy it or move it between devices.
+    or cut to a part, since each of these could copy it or move it between devices. A
+    product with a part therefore costs as much as one with the whole.
 
     Attributes:
         kernel: the kernel.
