@@ -62,9 +62,9 @@ class exact:
 class quadrature:
     r"""Read the spectra of large kernels by stochastic Lanczos quadrature.
 
-    A kernel whose matrices have a smaller side above `above` is read by
-    2·steps·probes products of it with a vector, without a decomposition and, where it
-    is sharded, without being gathered. Its alpha, xmin and tail are estimates from
+    A kernel whose matrices have a smaller side above `above` is read by 2·steps
+    products of it with `probes` vectors, without a decomposition and, where it is
+    sharded, without being gathered. Its alpha, xmin and tail are estimates from
     the mean over the probes of the weighted densities
 
         p(λ) ≈ Σ_j τ_j δ(λ - θ_j),
@@ -190,7 +190,8 @@ class Operator:
     """A = WWᵀ / 4^e of all matrices W of one kernel, on the smaller side of each.
 
     The kernel is contracted along its own axes. It is never transposed, reshaped, cast
-    or cut to a part, since each of these could copy it or move it between devices.
+    or cut to a part, since each of these could copy it or move it between devices. A
+    product with a part therefore costs as much as one with the whole.
 
     Attributes:
         kernel: the kernel.
@@ -226,12 +227,6 @@ class Operator:
     def dtype(self) -> Any:
         """The type of its vectors; half precision is computed in float32."""
         return jnp.result_type(jnp.float32, self.kernel)
-
-    def probes(self, number: int) -> Float[Array, "matrices probes n"]:
-        """Signs / sqrt(n), always the same; slices of a stack share theirs."""
-        key = jax.random.key(0, impl="threefry2x32")
-        signs = jax.random.rademacher(key, (self.pooled, number, self.n), self.dtype)
-        return jnp.tile(signs / math.sqrt(self.n), (self.count // self.pooled, 1, 1))
 
     def measure(self) -> Measures:
         """Read off each matrix what one look at its entries tells.
@@ -470,9 +465,6 @@ class _OneOf:
     def n(self) -> int:
         return self.operators[0].n
 
-    def probes(self, number: int):
-        return self.operators[0].probes(number)
-
     def measure(self):
         return jax.lax.switch(self.place, [own.measure for own in self.operators])
 
@@ -507,26 +499,39 @@ def _read(operators: Sequence[Operator | _OneOf], method: quadrature) -> Reading
     """One recurrence for all matrices of operators of one size."""
     columns = [operator.measure() for operator in operators]
     measures = jax.tree.map(lambda *parts: jnp.concatenate(parts), *columns)
-    start = jnp.concatenate([operator.probes(method.probes) for operator in operators])
-    ends = np.cumsum([operator.count for operator in operators])
     finite = measures.finite[:, None, None]
+    n, dtype = operators[0].n, measures.square_sum.dtype
+    signs = {own.pooled: sign_probes(own.pooled, method.probes, n) for own in operators}
+    # Slices of a stack share their probes.
+    start = jnp.concatenate(
+        [
+            jnp.tile(signs[own.pooled], (own.count // own.pooled, 1, 1))
+            for own in operators
+        ]
+    )
+    ends = np.cumsum([own.count for own in operators])
 
     def product(vectors):
-        parts = zip(operators, np.split(np.arange(ends[-1]), ends[:-1]), strict=True)
-        products = [
-            operator.product(vectors[own], measures.exponent[own])
-            for operator, own in parts
-        ]
+        products = []
+        for own, end in zip(operators, ends, strict=True):
+            members = slice(end - own.count, end)
+            products.append(own.product(vectors[members], measures.exponent[members]))
         return jnp.where(finite, _replicated(jnp.concatenate(products)), 0)
 
     # A matrix with fewer rows than steps has no more vectors.
-    steps = min(method.steps, operators[0].n)
+    steps = min(method.steps, n)
     missing = [(0, 0), (0, 0), (0, method.steps - steps)]
     with jax.named_scope("lanczos"):
-        diagonal, beside = lanczos(product, start, steps)
+        diagonal, beside = lanczos(product, start.astype(dtype), steps)
     ended = (beside[..., : steps - 1] == 0).any(axis=2).all(axis=1)
     diagonal, beside = jnp.pad(diagonal, missing), jnp.pad(beside, missing)
     return Reading(diagonal, beside, ended, measures)
+
+
+def sign_probes(pooled: int, probes: int, n: int) -> Float[Array, "pooled probes n"]:
+    """Random signs / sqrt(n): the same at every call, others for each pooled matrix."""
+    key = jax.random.key(0, impl="threefry2x32")
+    return jax.random.rademacher(key, (pooled, probes, n), float) / math.sqrt(n)
 
 
 def _pooled(read: Reading, first, pooled, n, factor) -> WeightedSpectra:

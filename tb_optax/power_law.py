@@ -134,8 +134,10 @@ class fit_median:
         rank = start + (0.5 if self.include_threshold else -0.5)
         tail = jnp.asarray(1 - start / count, log_nodes.dtype)
         cells = _Cells.of(log_nodes, weights)
-        log_start = cells.quantile(jnp.asarray(start / count, log_nodes.dtype))
-        threshold = cells.quantile(jnp.asarray(rank / count, log_nodes.dtype))
+        probabilities = np.stack([start / count, rank / count])
+        log_start, threshold = cells.quantiles(
+            jnp.asarray(probabilities, log_nodes.dtype)
+        )
         fits = (threshold > -jnp.inf) & (rank > 0)
         log_start = jnp.where(log_start > -jnp.inf, log_start, threshold)
         threshold = jnp.where(fits, threshold, 0)
@@ -273,12 +275,14 @@ class _Cells(NamedTuple):
         at_zero = jnp.sum(jnp.where(exists, 0, weights), axis=(1, 2))
         return cls(flat(before, x), flat(x, after), flat(half, half), at_zero)
 
-    def quantile(self, probability):
-        """The ln λ with this much below it, by bisection; -inf among the zeros."""
+    def quantiles(
+        self, probabilities: Float[Array, "k layers"]
+    ) -> Float[Array, "k layers"]:
+        """The ln λ with so much below them, by bisection; -inf among the zeros."""
         some = self.mass > 0
         low = jnp.min(self.lower, axis=-1, initial=jnp.inf, where=some)
         high = jnp.max(self.upper, axis=-1, initial=-jnp.inf, where=some)
-        known = (high > -jnp.inf) & (probability > self.at_zero)
+        known = (high > -jnp.inf) & (probabilities > self.at_zero)
         low, high = jnp.where(known, low, 0), jnp.where(known, high, 0)
         length = self.upper - self.lower
         length = jnp.where(length > 0, length, 1)
@@ -286,10 +290,10 @@ class _Cells(NamedTuple):
         def halve(_, ends):
             low, high = ends
             middle = (low + high) / 2
-            inside = jnp.clip((middle[:, None] - self.lower) / length, 0, 1)
-            inside = jnp.where(self.upper <= middle[:, None], 1, inside)
+            inside = jnp.clip((middle[..., None] - self.lower) / length, 0, 1)
+            inside = jnp.where(self.upper <= middle[..., None], 1, inside)
             below = self.at_zero + jnp.sum(self.mass * inside, axis=-1)
-            enough = below >= probability
+            enough = below >= probabilities
             return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
 
         steps = jnp.finfo(self.mass.dtype).nmant + 8

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -237,6 +238,16 @@ def test_double_precision():
     np.testing.assert_allclose(found.alpha, single.alpha, rtol=1e-4)
     top = np.linalg.norm(kernel, 2)
     assert found.spectral_norm[0] == pytest.approx(top, rel=1e-10)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
+def test_it_lowers_for_every_platform(platform):
+    analysis = layer_analysis([Layer("w", DENSE)], spectrum=quadrature(above=8))
+    kernels = {"w": jnp.ones((40, 50), jnp.bfloat16)}
+    exported = jax.export.export(jax.jit(analysis.__call__), platforms=(platform,))(
+        kernels
+    )
+    assert exported.platforms == (platform,)
 
 
 # --- layers of every kind -----------------------------------------------------------
