@@ -133,7 +133,9 @@ def find_scale(buckets: Sequence[Bucket]) -> Scale:
     >>> print(scale.unit, scale.finite)
     [2. 0. 0.] [ True  True False]
     """
-    top = jnp.concatenate([jnp.max(jnp.abs(w), axis=(1, 2)) for w in buckets])
+    # NaN is told as infinity: XLA's maxima on CPU (JAX 0.10.2 to 0.12) pass over NaN.
+    magnitudes = [jnp.where(jnp.isnan(w), jnp.inf, jnp.abs(w)) for w in buckets]
+    top = jnp.concatenate([jnp.max(w, axis=(1, 2)) for w in magnitudes])
     tiny = jnp.finfo(top.dtype).tiny
     finite = jnp.isfinite(top)
     usable = finite & (top >= tiny)
@@ -277,7 +279,7 @@ def _bisect(
     def halve(_, state):
         low, width = state
         middle = low + width / 2
-        low = jnp.where(_count_below(pairs, middle) <= number, middle, low)
+        low = jnp.where(_count_below(pairs, middle) <= number[None], middle, low)
         return low, width / 2
 
     state = locate(), jnp.asarray(2.0 ** (1 - level), dtype)
