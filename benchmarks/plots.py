@@ -26,14 +26,9 @@ Spectra = Mapping[str, Mapping[str, np.ndarray]]
 def write_run(runs: Sequence[Run], spectra: Spectra, directory: Path) -> list[Path]:
     """Write the pictures of `benchmarks.train`; return their paths."""
     layers, arms = read(runs, LAYERS), [run.arm for run in runs]
-    balanced = [arm for arm in arms if ARMS[arm].balanced]
-    figures = {
-        "alpha.png": alpha_figure(layers, arms),
-        "esd.png": esd_figure(layers, spectra),
-    }
-    if balanced:
-        figures["multipliers.png"] = multiplier_figure(layers, balanced)
-        figures["overview.png"] = overview_figure(layers, spectra, balanced[0])
+    figures = {"alpha.png": alpha_figure(layers, arms)}
+    for arm in arms:
+        figures[f"{arm}.png"] = overview_figure(layers, spectra[arm], arm)
     return _save(figures, directory)
 
 
@@ -118,28 +113,14 @@ def _draw_curves(
 
 
 def alpha_figure(layers: pd.DataFrame, arms: Sequence[str]) -> Figure:
-    """Return alpha of each tuned layer: a line per variant, a panel per arm."""
-    title = "Power-law exponent of each layer while training"
-    if "seed" not in layers:
-        title = "Power-law exponent of each layer, mean over seeds"
-    return _layer_figure(layers, arms, _draw_alpha, title)
-
-
-def multiplier_figure(layers: pd.DataFrame, arms: Sequence[str]) -> Figure:
-    """Return the multiplier of each tuned layer over the epochs that used it."""
-    title = "Learning-rate multiplier of each layer while training"
-    return _layer_figure(layers, arms, _draw_multipliers, title)
-
-
-def _layer_figure(
-    layers: pd.DataFrame, arms: Sequence[str], draw: Any, title: str
-) -> Figure:
+    """Return alpha of each tuned layer: a line of panels per variant, one per arm."""
     variants = list(dict.fromkeys(layers["variant"]))
     figure, grid = _panels(len(variants), len(arms), sharey="all")
-    figure.suptitle(title)
+    mean = "" if "seed" in layers else ", mean over seeds"
+    figure.suptitle(f"Power-law exponent of each layer while training{mean}")
     for line, variant in zip(grid, variants, strict=True):
         for axes, arm in zip(line, arms, strict=True):
-            draw(axes, layers[layers["variant"] == variant], arm)
+            _draw_alpha(axes, layers[layers["variant"] == variant], arm)
             name = ARMS[arm].title
             axes.set_title(f"{variant}: {name}" if len(variants) > 1 else name)
         for axes in line[1:]:
@@ -149,24 +130,9 @@ def _layer_figure(
     return figure
 
 
-def esd_figure(layers: pd.DataFrame, spectra: Spectra) -> Figure:
-    """Return the final spectra of four layers with their fits, one line per arm."""
-    size = 3.4 * PANELS, 3.2 * len(spectra) + 0.4
-    figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(
-        len(spectra), PANELS, sharex=True, sharey=True, squeeze=False
-    )
-    figure.suptitle("Eigenvalues of four layers after training, and the fitted tails")
-    for line, arm in zip(grid, spectra, strict=True):
-        _draw_spectra(line, layers, arm, spectra)
-        for axes in line:
-            axes.set_title(f"{ARMS[arm].title}: {axes.get_title()}", fontsize="medium")
-    for axes in grid[-1]:
-        axes.set_xlabel("eigenvalue λ = σ²")
-    return figure
-
-
-def overview_figure(layers: pd.DataFrame, spectra: Spectra, arm: str) -> Figure:
+def overview_figure(
+    layers: pd.DataFrame, spectra: Mapping[str, np.ndarray], arm: str
+) -> Figure:
     """Return one arm on one page: exponents, multipliers, and four spectra."""
     figure = Figure(figsize=(3.4 * PANELS, 7.6), layout="constrained")
     figure.suptitle(ARMS[arm].title)
@@ -207,7 +173,10 @@ def _draw_multipliers(axes: Axes, layers: pd.DataFrame, arm: str) -> None:
 
 
 def _draw_spectra(
-    line: Sequence[Axes], layers: pd.DataFrame, arm: str, spectra: Spectra
+    line: Sequence[Axes],
+    layers: pd.DataFrame,
+    arm: str,
+    spectra: Mapping[str, np.ndarray],
 ) -> None:
     """Draw as many tuned layers as there are axes, from the first to the last."""
     own = layers[(layers["arm"] == arm) & layers["tuned"]]
@@ -215,7 +184,7 @@ def _draw_spectra(
     picks = np.linspace(0, len(last) - 1, min(len(line), len(last))).round()
     for axes, pick in zip(line, picks, strict=False):
         fit = last[int(pick)]
-        _draw_spectrum(axes, spectra[arm][fit["layer"]], fit)
+        _draw_spectrum(axes, spectra[fit["layer"]], fit)
         axes.set_title(fit["layer"], fontsize="medium")
     for axes in line[len(picks) :]:
         axes.set_axis_off()

@@ -16,8 +16,8 @@ from benchmarks.arms import ARMS
 from benchmarks.files import read_json, read_lines
 from benchmarks.grids import GRIDS
 from benchmarks.loop import balanced_layers
+from benchmarks.models.families import ResNet
 from benchmarks.models.parts import FLAX, Parts
-from benchmarks.models.resnet import ResNet
 from benchmarks.published import PAIRS, settings
 from benchmarks.train import main, parse
 
@@ -28,7 +28,7 @@ CONFIGS = {
     for grid in GRIDS
     for name, config in GRIDS[grid].configs().items()
 }
-# Whether the multipliers at initialisation change from variant to variant.
+# Whether the multipliers at initialization change from variant to variant.
 BALANCING = ("metric", "fit", "bounds", "norms", "ends")
 ABLATIONS = ("learning-rate", "width", "interval", *BALANCING)
 

@@ -14,10 +14,8 @@ from runs import eight_images
 
 from benchmarks import loop, models
 from benchmarks.models.convolution import NHWC, convolution
+from benchmarks.models.families import VGG, ResNet, WideResNet
 from benchmarks.models.parts import FLAX, TORCH, Parts
-from benchmarks.models.resnet import ResNet
-from benchmarks.models.vgg import VGG
-from benchmarks.models.wide_resnet import WideResNet
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -9,10 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 import tb_optax
+from benchmarks.models.families import VGG, ResNet, WideResNet
 from benchmarks.models.parts import FLAX, TORCH, Parts
-from benchmarks.models.resnet import ResNet
-from benchmarks.models.vgg import VGG
-from benchmarks.models.wide_resnet import WideResNet
 
 Model: TypeAlias = ResNet | VGG | WideResNet
 Name = Literal[
