@@ -126,7 +126,9 @@ def merged(
         return of_factors([[Factor(size, None, False, frozenset())] for size in shape])
     known = [array for array in full if array.varying()]
     if len(known) < 2 and not normed:
-        return (known or full)[0]
+        array = (known or full)[0]
+        same_shape = array.shape == tuple(shape)
+        return array if same_shape else broadcast(range(len(shape)))(array, shape)
     return of_factors(
         [
             _merged_dimension(
@@ -183,6 +185,8 @@ def _of_parameters(
     main = mains[0] if len(mains) == 1 else None
     if main is not None and len(main.array.cuts) != len(shape):
         main = dataclasses.replace(main, array=array)
+    elif main is not None and main.array.shape != shape:
+        main = moved(main, broadcast(range(len(shape))), shape)
     others = [value for value in values if not isinstance(value, Parameter)]
     scaled = name in _AFFINE and any(value.array.varying() for value in others)
     normed = name in _NORMALIZING and any(value.reduced for value in parameters)
@@ -199,12 +203,16 @@ def _of_parameters(
     )
 
 
-def joined_trail(data: Sequence[Data], record: Record) -> Trail:
+def joined_trail(
+    data: Sequence[Data], record: Record, summed: bool = False
+) -> Trail:
     """What data has gone through that has several sources.
 
     The newest products come through the main one of them: statistics and what is
     added to all positions alike, as an embedding of time is, stand back.
     """
+
+    top = max(value.trail.rank for value in data)
 
     def mainness(value: Data) -> tuple[Any, ...]:
         last = value.trail.last
@@ -213,21 +221,30 @@ def joined_trail(data: Sequence[Data], record: Record) -> Trail:
             not value.trail.reduced,
             len(value.array.varying()),
             bool(last) and record.products[max(last)].kernel,
-            value.trail.rank,
+            value.trail.rank or top,
             max(last, default=-1),
         )
 
     trails = [value.trail for value in data]
+    main = max(data, key=mainness)
+    pending = frozenset().union(*(trail.pending for trail in trails))
+    others = [v for v in data if v is not main and not v.trail.reduced]
+    if summed and others:
+        # The sum of two branches feeds the next layer, not one branch's norm.
+        least = len(main.array.varying())
+        full = any(len(value.array.varying()) >= least for value in others)
+        pending = frozenset() if full else main.trail.pending
+        trails = [main.trail]
     return Trail(
-        last=max(data, key=mainness).trail.last,
-        through=functools.reduce(int.__or__, (trail.through for trail in trails)),
-        rank=max(trail.rank for trail in trails),
+        last=main.trail.last,
+        through=functools.reduce(int.__or__, (v.trail.through for v in data)),
+        rank=top,
         normalized=any(trail.normalized for trail in trails),
-        reduced=all(trail.reduced for trail in trails),
+        reduced=all(value.trail.reduced for value in data),
         mixed=any(trail.mixed for trail in trails),
-        pending=frozenset().union(*(trail.pending for trail in trails)),
-        coefficients=frozenset().union(*(trail.coefficients for trail in trails)),
-        matrices=frozenset().union(*(trail.matrices for trail in trails)),
+        pending=pending,
+        coefficients=frozenset().union(*(v.trail.coefficients for v in data)),
+        matrices=frozenset().union(*(v.trail.matrices for v in data)),
     )
 
 
@@ -235,7 +252,7 @@ def _trail(
     name: str, data: Sequence[Data], constants: Sequence[Constant], record: Record
 ) -> tuple[Trail, set[int]]:
     """The trail of several data values combined, and what they are normalized over."""
-    trail = joined_trail(data, record)
+    trail = joined_trail(data, record, summed=name in _ADDING)
     main = [value for value in data if not value.trail.reduced]
     normed: set[int] = set()
     if name in _NORMALIZING and main:
@@ -247,9 +264,6 @@ def _trail(
         for value in statistics:
             along = set().union(*(v.array.varying() for v in main))
             normed |= along - set(value.array.varying())
-    if name in _ADDING and len(main) > 1:
-        # The sum of two branches feeds the next layer, not one branch's norm.
-        trail = trail._replace(pending=frozenset())
     if name in _SOFTMAX:
         trail = trail._replace(matrices=frozenset())
     if trail.last and trail.coefficients:
@@ -270,6 +284,8 @@ def _meet(
     record: Record,
 ) -> Trail:
     """A parameter meets data: as a bias, a gain, a norm or a table of positions."""
+    if value.reduced and not value.array.varying():
+        return trail  # A penalty, which is added to a loss.
     matrices = frozenset(filter(record.is_matrix, value.leaves))
     if value.looked_up or not value.matrix:
         matrices = frozenset()
@@ -353,12 +369,12 @@ def _fits(
     """Whether dimensions of data are outputs of a product, or normalized over."""
     starts = array.start()
     for position in along:
-        if position >= len(array.cuts):
-            return False
+        if position >= len(array.cuts) or not array.varies(position):
+            if not (norm and trail.reduced):
+                return False
+            continue
         for factor in array.factors(position):
             if factor.axis is None:
-                if factor.size > 1 and not (norm and trail.reduced):
-                    return False
                 continue
             low, high = starts[factor.axis], starts[factor.axis] + factor.size
             labels = [
@@ -424,7 +440,8 @@ def _dot_general(
     if isinstance(other.value, Constant):
         if side.value.looked_up or _picks_rows(other):
             return [_looked_up(side.value, shapes[0], record)]
-        other = other._replace(value=Data(other.value.array))
+        # An initial state is one for each row, though all start alike.
+        other = other._replace(value=Data(fresh(other.value.array.shape)))
     sides = [side, other] if side is sides[0] else [other, side]
     if not side.contracted and not side.free():
         pair = [s.value for s in sides]
@@ -977,7 +994,7 @@ def _concatenate(
     walk: Walk, p: Fields, values: Sequence[Value], shapes: Shapes
 ) -> list[Value]:
     """`concatenate`: parameters side by side stay known, each by itself."""
-    along, shape = p["dimension"], shapes[0]
+    along, shape = int(p["dimension"]), shapes[0]
     parameters = [value for value in values if isinstance(value, Parameter)]
     data = [value for value in values if isinstance(value, Data)]
     if data:
@@ -986,11 +1003,7 @@ def _concatenate(
         trail = joined_trail(data, walk.record)
         main = max(data, key=lambda value: max(value.trail.last, default=-1))
         dims = [main.array.factors(i) for i in range(len(shape))]
-        labels = frozenset().union(
-            *(_labels(f) for v in data for f in v.array.factors(along))
-        )
-        weak = frozenset(label._replace(whole=False) for label in labels)
-        dims[along] = [Factor(shape[along], 0, True, weak)]
+        dims[along] = [Factor(shape[along], 0, True, frozenset())]
         return [Data(of_factors(dims), trail)]
     if not parameters:
         return [Constant(fresh(shape), _computed(p, values, shape))]
@@ -1119,7 +1132,7 @@ def entries_of(value: Constant) -> np.ndarray | None:
     if value.compute is None or math.prod(value.array.shape) > _MOST_ENTRIES:
         return None
     try:
-        return value.compute()
+        return np.asarray(value.compute())
     except (RecursionError, TypeError, _UnknownEntries):
         return None
 
@@ -1159,7 +1172,7 @@ def _computed(
     """How to compute the entries of a constant, from those of its operands."""
     name, function = p.primitive, _FUNCTIONS.get(p.primitive)
     if function is not None:
-        return lambda: function(*map(_known, values))
+        return lambda: np.asarray(function(*map(_known, values)))
 
     def move(entries: np.ndarray) -> np.ndarray:
         if name == "broadcast_in_dim":
