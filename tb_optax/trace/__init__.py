@@ -170,10 +170,12 @@ def _with_assumptions(first: Roles, read: Callable[[frozenset[str]], Roles]) -> 
     unclear = dict(roles.unclear)
     axes = {layer.path: layer.axes for layer in roles.layers}
     for path in roles.assumed:
-        known = first.unclear.get(path) or Unclear((roles.notes[path],), None)
-        unclear[path] = known._replace(likely=axes.get(path))
-    for path in roles.learned & first.unclear.keys() - unclear.keys():
-        unclear[path] = first.unclear[path]
+        unclear[path] = first.unclear[path]._replace(likely=axes[path])
+    # What stands in the place of data for them may be a kernel as well.
+    reasons = {reason for path in roles.assumed for reason in unclear[path].reasons}
+    for path, why in first.unclear.items():
+        if any(repr(path) in reason for reason in reasons):
+            unclear.setdefault(path, why)
     layers = [layer for layer in roles.layers if layer.path not in unclear]
     return roles._replace(layers=tuple(layers), unclear=unclear)
 

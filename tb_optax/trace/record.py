@@ -1,13 +1,13 @@
 """The record of a forward pass: which parameter does what, in order of execution."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from tb_optax.layers import MatrixAxes
 
-# Of a parameter that is an activation.
-LEARNED = "enters a product in the place of data"
 REDUCTION, OUTPUT, POOLED, STACKED = "reduction", "output", "pooled", "stacked"
+Roles = Mapping[int, frozenset[str]]
+T = TypeVar("T")
 
 
 class Product(NamedTuple):
@@ -19,28 +19,26 @@ class Product(NamedTuple):
         roles: of each axis, names of fields of `MatrixAxes`; more than one where the
             parts of an axis have different ones.  None where they are out of sight.
         picks: axes of which there is one slice only, and which; None if unknown.
-        through: bits of the products that it depends on.
         kernel: False for look-ups, which are no layers.
-        assumed: whether it is a product only if the parameter is taken for a kernel.
-        data: whether it depends on an input, and not on constants alone.
+        learned: whether a parameter stands in the place of the data.
+        data: whether the data depends on an input, and not on constants alone.
     """
 
     number: int
     path: str
-    roles: Mapping[int, frozenset[str]] | None
+    roles: Roles | None
     picks: Mapping[int, int | None]
-    through: int = 0
     kernel: bool = True
-    assumed: bool = False
+    learned: bool = False
     data: bool = True
 
 
 class Follower(NamedTuple):
-    """A parameter that acts on the output of a product."""
+    """A parameter that acts on the output of a product, perhaps as that of a norm."""
 
     path: str
     number: int
-    norm: bool
+    norm: bool = False
 
 
 class Feed(NamedTuple):
@@ -50,63 +48,41 @@ class Feed(NamedTuple):
     number: int
 
 
+class Said(NamedTuple):
+    """What else a parameter does, and whether it is a use that cannot be read."""
+
+    path: str
+    reason: str
+    failed: bool
+
+
 class Apart(NamedTuple):
     """An output axis that another parameter has for a batch axis.
 
     Attributes:
-        number: of the product.
-        axis: of its kernel.
+        axis: of the kernel whose output it is.
         others: axes of the other parameter that it is batched with.
         matrices: whether the other parameter is a matrix for each slice.
     """
 
-    number: int
     axis: int
     others: frozenset[int]
     matrices: bool
-
-
-class Auxiliary(NamedTuple):
-    """A product that only serves to compute its own kernel, as in spectral norm."""
-
-    number: int
-
-
-class Resampled(NamedTuple):
-    """A product of constants whose outputs constants are multiplied with again."""
-
-    number: int
-
-
-class Pair(NamedTuple):
-    """A parameter that may be the kernel of a product of parameters alone."""
-
-    path: str
-
-
-class Failed(NamedTuple):
-    """A use of a parameter that cannot be read, and why."""
-
-    path: str
-    reason: str
-
-
-class Note(NamedTuple):
-    """A use of a parameter that makes no layer, and why."""
-
-    path: str
-    reason: str
 
 
 class Record:
     """Events of a forward pass, in order.
 
     Attributes:
-        events: what happened.
-        products: the products among them, by number.
         shapes: of the parameters, by path.
         given: axes of parameters that the user has said; None for no kernel.
         assumed: parameters that are taken for kernels in products without data.
+        events: what happened.
+        products: the products among them, by number.
+        apart: output axes that are apart, by the number of their product.
+        auxiliary: products that only compute their own kernel, as in spectral norm.
+        resampled: products whose outputs constants are multiplied with again.
+        likely: parameters that may be the kernels of products of parameters alone.
         seen: parameters that enter any computation.
     """
 
@@ -116,35 +92,36 @@ class Record:
         given: Mapping[str, MatrixAxes | None],
         assumed: Iterable[str] = (),
     ):
+        self.shapes, self.given = dict(shapes), dict(given)
+        self.assumed = frozenset(assumed)
         self.events: list[Any] = []
         self.products: dict[int, Product] = {}
-        self.shapes = dict(shapes)
-        self.given = dict(given)
-        self.assumed = frozenset(assumed)
+        self.apart: dict[int, list[Apart]] = {}
+        self.auxiliary: set[int] = set()
+        self.resampled: set[int] = set()
+        self.likely: set[str] = set()
         self.seen: set[str] = set()
 
-    def add(self, event: Any) -> None:
-        """Write an event down."""
-        self.events.append(event)
-
-    def product(self, path: str, roles: Any, picks: Any, **fields: Any) -> int:
+    def product(self, path: str, roles: Roles | None, picks: Any, **more: Any) -> int:
         """Write a product down; return its number."""
         number = len(self.products)
-        made = Product(number, path, roles, picks, **fields)
-        self.products[number] = made
-        self.events.append(made)
+        self.products[number] = Product(number, path, roles, picks, **more)
+        self.events.append(self.products[number])
         return number
+
+    def follow(self, paths: Iterable[str], numbers: Iterable[int], norm: bool) -> None:
+        """Write down that parameters act on the outputs of products."""
+        self.events += [Follower(p, n, norm) for n in numbers for p in sorted(paths)]
+
+    def say(self, paths: Iterable[str], reason: str, failed: bool = False) -> None:
+        """Write down what some parameters do; only matrices need to be read."""
+        for path in sorted(paths):
+            if not failed or self.is_matrix(path):
+                self.events.append(Said(path, reason, failed))
 
     def fail(self, paths: Iterable[str], reason: str) -> None:
         """Write down that a use of some matrices cannot be read."""
-        for path in sorted(paths):
-            if self.is_matrix(path):
-                self.add(Failed(path, reason))
-
-    def note(self, paths: Iterable[str], reason: str) -> None:
-        """Write down that a use of some parameters makes no layer."""
-        for path in sorted(paths):
-            self.add(Note(path, reason))
+        self.say(paths, reason, failed=True)
 
     def is_matrix(self, path: str) -> bool:
         """Whether a parameter has two or more axes longer than 1."""
@@ -158,10 +135,6 @@ class Record:
         """Whether a parameter is said to be no kernel."""
         return path in self.given and self.given[path] is None
 
-    def of_type(self, kind: type) -> list[Any]:
+    def of_type(self, kind: type[T]) -> list[T]:
         """All events of one type."""
         return [event for event in self.events if isinstance(event, kind)]
-
-    def forget(self, mark: int) -> None:
-        """Strike out all events from the mark on: they are to be found again."""
-        del self.events[mark:]

@@ -2,10 +2,9 @@
 
 A parameter is an `as_strided` view over one byte.  Its strides tell which axis of the
 leaf each dimension runs along, its address tells which slice of the other axes it is.
-Transposing, slicing, flipping and broadcasting are NumPy's own operations on it.  Axes
-lie further apart in the imaginary memory than their sizes ask for, so that no two axes
-ever look like one: a dimension that a reshape joins from several is kept as several
-factors, side by side.
+Axes lie further apart in the imaginary memory than their sizes ask for, so that no two
+of them ever look like one: a dimension that a reshape joins from several is kept as
+several factors, each a dimension of the view.
 """
 
 import bisect
@@ -31,8 +30,7 @@ class Label(NamedTuple):
     """What an axis of data is: an axis of the kernel of an earlier product.
 
     Attributes:
-        number: of the product; `NORMED` stands for what is no output, but an axis over
-            which the data was normalized.
+        number: of the product; or one of the marks below.
         axis: of the kernel's leaf.
         whole: whether it is all of that axis.
         span: where along the axis of the data it is, if kernels lie side by side.
@@ -44,19 +42,16 @@ class Label(NamedTuple):
     span: tuple[int, int] | None = None
 
 
-NORMED = Label(-1)
+# Axes over which data was normalized; of constants, those along which all entries
+# differ, and those along which one entry is 1 and the others are 0.
+NORMED, DISTINCT, ONE_HOT = Label(-1), Label(-2), Label(-3)
+Labels: TypeAlias = frozenset[Label]
 
 
 class Source:
-    """A leaf, or the array that a computation has put out.
+    """A leaf, or the array that a computation has put out, with labels of its axes."""
 
-    Attributes:
-        shape: its shape.
-        labels: what is known of each axis.
-        steps: strides in the imaginary memory.
-    """
-
-    def __init__(self, shape: Sequence[int], labels: Sequence[frozenset[Label]] = ()):
+    def __init__(self, shape: Sequence[int], labels: Sequence[Labels] = ()):
         self.shape = tuple(shape)
         self.labels = tuple(labels) or (frozenset(),) * len(self.shape)
         rooms = [max(size, 1) * _ROOM for size in self.shape]
@@ -79,9 +74,9 @@ class Factor(NamedTuple):
     """
 
     size: int
-    axis: int | None
-    whole: bool
-    labels: frozenset[Label]
+    axis: int | None = 0
+    whole: bool = True
+    labels: Labels = frozenset()
 
     @property
     def varies(self) -> bool:
@@ -89,8 +84,11 @@ class Factor(NamedTuple):
         return self.size > 1 and self.axis is not None
 
 
+Dimension: TypeAlias = Sequence[Factor]
+
+
 class Array:
-    """A view on a source, one NumPy dimension for each factor.
+    """A view on a source, with one NumPy dimension for each factor.
 
     Attributes:
         source: what it is a view on.
@@ -99,44 +97,45 @@ class Array:
         shape: its shape.
     """
 
-    __slots__ = ("cuts", "shape", "source", "view")
-
     def __init__(self, source: Source, view: np.ndarray, cuts: Sequence[int]):
         self.source, self.view, self.cuts = source, view, tuple(cuts)
-        if len(self.cuts) == view.ndim and all(cut == 1 for cut in self.cuts):
-            self.shape = view.shape
-        else:
-            own = iter(view.shape)
-            self.shape = tuple(
-                math.prod(next(own) for _ in range(cut)) for cut in self.cuts
-            )
+        own = iter(view.shape)
+        self.shape = tuple(
+            math.prod(next(own) for _ in range(count)) for count in self.cuts
+        )
 
-    def factors(self, position: int) -> list[Factor]:
-        """Factors of one dimension, from major to minor."""
-        start = sum(self.cuts[:position])
-        found = []
-        for i in range(start, start + self.cuts[position]):
-            size, stride = self.view.shape[i], abs(self.view.strides[i])
+    def rank(self) -> int:
+        """Number of dimensions."""
+        return len(self.cuts)
+
+    def pairs(self) -> list[list[tuple[int, int]]]:
+        """Size and stride of each factor of each dimension."""
+        flat = iter(zip(self.view.shape, self.view.strides, strict=True))
+        return [[next(flat) for _ in range(count)] for count in self.cuts]
+
+    def dims(self) -> list[list[Factor]]:
+        """Factors of each dimension, from major to minor."""
+        source = self.source
+
+        def factor(size: int, stride: int) -> Factor:
             if stride == 0:
-                found.append(Factor(size, None, False, frozenset()))
-                continue
-            axis = self.source.axis_of(stride)
-            whole = size == self.source.shape[axis]
-            whole = whole and stride == self.source.steps[axis]
-            found.append(Factor(size, axis, whole, self.source.labels[axis]))
-        return found
+                return Factor(size, None, False)
+            axis = source.axis_of(abs(stride))
+            step, full = source.steps[axis], source.shape[axis]
+            whole = size == full and abs(stride) == step
+            return Factor(size, axis, whole, source.labels[axis])
 
-    def varies(self, position: int) -> bool:
-        """Whether entries may differ along a dimension."""
-        if self.cuts[position] == 1 and len(self.cuts) == self.view.ndim:
-            return self.view.shape[position] > 1 and self.view.strides[position] != 0
-        return any(factor.varies for factor in self.factors(position))
+        return [[factor(*pair) for pair in dim] for dim in self.pairs()]
 
-    def varying(self) -> tuple[int, ...]:
+    def varying(self) -> frozenset[int]:
         """Dimensions along which entries may differ."""
-        return tuple(i for i in range(len(self.cuts)) if self.varies(i))
+        return frozenset(
+            i
+            for i, dim in enumerate(self.pairs())
+            if any(size > 1 and stride for size, stride in dim)
+        )
 
-    def start(self) -> tuple[int, ...]:
+    def start(self) -> list[int]:
         """Index of the first entry along every axis of the source."""
         low = self.view.__array_interface__["data"][0] - _START
         for size, stride in zip(self.view.shape, self.view.strides, strict=True):
@@ -145,55 +144,53 @@ class Array:
         for step in self.source.steps:
             found.append(low // step)
             low %= step
-        return tuple(found)
+        return found
 
     def layout(self) -> Any:
         """Equal for equal views on one source."""
-        return self.start(), self.view.shape, self.view.strides, self.cuts
+        return self.start(), self.pairs()
 
 
-def whole(source: Source) -> Array:
-    """All of a source."""
-    view = as_strided(_BYTE, source.shape, source.steps, writeable=False)
-    return Array(source, view, (1,) * len(source.shape))
+def _strided(array: Array, dims: Sequence[Sequence[tuple[int, int]]]) -> Array:
+    """The same first entry, with these factors."""
+    flat = [pair for dim in dims for pair in dim]
+    sizes, strides = [size for size, _ in flat], [stride for _, stride in flat]
+    view = as_strided(array.view, sizes, strides, writeable=False)
+    return Array(array.source, view, [len(dim) for dim in dims])
 
 
-def fresh(shape: Sequence[int]) -> Array:
-    """An array of which nothing is known but its shape."""
-    return whole(Source(shape))
-
-
-def of_factors(dims: Sequence[Sequence[Factor]]) -> Array:
+def of_factors(dims: Sequence[Dimension]) -> Array:
     """A new array whose dimensions have these factors, with their labels."""
     flat = [factor for dim in dims for factor in dim]
-    labels = [
-        factor.labels
-        if factor.whole
-        else frozenset(label._replace(whole=False) for label in factor.labels)
-        for factor in flat
+    source = Source([factor.size for factor in flat], [labels_of(f) for f in flat])
+    steps = iter(source.steps)
+    whole = Array(source, _BYTE.reshape(()), ())
+    pairs = [
+        [(f.size, step if f.axis is not None else 0) for f, step in zip(dim, steps)]
+        for dim in dims
     ]
-    source = Source([factor.size for factor in flat], labels)
-    steps = [
-        step if factor.axis is not None else 0
-        for step, factor in zip(source.steps, flat, strict=True)
-    ]
-    view = as_strided(_BYTE, source.shape, steps, writeable=False)
-    return Array(source, view, [len(dim) for dim in dims])
+    return _strided(whole, pairs)
 
 
-def unlabelled(factors: Iterable[Factor]) -> list[Factor]:
-    """The same factors, of an array that is none of the earlier ones."""
-    return [factor._replace(labels=frozenset()) for factor in factors]
+def labels_of(factor: Factor) -> Labels:
+    """Labels of an axis, for what a factor covers of it."""
+    if factor.whole:
+        return factor.labels
+    return frozenset(label._replace(whole=False) for label in factor.labels)
+
+
+def fresh(shape: Iterable[int]) -> Array:
+    """An array of which nothing is known but its shape."""
+    return of_factors([[Factor(size)] for size in shape])
+
+
+def unlabelled(array: Array) -> Array:
+    """The dimensions of an array, as those of one that has gone through nothing."""
+    return of_factors([[Factor(f.size, f.axis) for f in dim] for dim in array.dims()])
 
 
 # Each move takes an array and the shape it shall have, and may raise `Unfollowed`.
 Move: TypeAlias = Callable[[Array, Sequence[int]], Array]
-
-
-def _grouped(array: Array) -> list[list[int]]:
-    """NumPy dimensions of each dimension."""
-    numbers = iter(range(array.view.ndim))
-    return [[next(numbers) for _ in range(cut)] for cut in array.cuts]
 
 
 def same(array: Array, _: Sequence[int]) -> Array:
@@ -201,115 +198,89 @@ def same(array: Array, _: Sequence[int]) -> Array:
     return array
 
 
-def transpose(order: Sequence[int]) -> Move:
-    """Permute dimensions."""
+def transpose(order: Iterable[Any]) -> Move:
+    """Permute dimensions; those that are not named vanish, their first entry stays."""
+    order = list(map(int, order))
 
     def move(array, _):
-        groups = _grouped(array)
-        view = array.view.transpose([i for axis in order for i in groups[axis]])
-        return Array(array.source, view, [array.cuts[axis] for axis in order])
+        pairs = array.pairs()
+        return _strided(array, [pairs[i] for i in order])
 
     return move
+
+
+def without(gone: Iterable[Any]) -> Move:
+    """Take the first entry along some dimensions, which vanish."""
+    gone = set(map(int, gone))
+    return lambda array, shape: transpose(
+        i for i in range(array.rank()) if i not in gone
+    )(array, shape)
 
 
 def reshape(array: Array, shape: Sequence[int]) -> Array:
     """Split and join dimensions; factors are split where they have to be."""
     if 0 in shape:
         return fresh(shape)
-    pairs = zip(array.view.shape, array.view.strides, strict=True)
-    rest = list(pairs)[::-1]
-    taken: list[tuple[int, int]] = []
-    cuts = []
-    for size in shape:
-        before, missing = len(taken), size
-        if size == 1 and rest and rest[-1][0] == 1:
-            taken.append(rest.pop())
+    rest = [pair for dim in array.pairs() for pair in dim][::-1]
+    dims: list[list[tuple[int, int]]] = []
+    for missing in shape:
+        dim = [rest.pop()] if missing == 1 and rest and rest[-1][0] == 1 else []
         while missing > 1:
-            if not rest:
-                raise Unfollowed
-            size, stride = rest.pop()
+            size, stride = rest.pop() if rest else (0, 0)
             if size == 0 or (missing % size and size % missing):
                 raise Unfollowed
             if missing % size:
-                line = as_strided(_BYTE, (size,), (stride,), writeable=False)
+                line = as_strided(_BYTE, (size,), (stride,))
                 parts = np.reshape(line, (missing, size // missing), copy=False)
                 rest.append((size // missing, parts.strides[1]))
                 size, stride = missing, parts.strides[0]
-            taken.append((size, stride))
+            dim.append((size, stride))
             missing //= size
-        cuts.append(len(taken) - before)
-    if cuts:
-        cuts[-1] += len(rest)
-        taken += reversed(rest)
-    view = as_strided(array.view, *zip(*taken, strict=True)) if taken else array.view
-    return Array(array.source, view if taken else view.reshape(()), cuts)
+        dims.append(dim)
+    if dims:
+        dims[-1] += reversed(rest)
+    return _strided(array, dims)
 
 
-def broadcast(positions: Sequence[int]) -> Move:
+def broadcast(positions: Iterable[Any]) -> Move:
     """`lax.broadcast_in_dim`: dimension i goes to `positions[i]` of the new shape."""
+    positions = list(map(int, positions))
 
     def move(array, shape):
-        groups = _grouped(array)
-        where = dict(zip(positions, range(len(groups)), strict=True))
-        sizes, strides, cuts = [], [], []
-        for position, size in enumerate(shape):
-            group = groups[where[position]] if position in where else []
-            if position in where and array.shape[where[position]] == size:
-                sizes += [array.view.shape[i] for i in group]
-                strides += [array.view.strides[i] for i in group]
-            else:
-                group = [0]
-                sizes.append(size)
-                strides.append(0)
-            cuts.append(len(group))
-        view = as_strided(array.view, sizes, strides, writeable=False)
-        return Array(array.source, view, cuts)
+        dims = [[(size, 0)] for size in shape]
+        for dim, own, position in zip(array.pairs(), array.shape, positions):
+            if own == shape[position]:
+                dims[position] = dim
+        return _strided(array, dims)
 
     return move
+
+
+def expand(array: Array, shape: Sequence[int]) -> Array:
+    """Broadcast dimensions of size 1."""
+    return broadcast(range(array.rank()))(array, shape)
 
 
 def tile(array: Array, shape: Sequence[int]) -> Array:
     """Put copies side by side: a new major factor of a dimension."""
-    sizes, strides, cuts = [], [], []
-    for group, own, size in zip(_grouped(array), array.shape, shape, strict=True):
-        if own != size:
-            sizes.append(size // own)
-            strides.append(0)
-        sizes += [array.view.shape[i] for i in group]
-        strides += [array.view.strides[i] for i in group]
-        cuts.append(len(group) + (own != size))
-    return Array(array.source, as_strided(array.view, sizes, strides), cuts)
-
-
-def without(gone: Iterable[int]) -> Move:
-    """Take the first entry along some dimensions, which vanish."""
-    gone = set(gone)
-
-    def move(array, _):
-        groups = _grouped(array)
-        dropped = {i for position in gone for i in groups[position]}
-        key = tuple(0 if i in dropped else slice(None) for i in range(array.view.ndim))
-        cuts = [cut for i, cut in enumerate(array.cuts) if i not in gone]
-        return Array(array.source, array.view[(*key, ...)], cuts)
-
-    return move
+    sized = zip(array.pairs(), array.shape, shape, strict=True)
+    return _strided(
+        array, [[(n // own, 0), *dim] if n != own else dim for dim, own, n in sized]
+    )
 
 
 def take(index: int) -> Move:
     """Take one entry along the first dimension, which vanishes."""
-
-    def move(array, _):
-        return Array(array.source, array.view[index, ...], array.cuts[1:])
-
-    return move
+    return lambda array, _: Array(array.source, array.view[index, ...], array.cuts[1:])
 
 
-def flip(positions: Iterable[int]) -> Move:
+def flip(positions: Iterable[Any]) -> Move:
     """Reverse dimensions."""
+    gone = set(positions)
 
     def move(array, _):
-        groups = _grouped(array)
-        axes = [i for position in positions for i in groups[position]]
+        owners = [i for i, count in enumerate(array.cuts) for _ in range(count)]
+        axes = [axis for axis, i in enumerate(owners) if i in gone]
         return Array(array.source, np.flip(array.view, axes), array.cuts)
 
     return move
@@ -319,19 +290,17 @@ def cut(starts: Sequence[int], steps: Sequence[int] | None = None) -> Move:
     """Take a piece from each dimension; of several factors, the major one is cut."""
 
     def move(array, shape):
-        key: list[slice] = []
-        for position, group in enumerate(_grouped(array)):
-            size, start = shape[position], starts[position]
-            step = 1 if steps is None else steps[position]
-            if size == array.shape[position]:
-                key += [slice(None)] * len(group)
-                continue
-            inner = math.prod(array.view.shape[i] for i in group[1:])
-            if size % inner or start % inner or (step != 1 and inner != 1):
-                raise Unfollowed
-            low, count = start // inner, size // inner
-            key.append(slice(low, low + (count - 1) * step + 1, step))
-            key += [slice(None)] * (len(group) - 1)
+        key: list[Any] = []
+        for i, dim in enumerate(array.pairs()):
+            inner = math.prod(size for size, _ in dim[1:])
+            step = steps[i] if steps else 1
+            if shape[i] != array.shape[i]:
+                if shape[i] % inner or starts[i] % inner or (step > 1 and inner > 1):
+                    raise Unfollowed
+                low, count = starts[i] // inner, shape[i] // inner
+                key.append(slice(low, low + (count - 1) * step + 1, step))
+                dim = dim[1:]
+            key += [slice(None)] * len(dim)
         return Array(array.source, array.view[(*key, ...)], array.cuts)
 
     return move
@@ -339,34 +308,24 @@ def cut(starts: Sequence[int], steps: Sequence[int] | None = None) -> Move:
 
 def resize(array: Array, shape: Sequence[int]) -> Array:
     """Make dimensions longer or shorter, as pads and shards do."""
-    if len(shape) != len(array.cuts):
+    if len(shape) != array.rank():
         raise Unfollowed
-    sizes = list(array.view.shape)
-    for group, own, size in zip(_grouped(array), array.shape, shape, strict=True):
-        if own == size:
-            continue
-        inner = math.prod(sizes[i] for i in group[1:])
-        if not group or inner == 0 or size % inner:
-            raise Unfollowed
-        sizes[group[0]] = size // inner
-        if sizes[group[0]] > _ROOM * max(array.view.shape[group[0]], 1):
-            raise Unfollowed
-    return Array(
-        array.source, as_strided(array.view, sizes, array.view.strides), array.cuts
-    )
+    dims = array.pairs()
+    for dim, own, size in zip(dims, array.shape, shape, strict=True):
+        inner = math.prod(n for n, _ in dim[1:])
+        if own != size:
+            if not dim or not inner or size % inner or size > _ROOM * max(own, 1):
+                raise Unfollowed
+            dim[0] = (size // inner, dim[0][1])
+    return _strided(array, dims)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Constant:
-    """An array that depends on neither parameters nor inputs.
-
-    Attributes:
-        array: its dimensions.
-        compute: gives its entries, where these can be had.
-    """
+    """An array that depends on neither parameters nor inputs; the number it is."""
 
     array: Array
-    compute: Callable[[], np.ndarray] | None = None
+    literal: int | None = None
 
 
 class View(NamedTuple):
@@ -416,6 +375,10 @@ class Parameter:
         """Whether it varies along two dimensions or more."""
         return len(self.array.varying()) > 1
 
+    def lost(self, array: Array, **changes: Any) -> "Parameter":
+        """What it is no longer entry by entry."""
+        return dataclasses.replace(self, array=array, views=(), along=None, **changes)
+
 
 class Trail(NamedTuple):
     """What data has gone through.
@@ -424,7 +387,7 @@ class Trail(NamedTuple):
         last: numbers of the newest products with parameters that it came through;
             several where their kernels lay side by side.
         through: bits of all products that it depends on.
-        rank: the most axes that an input it depends on has.
+        rank: 1 + the most axes of an input it depends on; 0 if it depends on none.
         normalized: whether statistics were divided out or subtracted since.
         reduced: whether it is a statistic, summed over some dimension since.
         mixed: whether it is a product of data with data since.
@@ -448,12 +411,7 @@ class Trail(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Data:
-    """An array that depends on the inputs, or on a product with a parameter.
-
-    Attributes:
-        array: its dimensions.
-        trail: what it has gone through.
-    """
+    """An array that depends on inputs, or on a product with a parameter."""
 
     array: Array
     trail: Trail = Trail()
@@ -464,41 +422,31 @@ Value: TypeAlias = Constant | Parameter | Data
 
 def leaf(path: str, shape: Sequence[int]) -> Parameter:
     """The value of one leaf."""
-    array = whole(Source(shape))
+    array = fresh(shape)
     return Parameter(array, frozenset([path]), (View(path, array),))
 
 
 def moved(value: Value, move: Move, shape: Sequence[int]) -> Value:
-    """A value with its entries moved."""
+    """A value with its entries moved; where that cannot be followed, without views."""
     try:
         array = move(value.array, shape)
+        if not isinstance(value, Parameter) or not value.views:
+            return dataclasses.replace(value, array=array)
+        if value.along is None:
+            views = (value.views[0]._replace(array=array),)
+            return dataclasses.replace(value, array=array, views=views)
+        # Of several side by side, the dimension that they share has to stay one.
+        own = value.array.dims()[value.along]
+        places = [i for i, dim in enumerate(array.dims()) if dim == own]
+        along = places[0] if len(places) == 1 else None
+        views = []
+        for view in value.views if along is not None else ():
+            part = list(array.shape)
+            part[along] = view.array.shape[value.along]
+            views.append(view._replace(array=move(view.array, part)))
+        return dataclasses.replace(value, array=array, views=tuple(views), along=along)
     except Unfollowed:
-        array, lost = fresh(shape), True
-    else:
-        lost = False
-    if not isinstance(value, Parameter):
+        array = fresh(shape)
+        if isinstance(value, Parameter):
+            return value.lost(array)
         return dataclasses.replace(value, array=array)
-    if not value.views or lost:
-        return dataclasses.replace(value, array=array, views=(), along=None)
-    if value.along is None:
-        view = value.views[0]._replace(array=array)
-        return dataclasses.replace(value, array=array, views=(view,))
-    return _moved_side_by_side(value, array, move)
-
-
-def _moved_side_by_side(value: Parameter, array: Array, move: Move) -> Parameter:
-    """The same for several views, if the dimension they share stays one."""
-    own = value.array.factors(value.along or 0)
-    where = [i for i in range(len(array.cuts)) if array.factors(i) == own]
-    views = []
-    for view in value.views:
-        shape = list(array.shape)
-        if len(where) == 1:
-            shape[where[0]] = view.array.shape[value.along or 0]
-        try:
-            views.append(view._replace(array=move(view.array, shape)))
-        except Unfollowed:
-            where = []
-    if len(where) != 1:
-        return dataclasses.replace(value, array=array, views=(), along=None)
-    return dataclasses.replace(value, array=array, views=tuple(views), along=where[0])

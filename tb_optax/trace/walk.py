@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,6 +12,8 @@ from jax.extend.core import Literal
 
 from tb_optax.trace.record import Product, Record
 from tb_optax.trace.values import (
+    ONE_HOT,
+    Array,
     Constant,
     Data,
     Factor,
@@ -26,6 +28,9 @@ from tb_optax.trace.values import (
     without,
 )
 
+# Constants with more entries are not searched for one-hot vectors.
+_MOST_ENTRIES = 1 << 24
+
 
 class Fields(Mapping[str, Any]):
     """The parameters of a primitive.
@@ -38,15 +43,15 @@ class Fields(Mapping[str, Any]):
         self.primitive, self.params = primitive, params
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self.params:
-            msg = (
-                f"trace_layers reads the parameter {name!r} of the primitive "
-                f"{self.primitive!r}, which jax {jax.__version__} does not have; it "
-                f"has {', '.join(sorted(self.params))}. Use find_layers(params), or "
-                f"another JAX."
-            )
-            raise NotImplementedError(msg)
-        return self.params[name]
+        if name in self.params:
+            return self.params[name]
+        msg = (
+            f"trace_layers reads the parameter {name!r} of the primitive "
+            f"{self.primitive!r}, which jax {jax.__version__} does not have; it has "
+            f"{', '.join(sorted(self.params))}. Use find_layers(params), or another "
+            f"JAX."
+        )
+        raise NotImplementedError(msg)
 
     def __contains__(self, name: object) -> bool:
         return name in self.params
@@ -58,160 +63,182 @@ class Fields(Mapping[str, Any]):
         return len(self.params)
 
 
-Shapes = Sequence[tuple[int, ...]]
-Rule = Callable[["Walk", Fields, Sequence[Value], Shapes], list[Value]]
+class Op(NamedTuple):
+    """One equation, with what is known of its operands.
+
+    Attributes:
+        walk: what it is part of.
+        name: of its primitive.
+        fields: parameters of its primitive.
+        values: its operands.
+        shapes: of its results.
+    """
+
+    walk: "Walk"
+    name: str
+    fields: Fields
+    values: Sequence[Value]
+    shapes: Sequence[tuple[int, ...]]
+
+    @property
+    def record(self) -> Record:
+        """Where it is written down."""
+        return self.walk.record
+
+
+# What a primitive does: from an equation to its result, or to all of its results.
+Rule = Callable[[Op], Value | list[Value]]
 
 
 class Walk:
-    """Runs jaxprs on abstract values and records what happens to parameters.
-
-    Attributes:
-        record: what has happened.
-        rules: what each primitive does, by name.
-    """
+    """Runs jaxprs on abstract values and records what happens to parameters."""
 
     def __init__(self, record: Record, rules: Mapping[str, Rule]):
-        self.record = record
-        self.rules = {**rules, **CONTROL}
+        self.record, self.rules = record, rules
 
     def run(self, jaxpr: Any, values: Sequence[Value]) -> list[Value]:
         """Values of the outputs of a jaxpr, closed or not, from those of its inputs."""
         entries = list(getattr(jaxpr, "consts", ()))
         jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-        known: dict[Any, Value] = {}
-        for i, variable in enumerate(jaxpr.constvars):
-            compute = _entries_of(entries[i]) if i < len(entries) else None
-            known[variable] = Constant(fresh(shape_of(variable)), compute)
+        known: dict[Any, Value] = {
+            variable: Constant(fresh(_shape(variable))) for variable in jaxpr.constvars
+        }
+        for variable, array in zip(jaxpr.constvars, entries, strict=False):
+            known[variable] = _closed_over(array)
         known.update(zip(jaxpr.invars, values, strict=True))
 
-        def read(atom) -> Value:
-            return _literal(atom) if isinstance(atom, Literal) else known[atom]
+        def read(atom: Any) -> Value:
+            return _closed_over(atom.val) if isinstance(atom, Literal) else known[atom]
 
         for equation in jaxpr.eqns:
+            name = equation.primitive.name
             operands = [read(atom) for atom in equation.invars]
-            results = self._apply(equation, operands)
+            for value in operands:
+                if isinstance(value, Parameter):
+                    self.record.seen |= value.leaves
+            rule = self.rules.get(name, self.rules["unknown"])
+            shapes = [_shape(variable) for variable in equation.outvars]
+            fields = Fields(name, equation.params)
+            found = rule(Op(self, name, fields, operands, shapes))
+            results = found if isinstance(found, list) else [found]
             known.update(zip(equation.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def _apply(self, equation, values: list[Value]) -> list[Value]:
-        name = equation.primitive.name
-        for value in values:
-            if isinstance(value, Parameter):
-                self.record.seen |= value.leaves
-        rule = self.rules.get(name, self.rules["unknown"])
-        shapes = [shape_of(variable) for variable in equation.outvars]
-        return rule(self, Fields(name, equation.params), values, shapes)
 
-
-def shape_of(variable: Any) -> tuple[int, ...]:
-    """Shape of a variable; tokens have none."""
+def _shape(variable: Any) -> tuple[int, ...]:
     return tuple(map(int, getattr(variable.aval, "shape", ())))
 
 
-def _entries_of(array: Any) -> Callable[[], np.ndarray] | None:
-    """The entries of an array that is closed over; of a tracer there are none."""
-    return None if isinstance(array, jax.core.Tracer) else lambda: np.asarray(array)
+def _closed_over(entries: Any) -> Constant:
+    """A constant, with the dimensions along which it is one-hot."""
+    shape = np.shape(entries)
+    if not shape and isinstance(entries, (int, np.integer)):
+        return Constant(fresh(shape), int(entries))
+    size = np.prod(shape, dtype=float)
+    if isinstance(entries, jax.core.Tracer) or not 1 < size <= _MOST_ENTRIES:
+        return Constant(fresh(shape))
+    dims = [Factor(length) for length in shape]
+    if jax.dtypes.issubdtype(entries.dtype, np.number) or entries.dtype == bool:
+        ones = np.asarray(entries) == 1
+        if ((np.asarray(entries) == 0) | ones).all():
+            for i, length in enumerate(shape):
+                if length > 1 and (ones.sum(i) == 1).all():
+                    dims[i] = dims[i]._replace(labels=frozenset([ONE_HOT]))
+    return Constant(of_factors([[factor] for factor in dims]))
 
 
-def _literal(atom: Literal) -> Constant:
-    value = atom.val
-    return Constant(fresh(np.shape(value)), lambda: np.asarray(value))
-
-
-def _call(walk: Walk, p: Fields, values: Sequence[Value], _: Shapes) -> list[Value]:
+def _call(op: Op) -> list[Value]:
     """`jit`, `remat`, `custom_jvp_call`, ...: the function inside."""
-    name = next((n for n in ("jaxpr", "call_jaxpr", "fun_jaxpr") if n in p), "jaxpr")
-    return walk.run(p[name], values)
+    names = [n for n in ("jaxpr", "call_jaxpr", "fun_jaxpr") if n in op.fields]
+    return op.walk.run(op.fields[names[0] if names else "jaxpr"], op.values)
 
 
-def _shard_map(
-    walk: Walk, p: Fields, values: Sequence[Value], shapes: Shapes
-) -> list[Value]:
+def _shard_map(op: Op) -> list[Value]:
     """`shard_map`: the function inside, with the sizes of one shard."""
-    own = [
-        _resized(value, shape_of(variable))
-        for value, variable in zip(values, p["jaxpr"].invars, strict=True)
+    body = op.fields["jaxpr"]
+    shards = [
+        picked(moved(value, resize, _shape(variable)), value)
+        for value, variable in zip(op.values, body.invars, strict=True)
     ]
-    results = walk.run(p["jaxpr"], own)
-    return [_resized(v, shape) for v, shape in zip(results, shapes, strict=True)]
+    results = op.walk.run(body, shards)
+    return [moved(v, resize, s) for v, s in zip(results, op.shapes, strict=True)]
 
 
-def _resized(value: Value, shape: tuple[int, ...]) -> Value:
-    """A shard; where it has one slice of an axis, nobody knows which."""
-    gone = [i for i, n in enumerate(shape) if n == 1 and value.array.shape[i] > 1]
-    return picked(moved(value, resize, shape), value, gone)
+def picked(value: Value, before: Value, gone: Iterable[int] | None = None) -> Value:
+    """A value with one slice along some dimensions of what it was, unknown which.
 
-
-def picked(value: Value, before: Value, gone: Sequence[int]) -> Value:
-    """A value with one unknown slice along some dimensions of what it was before."""
+    Args:
+        value: one in which these dimensions are of size 1, or have vanished.
+        before: what it was.
+        gone: the dimensions; those that are of size 1 and were longer, if not given.
+    """
     if not isinstance(value, Parameter) or not isinstance(before, Parameter):
         return value
-    views = []
+    if gone is None:
+        pairs = zip(value.array.shape, before.array.shape, strict=True)
+        gone = [i for i, (size, old) in enumerate(pairs) if size == 1 != old]
+    gone, views = list(gone), []
     for view, old in zip(value.views, before.views, strict=False):
-        axes = [factor.axis for i in gone for factor in old.array.factors(i)]
-        unknown = view.unknown | {axis for axis in axes if axis is not None}
-        views.append(view._replace(unknown=unknown))
+        dims = old.array.dims()
+        axes = {f.axis for i in gone for f in dims[i] if f.axis is not None}
+        views.append(view._replace(unknown=view.unknown | axes))
     return dataclasses.replace(value, views=tuple(views))
 
 
-def _cond(walk: Walk, p: Fields, values: Sequence[Value], _: Shapes) -> list[Value]:
+def _cond(op: Op) -> list[Value]:
     """`cond`: every branch, one after the other."""
-    results = [walk.run(branch, values[1:]) for branch in p["branches"]]
-    return [_either(several) for several in zip(*results, strict=True)]
+    branches = [op.walk.run(b, op.values[1:]) for b in op.fields["branches"]]
+    return [_either(several) for several in zip(*branches, strict=True)]
 
 
-def _while(walk: Walk, p: Fields, values: Sequence[Value], _: Shapes) -> list[Value]:
+def _while(op: Op) -> list[Value]:
     """`while`: its body, until the kinds of what it carries stay the same."""
-    start = p["cond_nconsts"]
-    stop = start + p["body_nconsts"]
-    fixed = values[start:stop]
+    start = op.fields["cond_nconsts"]
+    stop = start + op.fields["body_nconsts"]
+    body, fixed = op.fields["body_jaxpr"], op.values[start:stop]
 
-    def once(carry):
-        return walk.run(p["body_jaxpr"], [*fixed, *carry])
+    def once(carry: list[Value], _: int = 0) -> list[Value]:
+        return op.walk.run(body, [*fixed, *carry])
 
-    carry = _stable(walk, once, list(values[stop:]))
-    return _joined(carry, once([_entering(value) for value in carry]))
+    carry = _stable(op.record, once, list(op.values[stop:]))
+    return _joined(carry, once(_entering(carry)))
 
 
-def scanned(p: Fields, values: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+def scanned(fields: Fields, values: Sequence[Any]) -> tuple[list, list, list]:
     """Constants, carry and slices among the operands of a `scan`.
 
     Up to JAX 0.10 their numbers are parameters; from 0.11 on `ft_in` tells them apart.
     """
-    if "ft_in" in p:
-        constants, carry, slices = p["ft_in"].update(list(values)).unpack()
+    if "ft_in" in fields:
+        constants, carry, slices = fields["ft_in"].update(list(values)).unpack()
         return list(constants), list(carry), list(slices)
-    start = p["num_consts"]
-    stop = start + p["num_carry"]
+    start = fields["num_consts"]
+    stop = start + fields["num_carry"]
     return list(values[:start]), list(values[start:stop]), list(values[stop:])
 
 
-def _scan(
-    walk: Walk, p: Fields, values: Sequence[Value], shapes: Shapes
-) -> list[Value]:
+def _scan(op: Op) -> list[Value]:
     """`scan`: its body once for each slice of stacks of kernels, or else once."""
-    fixed, carry, slices = scanned(p, values)
-    length, body = p["length"], p["jaxpr"]
-    count = len(carry)
+    fixed, carry, slices = scanned(op.fields, op.values)
+    length, body, count = op.fields["length"], op.fields["jaxpr"], len(carry)
 
-    def once(carry: Sequence[Value], turn: int = 0) -> list[Value]:
+    def once(carry: list[Value], turn: int = 0) -> list[Value]:
         own = [_slice_of(value, turn) for value in slices]
-        return walk.run(body, [*fixed, *carry, *own])
+        return op.walk.run(body, [*fixed, *carry, *own])
 
-    carry = _stable(walk, once, carry)
-    entering = [_entering(value) for value in carry]
+    carry = _stable(op.record, once, carry)
     stacks = {p for v in slices if isinstance(v, Parameter) for p in v.leaves}
-    results: list[Value] = [Constant(fresh(shape)) for shape in shapes]
-    for turn in reversed(range(length)) if p["reverse"] else range(length):
-        mark = len(walk.record.events)
-        results = once(entering, turn)
-        made = walk.record.events[mark:]
-        paths = {event.path for event in made if isinstance(event, Product)}
+    results: list[Value] = [Constant(fresh(shape)) for shape in op.shapes]
+    turns = range(length)
+    for turn in reversed(turns) if op.fields["reverse"] else turns:
+        mark = len(op.record.events)
+        results = once(_entering(carry), turn)
+        made = op.record.events[mark:]
         # A loop that slices no kernel does the same in every iteration.
-        if paths.isdisjoint(stacks):
+        if stacks.isdisjoint(e.path for e in made if isinstance(e, Product)):
             break
-    outs = [_stacked(value, length) for value in results[count:]]
-    return _joined(carry, results[:count]) + outs
+    outs = [_stacked(value, length) for value in results[count:]] if length else []
+    return _joined(carry, results[:count]) + (outs or results[count:])
 
 
 def _slice_of(value: Value, turn: int) -> Value:
@@ -219,57 +246,46 @@ def _slice_of(value: Value, turn: int) -> Value:
     shape = value.array.shape[1:]
     if not isinstance(value, Parameter) or value.array.cuts[0] != 1:
         return moved(value, without([0]), shape)
-    if value.along != 0:
-        return moved(value, take(turn), shape)
-    for view in value.views:
+    for view in value.views if value.along == 0 else ():
         size = view.array.shape[0]
         if turn < size:
-            own = dataclasses.replace(value, array=view.array, views=(view,))
-            return moved(dataclasses.replace(own, along=None), take(turn), shape)
+            alone = {"array": view.array, "views": (view,), "along": None}
+            return moved(dataclasses.replace(value, **alone), take(turn), shape)
         turn -= size
-    raise AssertionError
+    return moved(value, take(turn), shape)
 
 
 def _stable(
-    walk: Walk, once: Callable[[list[Value]], list[Value]], carry: list[Value]
+    record: Record, once: Callable[[list[Value]], list[Value]], carry: list[Value]
 ) -> list[Value]:
     """What a loop carries, once constants that become data have become so."""
-    mark = len(walk.record.events)
+
+    def kinds(values: list[Value]) -> list[Any]:
+        return [(type(v), isinstance(v, Parameter) and bool(v.views)) for v in values]
+
+    mark = len(record.events)
     while True:
-        after = _joined(carry, once([_entering(value) for value in carry]))
-        walk.record.forget(mark)
-        if [_kind(value) for value in after] == [_kind(value) for value in carry]:
+        after = _joined(carry, once(_entering(carry)))
+        del record.events[mark:]  # They are to be found again.
+        if kinds(after) == kinds(carry):
             return after
         carry = after
 
 
-def _kind(value: Value) -> Any:
-    return type(value), isinstance(value, Parameter) and bool(value.views)
+def _entering(carry: list[Value]) -> list[Value]:
+    """What a loop carries, inside: its history belongs to an earlier iteration."""
+
+    def enter(value: Value) -> Value:
+        if isinstance(value, Data):
+            trail = Trail(through=value.trail.through, rank=value.trail.rank)
+            return Data(value.array, trail)
+        return Constant(value.array) if isinstance(value, Constant) else value
+
+    return [enter(value) for value in carry]
 
 
 def _joined(before: Sequence[Value], after: Sequence[Value]) -> list[Value]:
     return [_either(pair) for pair in zip(before, after, strict=False)]
-
-
-def _entering(value: Value) -> Value:
-    """What a loop carries, inside: its history belongs to an earlier iteration.
-
-    The entries of a constant change, so that those it starts with say nothing.
-    """
-    if isinstance(value, Data):
-        kept = Trail(through=value.trail.through, rank=value.trail.rank)
-        return dataclasses.replace(value, trail=kept)
-    return Constant(value.array) if isinstance(value, Constant) else value
-
-
-def _stacked(value: Value, length: int) -> Value:
-    """What a loop puts out, an entry per iteration."""
-    array = value.array
-    dims = [array.factors(i) for i in range(len(array.cuts))]
-    array = of_factors([[Factor(length, 0, True, frozenset())], *dims])
-    if isinstance(value, Parameter):
-        return dataclasses.replace(value, array=array, views=(), along=None)
-    return Data(array, value.trail) if isinstance(value, Data) else Constant(array)
 
 
 def _either(values: Sequence[Value]) -> Value:
@@ -280,33 +296,42 @@ def _either(values: Sequence[Value]) -> Value:
     if data:
         newest = max(data, key=lambda value: max(value.trail.last, default=-1))
         trails = [value.trail for value in data]
-        return Data(
-            newest.array,
-            newest.trail._replace(
-                through=functools.reduce(operator.or_, (t.through for t in trails)),
-                rank=max(trail.rank for trail in trails),
-                matrices=frozenset().union(*(trail.matrices for trail in trails)),
-            ),
+        trail = newest.trail._replace(
+            through=functools.reduce(operator.or_, (t.through for t in trails)),
+            rank=max(trail.rank for trail in trails),
+            matrices=frozenset().union(*(trail.matrices for trail in trails)),
         )
+        return Data(newest.array, trail)
     if not parameters:
         return Constant(first.array)
-    if len(parameters) == len(values):
-        layouts = [[(v.path, v.array.layout()) for v in p.views] for p in parameters]
-        if all(layout == layouts[0] for layout in layouts):
-            return first
+    layouts = [[(v.path, v.array.layout()) for v in p.views] for p in parameters]
+    if len(parameters) == len(values) and layouts.count(layouts[0]) == len(layouts):
+        return first
     leaves = frozenset().union(*(value.leaves for value in parameters))
     return Parameter(fresh(first.array.shape), leaves)
 
 
+def _stacked(value: Value, length: int) -> Value:
+    """What a loop puts out, an entry per iteration."""
+    array: Array = of_factors([[Factor(length)], *value.array.dims()])
+    if isinstance(value, Parameter):
+        return value.lost(array)
+    return dataclasses.replace(value, array=array)
+
+
 CONTROL: Mapping[str, Rule] = {
-    **dict.fromkeys(
-        (
-            "call checkpoint closed_call core_call custom_jvp_call custom_vjp_call "
-            "custom_vjp_call_jaxpr jit pjit remat remat2"
-        ).split(),
-        _call,
-    ),
+    "call": _call,
+    "checkpoint": _call,
+    "closed_call": _call,
     "cond": _cond,
+    "core_call": _call,
+    "custom_jvp_call": _call,
+    "custom_vjp_call": _call,
+    "custom_vjp_call_jaxpr": _call,
+    "jit": _call,
+    "pjit": _call,
+    "remat": _call,
+    "remat2": _call,
     "scan": _scan,
     "shard_map": _shard_map,
     "while": _while,
