@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from tb_optax.leaves import is_array, leaves_of
-from tb_optax.trace.values import Constant, Data, Trail, Value, fresh, leaf
+from tb_optax.trace.values import Constant, Data, Parameter, Trail, Value
+from tb_optax.trace.views import fresh
 
 
 class Program(NamedTuple):
@@ -51,7 +52,8 @@ def program_of(fn: Callable[..., Any], params: Any, inputs: Sequence[Any]) -> Pr
     values: list[Value] = []
     for position, array in enumerate(arrays):
         if position < len(own) and jnp.issubdtype(array.dtype, jnp.inexact):
-            values.append(leaf(own[position].path, array.shape))
+            path = own[position].path
+            values.append(Parameter(fresh(array.shape), frozenset([path]), path))
         elif position < rest or jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
             values.append(Constant(fresh(array.shape)))
         else:

@@ -1,36 +1,27 @@
 """The record of a forward pass: which parameter does what, in order of execution."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from tb_optax.layers import MatrixAxes
+from tb_optax.trace.values import Parameter
 
 REDUCTION, OUTPUT, POOLED, STACKED = "reduction", "output", "pooled", "stacked"
-Roles = Mapping[int, frozenset[str]]
+# What a product does with an axis of a kernel: names of fields of `MatrixAxes`, more
+# than one where its parts differ; or the only slice it has of it, None if unknown.
+Use = frozenset[str] | int | None
 T = TypeVar("T")
 
 
 class Product(NamedTuple):
-    """A product of data with a parameter.
+    """A product of data with a parameter."""
 
-    Attributes:
-        number: of the product, ascending in order of execution.
-        path: of the parameter.
-        roles: of each axis, names of fields of `MatrixAxes`; more than one where the
-            parts of an axis have different ones.  None where they are out of sight.
-        picks: axes of which there is one slice only, and which; None if unknown.
-        kernel: False for look-ups, which are no layers.
-        learned: whether a parameter stands in the place of the data.
-        data: whether the data depends on an input, and not on constants alone.
-    """
-
-    number: int
-    path: str
-    roles: Roles | None
-    picks: Mapping[int, int | None]
-    kernel: bool = True
-    learned: bool = False
-    data: bool = True
+    number: int  # ascending in order of execution
+    path: str  # of the parameter
+    uses: Mapping[int, Use] | None  # of each axis; None where they are out of sight
+    kernel: bool = True  # False for look-ups, which are no layers
+    learned: bool = False  # whether a parameter stands in the place of the data
+    data: bool = True  # whether the data depends on an input, not on constants alone
 
 
 class Follower(NamedTuple):
@@ -38,7 +29,7 @@ class Follower(NamedTuple):
 
     path: str
     number: int
-    norm: bool = False
+    norm: bool
 
 
 class Feed(NamedTuple):
@@ -49,42 +40,23 @@ class Feed(NamedTuple):
 
 
 class Said(NamedTuple):
-    """What else a parameter does, and whether it is a use that cannot be read."""
+    """What else a parameter does."""
 
     path: str
     reason: str
-    failed: bool
+    failed: bool  # whether it is a use that cannot be read
 
 
 class Apart(NamedTuple):
-    """An output axis that another parameter has for a batch axis.
+    """An output axis that another parameter has for a batch axis."""
 
-    Attributes:
-        axis: of the kernel whose output it is.
-        others: axes of the other parameter that it is batched with.
-        matrices: whether the other parameter is a matrix for each slice.
-    """
-
-    axis: int
-    others: frozenset[int]
-    matrices: bool
+    axis: int  # of the kernel whose output it is
+    others: frozenset[int]  # axes of the other parameter that it is batched with
+    matrices: bool  # whether the other parameter is a matrix for each slice
 
 
 class Record:
-    """Events of a forward pass, in order.
-
-    Attributes:
-        shapes: of the parameters, by path.
-        given: axes of parameters that the user has said; None for no kernel.
-        assumed: parameters that are taken for kernels in products without data.
-        events: what happened.
-        products: the products among them, by number.
-        apart: output axes that are apart, by the number of their product.
-        auxiliary: products that only compute their own kernel, as in spectral norm.
-        resampled: products whose outputs constants are multiplied with again.
-        likely: parameters that may be the kernels of products of parameters alone.
-        seen: parameters that enter any computation.
-    """
+    """Events of a forward pass, in order, and what the user has said."""
 
     def __init__(
         self,
@@ -93,19 +65,23 @@ class Record:
         assumed: Iterable[str] = (),
     ):
         self.shapes, self.given = dict(shapes), dict(given)
-        self.assumed = frozenset(assumed)
+        # Parameters that are taken for kernels in products of parameters alone, and
+        # those that may be.
+        self.assumed, self.likely = frozenset(assumed), set[str]()
         self.events: list[Any] = []
         self.products: dict[int, Product] = {}
         self.apart: dict[int, list[Apart]] = {}
-        self.auxiliary: set[int] = set()
-        self.resampled: set[int] = set()
-        self.likely: set[str] = set()
-        self.seen: set[str] = set()
+        # Products that only compute their own kernel, as in spectral norm; and those
+        # of constants, whose outputs constants are multiplied with again.
+        self.auxiliary, self.resampled = set[int](), set[int]()
+        self.seen = set[str]()
+        # Parameters that were put side by side: the dimension, and where each begins.
+        self.bundles: dict[str, tuple[int, list[tuple[int, Parameter]]]] = {}
 
-    def product(self, path: str, roles: Roles | None, picks: Any, **more: Any) -> int:
+    def product(self, path: str, uses: Mapping[int, Use] | None, **more: Any) -> int:
         """Write a product down; return its number."""
         number = len(self.products)
-        self.products[number] = Product(number, path, roles, picks, **more)
+        self.products[number] = Product(number, path, uses, **more)
         self.events.append(self.products[number])
         return number
 
@@ -113,15 +89,27 @@ class Record:
         """Write down that parameters act on the outputs of products."""
         self.events += [Follower(p, n, norm) for n in numbers for p in sorted(paths)]
 
-    def say(self, paths: Iterable[str], reason: str, failed: bool = False) -> None:
-        """Write down what some parameters do; only matrices need to be read."""
-        for path in sorted(paths):
-            if not failed or self.is_matrix(path):
-                self.events.append(Said(path, reason, failed))
+    def say(self, paths: Iterable[str], reason: str) -> None:
+        """Write down what some parameters do that makes no layer."""
+        self.events += [Said(path, reason, False) for path in sorted(paths)]
 
     def fail(self, paths: Iterable[str], reason: str) -> None:
         """Write down that a use of some matrices cannot be read."""
-        self.say(paths, reason, failed=True)
+        paths = sorted(filter(self.is_matrix, paths))
+        self.events += [Said(path, reason, True) for path in paths]
+
+    def bundle(self, dimension: int, parts: Sequence[Parameter]) -> str:
+        """Give parameters that lie side by side a name; there are bundles of these."""
+        path, start = f"<{len(self.bundles)}>", 0
+        self.bundles[path] = dimension, []
+        for part in parts:
+            self.bundles[path][1].append((start, part))
+            start += part.array.shape[dimension]
+        return path
+
+    def own(self, value: Parameter) -> frozenset[str]:
+        """The leaf that a value is, or else all that are in it."""
+        return frozenset([value.path]) if value.path in self.shapes else value.leaves
 
     def is_matrix(self, path: str) -> bool:
         """Whether a parameter has two or more axes longer than 1."""

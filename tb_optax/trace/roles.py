@@ -139,15 +139,16 @@ def _read(
     product: Product, shape: Sequence[int], apart: Sequence[Apart]
 ) -> _Reading | str | None:
     """Axes of a kernel in one product, why they are unclear, None for vectors."""
-    if product.roles is None:
+    if product.uses is None:
         return None
     fields: dict[str, list[int]] = {}
     spare = []
     for axis in range(len(shape)):
-        roles = {*product.roles.get(axis, ()), *([STACKED] * (axis in product.picks))}
+        use = product.uses.get(axis, frozenset())
+        roles = use if isinstance(use, frozenset) else {STACKED}
         if len(roles) > 1:
             return f"its axis {axis} is partly {' and partly '.join(sorted(roles))}"
-        (fields.setdefault(roles.pop(), []) if roles else spare).append(axis)
+        (fields.setdefault(*roles, []) if roles else spare).append(axis)
     for role, other in ((REDUCTION, OUTPUT), (OUTPUT, REDUCTION)):
         single = [axis for axis in fields.get(other, ()) if shape[axis] == 1]
         if role not in fields and not spare and single and len(fields[other]) > 1:
@@ -217,22 +218,26 @@ def _in_order(
     Stacks whose slices run side by side, or in an order that the program does not say,
     are one entry with an empty index.
     """
-    whole = set()
-    for product in products:
-        stacked = axes[product.path].stacked
-        picks = [product.picks[axis] for axis in stacked if axis in product.picks]
-        if not picks or None in picks:
-            whole.add(product.path)
+
+    def picks(product: Product) -> list[int | None]:
+        """The slice of each stacked axis that a product has; None for all of them."""
+        uses = product.uses or {}
+        found = [uses.get(axis) for axis in axes[product.path].stacked]
+        return [None if isinstance(use, frozenset) else use for use in found]
+
+    def is_whole(product: Product) -> bool:
+        uses = [(product.uses or {}).get(axis) for axis in axes[product.path].stacked]
+        sliced = [use for use in uses if not isinstance(use, frozenset)]
+        return not sliced or None in sliced
+
+    whole = {product.path for product in products if is_whole(product)}
     found: dict[tuple[str, tuple[int, ...]], None] = {}
     for product in products:
         path = product.path
-        ranges = [
-            range(shapes[path][axis])
-            if product.picks.get(axis) is None
-            else [product.picks[axis]]
-            for axis in (() if path in whole else axes[path].stacked)
-        ]
-        found.update({(path, index): None for index in itertools.product(*ranges)})
+        pairs = zip(axes[path].stacked, picks(product), strict=True)
+        ranges = [range(shapes[path][i]) if n is None else [n] for i, n in pairs]
+        indices = itertools.product(*ranges) if path not in whole else [()]
+        found.update({(path, index): None for index in indices})
     return list(found)
 
 

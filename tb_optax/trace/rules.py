@@ -5,47 +5,19 @@ import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from tb_optax.trace.record import (
-    OUTPUT,
-    POOLED,
-    REDUCTION,
-    STACKED,
-    Apart,
-    Feed,
-    Record,
-)
+from tb_optax.trace import views
+from tb_optax.trace.record import OUTPUT, POOLED, REDUCTION, STACKED
+from tb_optax.trace.record import Apart, Feed, Record, Use
 from tb_optax.trace.values import (
-    DISTINCT,
-    NORMED,
-    ONE_HOT,
-    Array,
     Constant,
     Data,
-    Dimension,
-    Factor,
-    Label,
-    Labels,
-    Move,
     Parameter,
     Trail,
-    Unfollowed,
     Value,
-    broadcast,
-    cut,
-    expand,
-    flip,
-    fresh,
-    labels_of,
+    joined,
     moved,
-    of_factors,
-    reshape,
-    resize,
-    same,
-    tile,
-    transpose,
-    unlabelled,
-    without,
 )
+from tb_optax.trace.views import Array, Dimension, Factor, Label
 from tb_optax.trace.walk import CONTROL, Fields, Op, Rule, picked
 
 # Elementwise functions by which statistics are taken out of data, and those by which a
@@ -57,15 +29,10 @@ _AFFINE = _NORMALIZING | _ADDING
 _SOFTMAX = frozenset({"exp", "exp2", "logistic"})
 
 _TABLE = "look-up table: constants pick its rows"
-_LEARNED = "enters a product in the place of data"
 _NO_AXES = "it is computed with before it enters a product: its axes are lost"
-_BY_HAND = (
-    "it multiplies data that is constant along one of its axes: a matrix product "
-    "written with `*`?"
-)
-_BETWEEN_DATA = (
-    "it is added to or multiplied with data and then enters a product of data with data"
-)
+_BY_HAND = "it multiplies data as in a matrix product written with `*`"
+_BETWEEN_DATA = "it acts on data that then enters a product of data with data"
+Shape = tuple[int, ...]
 
 
 def _of_type(kind: type, values: Iterable[Value]) -> list[Any]:
@@ -76,12 +43,22 @@ def _union(sets: Iterable[frozenset[Any]]) -> frozenset[Any]:
     return frozenset().union(*sets)
 
 
-def _leaves(values: Iterable[Parameter]) -> frozenset[str]:
-    return _union(value.leaves for value in values)
+def _leaves(values: Iterable[Value]) -> frozenset[str]:
+    return _union(value.leaves for value in _of_type(Parameter, values))
 
 
-def _bits(masks: Iterable[int]) -> int:
-    return functools.reduce(int.__or__, masks, 0)
+def _varying(values: Iterable[Value]) -> frozenset[int]:
+    return _union(value.array.varying() for value in values)
+
+
+def _newest(data: Iterable[Data]) -> Data:
+    return max(data, key=lambda value: max(value.trail.last, default=-1))
+
+
+def _computed(values: Iterable[Value], array: Array) -> Parameter:
+    """What several parameters are, of which none is to be seen any more."""
+    looked_up = any(value.looked_up for value in _of_type(Parameter, values))
+    return Parameter(array, _leaves(values), looked_up=looked_up)
 
 
 # ---- Elementwise functions: activations, biases, norms, kernels that are computed ----
@@ -91,105 +68,86 @@ def _elementwise(op: Op) -> list[Value]:
     return [_of_entries(op.record, op.name, op.values, shape) for shape in op.shapes]
 
 
-def _of_entries(
-    record: Record, name: str, values: Sequence[Value], shape: tuple[int, ...]
-) -> Value:
+def _of_entries(record: Record, name: str, values: Sequence[Value], shape) -> Value:
     """Any function of the entries of some values."""
     parameters, data = _of_type(Parameter, values), _of_type(Data, values)
     constants = _of_type(Constant, values)
     if not parameters and not data:
-        return Constant(_of_constants(name, [v.array for v in values], shape))
+        return Constant(_of_constants(name, values, shape))
     if not data:
-        along = _union(value.array.varying() for value in parameters)
         # Constants are data where they vary and the parameters do not.
-        if all(value.array.varying() <= along for value in constants):
+        if _varying(constants) <= _varying(parameters):
             return _of_parameters(record, name, parameters, constants, shape)
-        data = [Data(c.array) for c in constants if c.array.varying()]
-    kernels = [
-        v for v in parameters if v.matrix and any(map(record.is_matrix, v.leaves))
-    ]
-    if len(kernels) == 1 and not any(value.array.varying() for value in data):
+        data = [Data(value.array) for value in constants if _varying([value])]
+    if sum(_is_kernel(record, v) for v in parameters) == 1 and not _varying(data):
         # A number that is computed from data scales a kernel, as in spectral norm.
         scaled = _of_parameters(record, name, parameters, constants, shape)
-        through = _bits(value.trail.through for value in data)
+        through = joined(value.trail for value in data).through
         return dataclasses.replace(scaled, through=scaled.through | through)
     trail, normed = _trail(record, name, data, constants)
-    array = _merged([value.array for value in data], shape, normed)
+    array = _merged(data, shape, normed)
     for value in parameters:
         trail = _meet(record, name, value, data, array, trail)
-    more = [value.array for value in (*parameters, *constants)]
-    return Data(_merged([array, *more], shape), trail)
+    return Data(_merged([Data(array), *parameters, *constants], shape), trail)
 
 
-def _merged(
-    arrays: Sequence[Array], shape: tuple[int, ...], normed: Collection[int] = ()
-) -> Array:
+def _is_kernel(record: Record, value: Parameter) -> bool:
+    return value.matrix and any(map(record.is_matrix, record.own(value)))
+
+
+def _merged(values: Iterable[Value], shape: Shape, normed: Any = ()) -> Array:
     """An elementwise result: each dimension has what any operand knows of it."""
-    full = [array for array in arrays if array.rank() == len(shape)]
-    known = [array for array in full if array.varying()]
-    if not known:
-        return of_factors([[Factor(size, None, False)] for size in shape])
-    if len(known) == 1 and not normed:
-        return known[0] if known[0].shape == shape else expand(known[0], shape)
-    dims = [array.dims() for array in known]
-    marks = [frozenset([NORMED] if i in normed else ()) for i in range(len(shape))]
-    return of_factors([_either(*d, marks[i]) for i, d in enumerate(zip(*dims))])
+    arrays = [v.array for v in values if v.array.rank == len(shape) and _varying([v])]
+    if not arrays:
+        return views.of_factors([[Factor(size, None)] for size in shape])
+    if len(arrays) == 1 and not normed:
+        array = arrays[0]
+        return array if array.shape == shape else views.expand(array, shape)
+    dims = enumerate(zip(*(array.dims() for array in arrays), strict=True))
+    marks = {i: frozenset([views.NORMED]) for i in normed}
+    return views.of_factors(
+        [_one_of(*d, more=marks.get(i, frozenset())) for i, d in dims]
+    )
 
 
-def _either(*candidates: Any) -> list[Factor]:
-    """One dimension, as several arrays have it; the last operand are more labels."""
-    *dims, more = candidates
+def _one_of(*dims: Dimension, more: frozenset[Label] = frozenset()) -> list[Factor]:
+    """One dimension, as several arrays have it."""
     moving = [dim for dim in dims if any(f.varies for f in dim)] or dims
     finest = max(moving, key=lambda dim: (any(f.labels for f in dim), len(dim)))
     alike = [dim for dim in moving if [f.size for f in dim] == [f.size for f in finest]]
     found = []
     for factors in zip(*alike, strict=True):
         axis = next((f.axis for f in factors if f.axis is not None), None)
-        labels: Labels = frozenset().union(more, *map(labels_of, factors))
+        labels = more.union(*(factor.own_labels() for factor in factors))
         found.append(Factor(factors[0].size, axis, True, labels))
     return found
 
 
-def _of_constants(name: str, arrays: list[Array], shape: tuple[int, ...]) -> Array:
+def _of_constants(name: str, values: Sequence[Value], shape: Shape) -> Array:
     """Constants combined; comparing something with distinct numbers is one-hot."""
-    array = unlabelled(_merged(arrays, shape))
-    full = [one for one in arrays if one.rank() == len(shape)]
-    if name != "eq" or len(full) != 2:
-        return array
-    dims = array.dims()
-    for one, other in (full, full[::-1]):
+    dims = views.unlabelled(_merged(values, shape)).dims()
+    full = [value.array for value in values if value.array.rank == len(shape)]
+    for one, other in (full, full[::-1]) if name == "eq" and len(full) == 2 else ():
         for i in one.varying() - other.varying():
-            if len(dims[i]) == 1 and DISTINCT in one.dims()[i][0].labels:
-                dims[i] = [dims[i][0]._replace(labels=frozenset([ONE_HOT]))]
-    return of_factors(dims)
+            if len(dims[i]) == 1 and views.DISTINCT in one.dims()[i][0].labels:
+                dims[i] = [Factor(shape[i], labels=frozenset([views.ONE_HOT]))]
+    return views.of_factors(dims)
 
 
-def _of_parameters(
-    record: Record,
-    name: str,
-    parameters: Sequence[Parameter],
-    constants: Sequence[Constant],
-    shape: tuple[int, ...],
-) -> Parameter:
+def _of_parameters(record, name, parameters, constants, shape) -> Parameter:
     """Parameters and constants combined: the one that covers all axes is the kernel."""
-    array = _merged([value.array for value in parameters], shape)
-    covering = {
-        str([(view.path, view.array.layout()) for view in value.views]): value
-        for value in reversed(parameters)
-        if value.views and array.varying() <= value.array.varying()
-    }
-    mains = list(covering.values())
+    array, varying = _merged(parameters, shape), _varying(parameters)
+    covering = [v for v in parameters if v.path and varying <= _varying([v])]
+    mains = list({str((v.path, v.array.layout())): v for v in covering[::-1]}.values())
     if len(mains) > 1:
-        mains = [v for v in mains if not record.is_left_out(v.views[0].path)]
-        mains = [v for v in mains if record.is_kernel(v.views[0].path)] or mains
-    main = parameters[0].lost(array)
-    if len(mains) == 1:
-        main = mains[0]
-        if main.array.rank() != len(shape):
-            main = dataclasses.replace(main, array=array)
-        elif main.array.shape != shape:
-            main = moved(main, expand, shape)
-    scaled = name in _AFFINE and any(value.array.varying() for value in constants)
+        mains = [value for value in mains if not record.is_left_out(value.path)]
+        mains = [value for value in mains if record.is_kernel(value.path)] or mains
+    main = mains[0] if len(mains) == 1 else parameters[0].lost(array)
+    if main.array.shape != shape:
+        same_rank = main.array.rank == len(shape)
+        expanded = views.expand(main.array, shape) if same_rank else array
+        main = dataclasses.replace(main, array=expanded)
+    scaled = name in _AFFINE and bool(_varying(constants))
     normed = name in _NORMALIZING and any(value.reduced for value in parameters)
     return dataclasses.replace(
         main,
@@ -198,7 +156,7 @@ def _of_parameters(
         reduced=all(value.reduced for value in parameters),
         normed=normed or any(value.normed for value in parameters),
         looked_up=any(value.looked_up for value in parameters),
-        through=_bits(value.through for value in parameters),
+        through=functools.reduce(int.__or__, (value.through for value in parameters)),
     )
 
 
@@ -208,53 +166,43 @@ def _joined_trail(record: Record, data: Sequence[Data], name: str = "") -> Trail
     The newest products come through the main one of them: statistics and what is
     added to all positions alike, as an embedding of time is, stand back.
     """
-    rank = max(value.trail.rank for value in data)
-    extent = {id(value): len(value.array.varying()) for value in data}
+    trail = joined(value.trail for value in data)
 
     def mainness(value: Data) -> tuple[Any, ...]:
-        newest = max(value.trail.last, default=-1)
+        own, newest = value.trail, max(value.trail.last, default=-1)
         real = newest >= 0 and record.products[newest].kernel
-        trail = value.trail
-        sizes = (extent[id(value)], real, trail.rank or rank, newest)
-        return newest >= 0, not trail.reduced, *sizes
+        extent = len(_varying([value]))
+        return (
+            newest >= 0,
+            not own.reduced,
+            extent,
+            real,
+            own.rank or trail.rank,
+            newest,
+        )
 
     main = max(data, key=mainness)
-    trails = [value.trail for value in data]
-    pending = _union(trail.pending for trail in trails)
-    others = [v for v in data if v is not main and not v.trail.reduced]
+    own, others = main.trail, [v for v in data if v is not main and not v.trail.reduced]
     if name in _ADDING and others:
         # The sum of two branches feeds the next layer, not one branch's norm.
-        full = any(extent[id(value)] >= extent[id(main)] for value in others)
-        pending = frozenset() if full else main.trail.pending
-        trails = [main.trail]
-    return Trail(
-        last=main.trail.last,
-        through=_bits(value.trail.through for value in data),
-        rank=rank,
-        normalized=any(trail.normalized for trail in trails),
-        reduced=all(value.trail.reduced for value in data),
-        mixed=any(trail.mixed for trail in trails),
-        pending=pending,
-        coefficients=_union(value.trail.coefficients for value in data),
-        matrices=_union(value.trail.matrices for value in data),
-    )
+        full = any(len(_varying([v])) >= len(_varying([main])) for v in others)
+        pending = frozenset() if full else own.pending
+        trail = trail._replace(
+            normalized=own.normalized, mixed=own.mixed, pending=pending
+        )
+    return trail._replace(last=own.last)
 
 
-def _trail(
-    record: Record, name: str, data: Sequence[Data], constants: Sequence[Constant]
-) -> tuple[Trail, set[int]]:
+def _trail(record, name, data: list[Data], constants) -> tuple[Trail, frozenset[int]]:
     """The trail of several data values combined, and what they are normalized over."""
-    trail = _joined_trail(record, data, name)
+    trail, normed = _joined_trail(record, data, name), frozenset()
     main = [value for value in data if not value.trail.reduced]
-    normed: set[int] = set()
     if name in _NORMALIZING and main:
-        statistics = [value.array for value in data if value.trail.reduced]
-        taken_out = bool(statistics)
-        taken_out |= any(value.array.varying() for value in constants)
+        statistics = [value for value in data if value.trail.reduced]
+        taken_out = bool(statistics) or bool(_varying(constants))
         taken_out |= bool(trail.last) and any(not v.trail.last for v in main)
         trail = trail._replace(normalized=trail.normalized or taken_out)
-        along = _union(value.array.varying() for value in main)
-        normed = {i for array in statistics for i in along - array.varying()}
+        normed = _union(_varying(main) - _varying([value]) for value in statistics)
     if name in _SOFTMAX:
         trail = trail._replace(matrices=frozenset())
     if trail.last and trail.coefficients:
@@ -264,79 +212,52 @@ def _trail(
     return trail, normed
 
 
-def _meet(
-    record: Record,
-    name: str,
-    value: Parameter,
-    data: Sequence[Data],
-    array: Array,
-    trail: Trail,
-) -> Trail:
+def _meet(record: Record, name, value: Parameter, data, array, old: Trail) -> Trail:
     """A parameter meets data: as a bias, a gain, a norm or a table of positions."""
-    if value.reduced and not value.array.varying():
-        return trail  # A penalty, which is added to a loss.
-    matrices: frozenset[str] = frozenset()
-    if value.matrix and not value.looked_up:
-        matrices = frozenset(filter(record.is_matrix, _paths(value)))
-    kernels = frozenset(filter(record.is_kernel, matrices))
-    outer = name == "mul" and matrices and _is_outer(value, data)
-    if kernels and (outer or not value.views):
+    if value.reduced and not _varying([value]):
+        return old  # A penalty, which is added to a loss.
+    own = record.own(value) if value.matrix and not value.looked_up else ()
+    matrices = frozenset(filter(record.is_matrix, own))
+    kernels = list(filter(record.is_kernel, matrices))
+    by_hand = name == "mul" and matrices and _is_outer(value, data)
+    if kernels and (by_hand or not value.path):
         return Trail(last=_hidden(record, kernels, ""))
-    if outer:
+    if by_hand:
         record.fail(matrices, _BY_HAND)
-    norm = trail.normalized or trail.reduced or value.scaled
-    reason = "acts along axes that are no outputs, as a table of positions does"
-    if value.looked_up:
-        reason = _TABLE
-    elif trail.mixed:
-        reason = "acts on a product of data with data"
-    elif not trail.last:
-        reason = "acts on inputs, after no layer"
-        if _is_coefficient(record, value, data):
-            norm = False
-            coefficients = trail.coefficients | value.leaves
-            trail = trail._replace(coefficients=coefficients)
-    follows = name in _AFFINE and not value.looked_up and (norm or not trail.mixed)
-    if not (follows and _follow(record, value, array, trail, norm)):
+    norm, trail = old.normalized or old.reduced or value.scaled, old
+    reason = _TABLE if value.looked_up else "acts on no outputs of a layer"
+    if not old.last and _is_coefficient(record, value, data):
+        trail = old._replace(coefficients=old.coefficients | value.leaves)
+        norm = False
+    follows = name in _AFFINE and not value.looked_up and (norm or not old.mixed)
+    if not (follows and _follow(record, value, array, old, norm)):
         record.say(value.leaves, reason)
         trail = trail._replace(matrices=trail.matrices | matrices)
     return trail._replace(pending=trail.pending | value.leaves) if norm else trail
 
 
-def _paths(value: Parameter) -> frozenset[str]:
-    """The leaves that a value is, or else all that are in it."""
-    return frozenset(view.path for view in value.views) or value.leaves
-
-
 def _is_coefficient(record: Record, value: Parameter, data: Sequence[Data]) -> bool:
     """Whether data has no axes but those of the parameter, as running statistics."""
-    rank = max(len(record.shapes[path]) for path in value.leaves)
-    return all(
-        len(item.array.source.shape) <= rank and not item.trail.reduced for item in data
-    )
+    rank = -1 if value.looked_up else max(len(record.shapes[p]) for p in value.leaves)
+    ranks = [len(item.array.source.shape) for item in data if not item.trail.reduced]
+    return len(ranks) == len(data) and max(ranks) <= rank
 
 
 def _is_outer(value: Parameter, data: Sequence[Data]) -> bool:
     """Whether data varies along some axis of a parameter and not along another."""
-    along = value.array.varying()
-    shared = [
-        along & item.array.varying()
-        for item in data
-        if item.array.rank() == value.array.rank() and not item.trail.reduced
-    ]
-    return any(own and own != along for own in shared)
+    along, rank = _varying([value]), value.array.rank
+    own = [v for v in data if not v.trail.reduced and v.array.rank == rank]
+    return any(along > along & _varying([v]) > frozenset() for v in own)
 
 
-def _follow(
-    record: Record, value: Parameter, array: Array, trail: Trail, norm: bool
-) -> bool:
+def _follow(record, value: Parameter, array: Array, trail: Trail, norm: bool) -> bool:
     """Write a bias, a gain or a norm down; False for what is none."""
-    if value.along is not None and len(value.views) == len(trail.last):
-        for view, number in zip(value.views, trail.last, strict=True):
-            record.follow([view.path], [number], norm)
+    _, parts = record.bundles.get(value.path or "", (0, []))
+    if parts and len(parts) == len(trail.last):
+        for (_, part), number in zip(parts, trail.last, strict=True):
+            record.follow(part.leaves, [number], norm)
         return True
-    along = value.array.varying()
-    numbers = list(trail.last)
+    along, numbers = _varying([value]), list(trail.last)
     if not norm or len(along) > 1:
         reduced = norm and trail.reduced
         numbers = [n for n in numbers if _fits(along, array, n, norm, reduced)]
@@ -344,28 +265,18 @@ def _follow(
     return bool(numbers)
 
 
-def _fits(
-    along: Iterable[int], array: Array, number: int, norm: bool, reduced: bool
-) -> bool:
+def _fits(along: Iterable[int], array: Array, number: int, norm, reduced) -> bool:
     """Whether dimensions of data are outputs of a product, or normalized over."""
     starts, dims, varying = array.start(), array.dims(), array.varying()
-    for position in along:
-        if position not in varying:
-            if not reduced:
-                return False
-            continue
-        for factor in dims[position]:
-            if not factor.varies:
-                continue
-            low = starts[factor.axis or 0]
-            spans = [label.span for label in factor.labels if label.number == number]
-            inside = any(
-                span is None or span[0] < low + factor.size and low < span[1]
-                for span in spans
-            )
-            if not inside and not (norm and NORMED in factor.labels):
-                return False
-    return True
+
+    def is_output(factor: Factor) -> bool:
+        low = starts[factor.axis or 0]
+        spans = [label.span for label in factor.labels if label.number == number]
+        inside = [s is None or s[0] - factor.size < low < s[1] for s in spans]
+        return any(inside) or (norm and views.NORMED in factor.labels)
+
+    outputs = {i for i in varying if all(is_output(f) for f in dims[i] if f.varies)}
+    return all(i in outputs or (reduced and i not in varying) for i in along)
 
 
 # ---- Products -----------------------------------------------------------------------
@@ -375,91 +286,76 @@ class _Side(NamedTuple):
     """An operand of a matrix product."""
 
     value: Any
-    contracted: Sequence[int]
-    batch: Sequence[int]
+    contracted: list[int]
+    batch: list[int]
 
-    @property
     def free(self) -> list[int]:
         """Dimensions that are in the result and not in the other operand."""
         taken = {*self.contracted, *self.batch}
-        return [i for i in range(self.value.array.rank()) if i not in taken]
+        return [i for i in range(self.value.array.rank) if i not in taken]
+
+    def in_result(self, array: Array, shape: Sequence[int]) -> Array:
+        """The dimensions in the order of a result without those of the other side."""
+        order = [*self.batch, *self.free()]
+        array = views.transpose(order)(array, shape)
+        return views.broadcast(range(len(order)))(array, shape)
 
 
-def _roles(
-    contracted: Iterable[int], batch: Iterable[int], free: Iterable[int]
-) -> dict[int, str]:
+def _roles(contracted: Any, batch: Any, free: Any) -> dict[int, Use]:
     """Roles of the dimensions of a kernel."""
     groups = ((contracted, REDUCTION), (batch, STACKED), (free, OUTPUT))
-    return {i: role for dims, role in groups for i in dims}
+    return {int(i): frozenset([role]) for dims, role in groups for i in dims}
 
 
 def _dot_general(op: Op) -> Value:
     """`dot_general`: a matrix product with batches."""
     record, shape = op.record, op.shapes[0]
-    contracting, batch = op.fields["dimension_numbers"]
-    sides = [
-        _Side(value, list(map(int, contracted)), list(map(int, batched)))
-        for value, contracted, batched in zip(
-            op.values, contracting, batch, strict=True
-        )
-    ]
+    pairs = zip(*op.fields["dimension_numbers"], strict=True)
+    dims = [(list(map(int, own)), list(map(int, batch))) for own, batch in pairs]
+    sides = [_Side(v, *own) for v, own in zip(op.values, dims, strict=True)]
     parameters = [i for i in (0, 1) if isinstance(op.values[i], Parameter)]
     if not parameters:
         return _of_data(record, sides)
-    i = parameters[0]
-    if len(parameters) == 2:
-        chosen = _kernel_of(record, op.values)
-        if chosen is None:
-            return _of_two(record, sides)
-        i = chosen
-        data: Value = _in_place_of_data(record, op.values[1 - i])
-    else:
-        data = op.values[1 - i]
-    kernel = op.values[i]
+    i = parameters[0] if len(parameters) == 1 else _kernel_of(record, op.values)
+    if i is None:
+        return _of_two(record, sides)
+    kernel, data = op.values[i], op.values[1 - i]
     assert isinstance(kernel, Parameter)
+    if isinstance(data, Parameter):
+        data = _in_place_of_data(record, data)
     if isinstance(data, Constant):
         if kernel.looked_up or _picks_rows(sides[1 - i]):
             record.say(kernel.leaves, _TABLE)
-            return kernel.lost(fresh(shape), looked_up=True)
+            return kernel.lost(views.fresh(shape), looked_up=True)
         # An initial state is one for each row, though all start alike.
-        data = Data(fresh(data.array.shape))
+        data = Data(views.fresh(data.array.shape))
     sides[1 - i] = sides[1 - i]._replace(value=data)
-    if not sides[i].contracted and not sides[i].free:
-        pair = [moved(s.value, _to_result(s), shape) for s in sides]
+    if not sides[i].contracted and not sides[i].free():
+        pair = [moved(side.value, side.in_result, shape) for side in sides]
         return _of_entries(record, "mul", pair, shape)
-    assert isinstance(data, Data)
     return _with_kernel(record, sides, i, data)
-
-
-def _to_result(side: _Side) -> Move:
-    """The dimensions of a side in the order of the result, and those that it lacks."""
-    return lambda array, shape: broadcast(range(len(side.batch) + len(side.free)))(
-        transpose([*side.batch, *side.free])(array, shape), shape
-    )
 
 
 def _with_kernel(record: Record, sides: list[_Side], i: int, data: Data) -> Value:
     """Data by a parameter, which is on side i."""
-    side, other = sides[i], sides[1 - i]
-    kernel, dims = side.value, data.array.dims()
+    side, dims, kernel = sides[i], data.array.dims(), sides[i].value
     if kernel.looked_up:
-        record.fail(
-            kernel.leaves, "constants pick its rows, and then it multiplies data"
-        )
+        record.fail(kernel.leaves, "constants pick its rows, which multiply data")
         return Data(_result(sides), data.trail._replace(mixed=True))
-    matrices = bool(side.contracted and side.free)
-    for mine, its in zip(side.batch, other.batch, strict=True):
-        others = [d for v in kernel.views for d in v.array.dims()[mine] if d.varies]
-        _are_apart(record, dims[its], others, matrices)
-    roles = _roles(side.contracted, side.batch, side.free)
+    matrices = bool(side.contracted and side.free())
+    own = kernel.array.dims() if kernel.path else []
+    for mine, its in zip(side.batch, sides[1 - i].batch, strict=True) if own else ():
+        axes = [factor.axis for factor in own[mine] if factor.varies]
+        _are_apart(record, dims[its], axes, matrices)
+    roles = _roles(side.contracted, side.batch, side.free())
     last = _apply(record, kernel, roles, data)
-    known = [_outputs(kernel, last), dims]
+    known = [_outputs(record, kernel, last), dims]
     return Data(_result(sides, known if i == 0 else known[::-1]), _after(last, data))
 
 
 def _after(last: tuple[int, ...], data: Data) -> Trail:
     """The trail of the result of a product."""
-    through = data.trail.through | _bits(1 << number for number in last)
+    through = data.trail.through | sum(1 << number for number in last)
     return Trail(last=last, through=through, rank=data.trail.rank)
 
 
@@ -468,92 +364,102 @@ def _result(sides: Sequence[_Side], dims: Sequence[Any] = ()) -> Array:
     left, right = sides
     one, two = dims or [side.value.array.dims() for side in sides]
     pairs = zip(left.batch, right.batch, strict=True)
-    batch = [_either(one[i], two[j], frozenset()) for i, j in pairs]
-    free = [one[i] for i in left.free] + [two[j] for j in right.free]
-    return of_factors([*batch, *free])
+    free = [one[i] for i in left.free()] + [two[j] for j in right.free()]
+    return views.of_factors([*(_one_of(one[i], two[j]) for i, j in pairs), *free])
 
 
-def _outputs(kernel: Parameter, numbers: Sequence[int]) -> list[list[Factor]]:
+def _outputs(
+    record: Record, kernel: Parameter, numbers: Sequence[int]
+) -> list[list[Factor]]:
     """Dimensions of a kernel as they are in the outputs of its products."""
-    if not kernel.views or len(kernel.views) != len(numbers):
-        return unlabelled(kernel.array).dims()
-    found = []
-    for position, dim in enumerate(kernel.views[0].array.dims()):
-        if position != kernel.along:
-            found.append([_output(factor, numbers) for factor in dim])
-            continue
-        start, labels = 0, []
-        for number, view in zip(numbers, kernel.views, strict=True):
-            axes = [f.axis for f in view.array.dims()[position] if f.axis is not None]
-            stop = start + view.array.shape[position]
-            labels.append(Label(number, axes[0] if axes else 0, False, (start, stop)))
-            start = stop
-        found.append([Factor(start, labels=frozenset(labels))])
-    return found
+    dimension, parts = record.bundles.get(kernel.path or "", (None, []))
+    spans = [(start, start + part.array.shape[dimension]) for start, part in parts]
+    starts = kernel.array.start()
 
+    def output(factor: Factor) -> Factor:
+        if factor.axis is None or not kernel.path:
+            return Factor(factor.size, factor.axis)
+        labels = [Label(n, factor.axis, factor.whole) for n in numbers]
+        if factor.axis == dimension and len(spans) == len(numbers):
+            low = starts[factor.axis]
+            own = [(start - low, stop - low) for start, stop in spans]
+            pairs = zip(numbers, own, strict=True)
+            labels = [Label(n, span=span) for n, span in pairs]
+        return Factor(factor.size, labels=frozenset(labels))
 
-def _output(factor: Factor, numbers: Iterable[int]) -> Factor:
-    if factor.axis is None:
-        return factor
-    labels = frozenset(Label(n, factor.axis, factor.whole) for n in numbers)
-    return Factor(factor.size, labels=labels)
+    return [[output(factor) for factor in dim] for dim in kernel.array.dims()]
 
 
 def _are_apart(
-    record: Record, dim: Dimension, others: Iterable[Factor], matrices: bool
+    record: Record, dim: Dimension, axes: Iterable[Any], matrices: bool
 ) -> None:
     """Data meets a batch axis of a kernel: outputs along it may be apart."""
-    axes = frozenset(f.axis for f in others if f.axis is not None)
+    others = frozenset(axes)
     for label in [label for f in dim if f.whole for label in f.labels]:
-        if axes and label.whole:
-            event = Apart(label.axis, axes, matrices)
+        if others and label.whole:
+            event = Apart(label.axis, others, matrices)
             record.apart.setdefault(label.number, []).append(event)
 
 
 def _apply(
     record: Record,
     kernel: Parameter,
-    roles: Mapping[int, str],
+    roles: dict[int, Use],
     data: Data,
     groups: int = 1,
 ) -> tuple[int, ...]:
     """Write a product of data with a parameter down; return its numbers."""
-    if not kernel.views:
+    if not kernel.path:
         return _hidden(record, kernel.leaves, _NO_AXES)
-    numbers: list[int] = []
-    paths = _paths(kernel)
-    for view in kernel.views:
-        found = _roles_of_axes(view.array, roles, groups)
-        starts = view.array.start()
-        picks = {
-            axis: None if axis in view.unknown else starts[axis]
-            for axis, size in enumerate(record.shapes[view.path])
-            if size > 1 and axis not in found
-        }
-        more = {"learned": data.trail.learned, "data": data.trail.rank > 0}
-        numbers.append(record.product(view.path, found, picks, **more))
+    more = {"learned": data.trail.learned, "data": data.trail.rank > 0}
+    found = _uses(record, kernel, roles, groups)
+    numbers = tuple(record.product(path, uses, **more) for path, uses in found)
+    paths = {path for path, _ in found}
     record.follow(kernel.leaves - paths, numbers, norm=False)
     for number, made in record.products.items() if kernel.through else ():
         if kernel.through >> number & 1 and made.path in paths:
             record.auxiliary.add(number)
     record.events += [Feed(path, numbers[0]) for path in sorted(data.trail.pending)]
-    return tuple(numbers)
+    return numbers
 
 
-def _roles_of_axes(
-    array: Array, roles: Mapping[int, str], groups: int
-) -> dict[int, frozenset[str]]:
-    """Roles of the axes of a leaf, from those of the dimensions of its view."""
-    found: dict[int, set[str]] = {}
-    dims = array.dims()
-    for position, role in roles.items():
-        shared = _shared(array, position, groups) if role == OUTPUT else []
+def _uses(
+    record: Record, kernel: Parameter, of_dims: Mapping[int, Use], groups: int = 1
+) -> list[tuple[str, dict[int, Use]]]:
+    """What becomes of the axes of a leaf, from the uses of the dimensions of its view.
+
+    Of what was put side by side, this is asked of each part by itself.
+    """
+    assert kernel.path is not None
+    starts, dims, uses = kernel.array.start(), kernel.array.dims(), dict[int, Use]()
+    for position, use in of_dims.items():
+        shared = _shared(kernel.array, position, groups) if groups > 1 else ()
         for factor in dims[position]:
+            axis = factor.axis
             # One slice of a longer axis is a pick, no role.
-            if factor.axis is not None and (factor.size > 1 or factor.whole):
-                own = STACKED if factor.axis in shared else role
-                found.setdefault(factor.axis, set()).add(own)
-    return {axis: frozenset(names) for axis, names in found.items()}
+            if axis is None or (factor.size == 1 and not factor.whole):
+                continue
+            if isinstance(use, frozenset):
+                before = uses.get(axis, frozenset())
+                own = frozenset([STACKED]) if axis in shared else use
+                uses[axis] = own | before if isinstance(before, frozenset) else own
+            else:
+                uses[axis] = use if factor.whole and len(dims[position]) == 1 else None
+    for axis, size in enumerate(kernel.array.source.shape):
+        if size > 1 and axis not in uses:
+            uses[axis] = None if axis in kernel.unknown else starts[axis]
+    if kernel.path not in record.bundles:
+        return [(kernel.path, uses)]
+    dimension, parts = record.bundles[kernel.path]
+    found = []
+    for start, part in parts:
+        own, use = dict(uses), uses.get(dimension, frozenset())
+        if isinstance(use, int):
+            if not start <= use < start + part.array.shape[dimension]:
+                continue
+            own[dimension] = use - start
+        found += _uses(record, part, own)
+    return found
 
 
 def _shared(array: Array, position: int, groups: int) -> frozenset[int]:
@@ -567,20 +473,18 @@ def _grouped(array: Array, position: int, groups: int) -> tuple[Dimension, Dimen
     """The first factors of a dimension, of this size together, and the others."""
     shape, size = list(array.shape), array.shape[position]
     shape[position : position + 1] = [groups, size // groups]
-    if 1 < groups < size:
-        try:
-            dims = reshape(array, shape).dims()
-        except Unfollowed:
-            return [], []
-        return dims[position], dims[position + 1]
-    return [], []
+    try:
+        dims = views.reshape(array, shape).dims() if 1 < groups < size else []
+    except views.Unfollowed:
+        dims = []
+    return (dims[position], dims[position + 1]) if dims else ([], [])
 
 
 def _hidden(record: Record, leaves: Iterable[str], reason: str) -> tuple[int, ...]:
     """Write a product down in which the axes of its parameters are out of sight."""
     kernels = sorted(filter(record.is_kernel, leaves))
     record.fail(set(leaves) - set(kernels), reason)
-    return tuple(record.product(path, None, {}) for path in kernels)
+    return tuple(record.product(path, None) for path in kernels)
 
 
 def _of_data(record: Record, sides: Sequence[_Side]) -> Value:
@@ -588,63 +492,53 @@ def _of_data(record: Record, sides: Sequence[_Side]) -> Value:
     array = _result(sides)
     data = _of_type(Data, [side.value for side in sides])
     if not data:
-        return Constant(unlabelled(array))
+        return Constant(views.unlabelled(array))
     trail = _joined_trail(record, data)
     if len(data) == 1:
         (side,) = [side for side in sides if side.value is data[0]]
-        dims = side.value.array.dims()
-        factors = [factor for i in side.contracted for factor in dims[i]]
+        factors = [f for i in side.contracted for f in side.value.array.dims()[i]]
         record.resampled |= {label.number for f in factors for label in f.labels}
         return Data(array, trail)
-    kernels = frozenset(filter(record.is_kernel, trail.matrices))
-    record.fail(trail.matrices - kernels, _BETWEEN_DATA)
-    newest = max((v.trail.last for v in data), key=lambda n: max(n, default=-1))
-    last = _hidden(record, kernels, "") or newest
+    kernels = list(filter(record.is_kernel, trail.matrices))
+    record.fail(trail.matrices - set(kernels), _BETWEEN_DATA)
+    last = _hidden(record, kernels, "") or _newest(data).trail.last
     return Data(array, _after(last, Data(array, trail))._replace(mixed=not kernels))
 
 
 def _kernel_of(record: Record, values: Sequence[Any]) -> int | None:
     """Which of two parameters is a kernel, if the other stands in the place of data."""
 
-    def is_left_out(value: Parameter) -> bool:
-        paths = list(filter(record.is_matrix, _paths(value)))
-        return bool(paths) and all(map(record.is_left_out, paths))
-
     def stands_for_data(value: Parameter) -> bool:
-        return not value.matrix or value.looked_up or is_left_out(value)
+        matrices = list(filter(record.is_matrix, record.own(value)))
+        left_out = bool(matrices) and all(map(record.is_left_out, matrices))
+        return not value.matrix or value.looked_up or left_out
 
-    said = [any(map(record.is_kernel, _paths(value))) for value in values]
+    said = [any(map(record.is_kernel, record.own(value))) for value in values]
     if any(said):
         return None if all(said) else said.index(True)
-    able = [
-        i
-        for i in (0, 1)
-        if values[i].views
-        and not stands_for_data(values[i])
-        and stands_for_data(values[1 - i])
-    ]
-    return able[0] if len(able) == 1 else None
+    able = [value.path and not stands_for_data(value) for value in values]
+    fed = [i for i in (0, 1) if able[i] and stands_for_data(values[1 - i])]
+    return fed[0] if len(fed) == 1 else None
 
 
-def _in_place_of_data(record: Record, value: Any) -> Data:
+def _in_place_of_data(record: Record, value: Parameter) -> Data:
     """A learned query, or another activation that is computed from parameters."""
-    record.say(value.leaves, _LEARNED)
+    record.say(value.leaves, "enters a product in the place of data")
     vectors = {path for path in value.leaves if not record.is_matrix(path)}
-    pending = frozenset(vectors if value.normed else ()) - _paths(value)
-    return Data(unlabelled(value.array), Trail(pending=pending, learned=True))
+    pending = frozenset(vectors if value.normed else ()) - record.own(value)
+    return Data(views.unlabelled(value.array), Trail(pending=pending, learned=True))
 
 
 def _of_two(record: Record, sides: Sequence[_Side]) -> Value:
     """A product of parameters alone: of factors of a kernel, or of learned queries."""
     left, right = (side.value for side in sides)
-    array = _result(sides)
-    if any(map(record.is_kernel, left.leaves | right.leaves)):
-        last = _hidden(record, left.leaves | right.leaves, _NO_AXES)
-        return Data(array, _after(last, Data(array)))
-    on_the_right = sides[1].contracted == [0] or not left.views
-    kernel = right if on_the_right else left
-    if kernel.views and left.leaves != right.leaves:
-        record.likely |= set(filter(record.is_matrix, _paths(kernel)))
+    found = _computed([left, right], _result(sides))
+    if any(map(record.is_kernel, found.leaves)):
+        last = _hidden(record, found.leaves, _NO_AXES)
+        return Data(found.array, _after(last, Data(found.array)))
+    kernel = right if sides[1].contracted == [0] or not left.path else left
+    if kernel.path and left.leaves != right.leaves:
+        record.likely |= set(filter(record.is_matrix, record.own(kernel)))
     for value, other in ((left, right), (right, left)):
         names = ", ".join(map(repr, sorted(other.leaves)))
         reason = (
@@ -652,64 +546,59 @@ def _of_two(record: Record, sides: Sequence[_Side]) -> Value:
             f"kernel, or factors of one kernel?"
         )
         record.fail(value.leaves, reason)
-    looked_up = left.looked_up or right.looked_up
-    return Parameter(array, left.leaves | right.leaves, looked_up=looked_up)
+    return found
 
 
 def _picks_rows(side: _Side) -> bool:
     """Whether a constant picks one row of what it is multiplied with: one-hot."""
-    dims = side.value.array.dims()
-    long = [dims[i] for i in side.contracted if side.value.array.shape[i] > 1]
-    return len(long) == 1 == len(long[0]) and ONE_HOT in long[0][0].labels
+    array = side.value.array
+    long = [array.dims()[i] for i in side.contracted if array.shape[i] > 1]
+    return len(long) == 1 == len(long[0]) and views.ONE_HOT in long[0][0].labels
 
 
 def _convolution(op: Op) -> Value:
     """`conv_general_dilated`, of any layout and any number of groups."""
-    record, shape = op.record, op.shapes[0]
-    data, kernel = op.values
+    record, (data, kernel) = op.record, op.values
     numbers, groups = op.fields["dimension_numbers"], op.fields["feature_group_count"]
     outputs, inputs, *positions = numbers.rhs_spec
     if isinstance(data, Constant) and isinstance(kernel, Parameter):
-        data = Data(fresh(data.array.shape))
+        data = Data(views.fresh(data.array.shape))
     if not isinstance(kernel, Parameter) or not isinstance(data, Data):
         if isinstance(data, Parameter) and not isinstance(kernel, Constant):
-            record.fail(
-                _leaves(_of_type(Parameter, op.values)),
-                "it is convolved with no data, or as only gradients are",
-            )
+            reason = "it is convolved with no data, or as in gradients only"
+            record.fail(_leaves(op.values), reason)
         return _together(op, mixed=True)[0]
-    dims = [[Factor(size)] for size in shape]
+    dims = [[Factor(size)] for size in op.shapes[0]]
     dims[numbers.out_spec[0]] = data.array.dims()[numbers.lhs_spec[0]]
-    several = kernel.array.shape[inputs] > 1 and kernel.views
-    if groups > 1 and several:
-        axes = _shared(kernel.views[0].array, outputs, groups)
-        first, _ = _grouped(data.array, numbers.lhs_spec[1], groups)
-        _are_apart(record, first, [Factor(2, axis) for axis in axes], matrices=True)
-    roles = {**_roles([inputs], [], [outputs]), **dict.fromkeys(positions, POOLED)}
-    last = _apply(record, kernel, roles, data, groups if several else 1)
-    dims[numbers.out_spec[1]] = _outputs(kernel, last)[outputs]
-    return Data(of_factors(dims), _after(last, data))
+    groups = groups if kernel.array.shape[inputs] > 1 and kernel.path else 1
+    first, _ = _grouped(data.array, numbers.lhs_spec[1], groups)
+    _are_apart(record, first, _shared(kernel.array, outputs, groups), matrices=True)
+    pooled = dict.fromkeys(positions, frozenset([POOLED]))
+    roles = {**_roles([inputs], [], [outputs]), **pooled}
+    last = _apply(record, kernel, roles, data, groups)
+    dims[numbers.out_spec[1]] = _outputs(record, kernel, last)[outputs]
+    return Data(views.of_factors(dims), _after(last, data))
 
 
 def _ragged_dot(op: Op) -> Value:
     """`ragged_dot_general`: rows of each group meet their own kernel."""
-    data, kernel = op.values[:2]
+    data, kernel, *_ = op.values
     numbers = op.fields["ragged_dot_dimension_numbers"]
     (_, contracted), (_, batch) = numbers.dot_dimension_numbers
-    stacked = {*batch, *numbers.rhs_group_dimensions}
     if not isinstance(data, Data) or not isinstance(kernel, Parameter):
         return _together(op, mixed=True)[0]
-    free = set(range(kernel.array.rank())) - stacked - set(contracted)
+    stacked = {*batch, *numbers.rhs_group_dimensions}
+    free = set(range(kernel.array.rank)) - stacked - set(contracted)
     last = _apply(op.record, kernel, _roles(contracted, stacked, free), data)
     dims = [[Factor(size)] for size in op.shapes[0]]
-    dims[-1] = _outputs(kernel, last)[max(free)]
-    return Data(of_factors(dims), _after(last, data))
+    dims[-1] = _outputs(op.record, kernel, last)[max(free)]
+    return Data(views.of_factors(dims), _after(last, data))
 
 
 # ---- Moves and look-ups -------------------------------------------------------------
 
 
-def _by(move_of: Callable[[Fields], Move]) -> Rule:
+def _by(move_of: Callable[[Fields], views.Move]) -> Rule:
     """A rule that moves the entries of each operand."""
     return lambda op: [
         moved(value, move_of(op.fields), shape)
@@ -717,12 +606,12 @@ def _by(move_of: Callable[[Fields], Move]) -> Rule:
     ]
 
 
-def _reshape(fields: Fields) -> Move:
+def _reshape(fields: Fields) -> views.Move:
     """`reshape`, which may permute its dimensions first."""
     order = fields["dimensions"]
     if order is None:
-        return reshape
-    return lambda array, shape: reshape(transpose(order)(array, shape), shape)
+        return views.reshape
+    return lambda array, shape: views.reshape(views.transpose(order)(array, ()), shape)
 
 
 def _split(op: Op) -> list[Value]:
@@ -730,70 +619,26 @@ def _split(op: Op) -> list[Value]:
     axis, start, found = op.fields["axis"], 0, []
     for shape in op.shapes:
         starts = [start if i == axis else 0 for i in range(len(shape))]
-        found.append(_cut(op.values[0], starts, shape))
+        found.append(moved(op.values[0], views.cut(starts), shape))
         start += shape[axis]
     return found
-
-
-def _slice(op: Op) -> Value:
-    starts, steps = op.fields["start_indices"], op.fields["strides"]
-    return _cut(op.values[0], starts, op.shapes[0], steps)
-
-
-def _cut(value: Value, starts: Sequence[int], shape: Any, steps: Any = None) -> Value:
-    """A piece of a value; of parameters side by side, those that lie in it."""
-    along = value.along if isinstance(value, Parameter) else None
-    if along is None or shape[along] == value.array.shape[along]:
-        return moved(value, cut(starts, steps), shape)
-    assert isinstance(value, Parameter)
-    offset, pieces = 0, []
-    for view in value.views:
-        size = view.array.shape[along]
-        low = max(starts[along] - offset, 0)
-        high = min(starts[along] + shape[along] - offset, size)
-        offset += size
-        if low < high:
-            own = [high - low if i == along else n for i, n in enumerate(shape)]
-            begin = [low if i == along else n for i, n in enumerate(starts)]
-            alone = {"array": view.array, "views": (view,), "along": None}
-            piece = dataclasses.replace(value, **alone)
-            pieces.append(moved(piece, cut(begin, steps), own))
-    return _side_by_side(pieces, along, shape)
-
-
-def _side_by_side(values: Sequence[Any], along: int, shape: Sequence[int]) -> Value:
-    """Parameters next to each other, each by itself."""
-    if len(values) == 1:
-        return values[0]
-    leaves = _leaves(values)
-    looked_up = any(value.looked_up for value in values)
-    if not all(v.views and v.along in (None, along) for v in values):
-        return Parameter(fresh(shape), leaves, looked_up=looked_up)
-    dims = [list(dim) for dim in unlabelled(values[0].array).dims()]
-    dims[along] = [Factor(shape[along])]
-    return Parameter(
-        of_factors(dims),
-        leaves,
-        views=tuple(view for value in values for view in value.views),
-        along=along,
-        scaled=any(value.scaled for value in values),
-    )
 
 
 def _concatenate(op: Op) -> Value:
     """`concatenate`: parameters side by side stay known."""
     along, shape = int(op.fields["dimension"]), op.shapes[0]
     parameters, data = _of_type(Parameter, op.values), _of_type(Data, op.values)
-    if not data:
-        if not parameters:
-            return Constant(fresh(shape))
-        return _side_by_side(parameters, along, shape)
-    op.record.say(_leaves(parameters), "lies next to data in one array")
-    trail = _joined_trail(op.record, data)
-    newest = max(data, key=lambda value: max(value.trail.last, default=-1))
-    dims = newest.array.dims()
-    dims[along] = [Factor(shape[along])]
-    return Data(of_factors(dims), trail)
+    if data:
+        op.record.say(_leaves(parameters), "lies next to data in one array")
+        dims = _newest(data).array.dims()
+        dims[along] = [Factor(shape[along])]
+        return Data(views.of_factors(dims), _joined_trail(op.record, data))
+    found = _computed(parameters, views.fresh(shape))
+    if len(parameters) < len(op.values) or not all(p.path for p in parameters):
+        return found if parameters else Constant(found.array)
+    path = op.record.bundle(along, parameters)
+    scaled = any(value.scaled for value in parameters)
+    return dataclasses.replace(found, path=path, scaled=scaled)
 
 
 def _dynamic_slice(op: Op) -> Value:
@@ -802,11 +647,8 @@ def _dynamic_slice(op: Op) -> Value:
     chosen = [i for i, size in enumerate(shape) if size != value.array.shape[i]]
     known = [s.literal if isinstance(s, Constant) else None for s in starts]
     begin = [known[i] or 0 if i in chosen else 0 for i in range(len(shape))]
-    found = picked(
-        _cut(value, begin, shape),
-        value,
-        [i for i in chosen if known[i] is None and shape[i] == 1],
-    )
+    gone = [i for i in chosen if known[i] is None and shape[i] == 1]
+    found = picked(moved(value, views.cut(begin), shape), value, gone)
     data = _of_type(Data, starts)
     if data and isinstance(value, Parameter) and sum(n > 1 for n in shape) < 2:
         return _embedded(op.record, value, data[0], found.array)
@@ -815,8 +657,8 @@ def _dynamic_slice(op: Op) -> Value:
 
 def _embedded(record: Record, value: Parameter, index: Data, array: Array) -> Data:
     """Rows that data looks up."""
-    last = tuple(record.product(p, {}, {}, kernel=False) for p in sorted(value.leaves))
-    return Data(unlabelled(array), _after(last, index))
+    last = tuple(record.product(p, None, kernel=False) for p in sorted(value.leaves))
+    return Data(views.unlabelled(array), _after(last, index))
 
 
 def _gather(op: Op) -> Value:
@@ -828,23 +670,25 @@ def _gather(op: Op) -> Value:
 
     def move(array: Array, shape: Sequence[int]) -> Array:
         if numbers.operand_batching_dims:
-            raise Unfollowed
-        array = cut([0] * len(sizes))(array, sizes)
-        array = without(numbers.collapsed_slice_dims)(array, sizes)
-        return broadcast(numbers.offset_dims)(array, shape)
+            raise views.Unfollowed
+        array = views.cut([0] * len(sizes))(array, sizes)
+        array = views.without(numbers.collapsed_slice_dims)(array, sizes)
+        return views.broadcast(numbers.offset_dims)(array, shape)
 
     found = moved(operand, move, op.shapes[0])
-    if isinstance(operand, Data):
+    if isinstance(found, Data):
         dims = [[f._replace(axis=0) for f in dim] for dim in found.array.dims()]
-        return Data(of_factors(dims), operand.trail)
+        return Data(views.of_factors(dims), found.trail)
     chosen = [i for i, size in enumerate(operand.array.shape) if size != sizes[i]]
+    assert isinstance(operand, Parameter)
     assert isinstance(found, Parameter)
-    if sum(size > 1 for size in sizes) > 1 and found.views and operand.along is None:
+    if sum(size > 1 for size in sizes) > 1 and found.path:
         return picked(found, operand, chosen)
+    array = views.fresh(op.shapes[0])
     if isinstance(indices, Data):
-        return _embedded(op.record, operand, indices, fresh(op.shapes[0]))
+        return _embedded(op.record, operand, indices, array)
     op.record.say(operand.leaves, _TABLE)
-    return operand.lost(fresh(op.shapes[0]), looked_up=True)
+    return operand.lost(array, looked_up=True)
 
 
 def _reduce(op: Op) -> Value | list[Value]:
@@ -852,14 +696,14 @@ def _reduce(op: Op) -> Value | list[Value]:
     if len(op.values) > 1:
         return _together(op)
     value, axes = op.values[0], op.fields["axes"]
-    found = moved(value, without(axes), op.shapes[0])
+    found = moved(value, views.without(axes), op.shapes[0])
     if all(value.array.shape[axis] == 1 for axis in axes):
         return found
     if isinstance(found, Parameter):
         return found.lost(found.array, reduced=True)
     if isinstance(found, Data):
         return Data(found.array, found.trail._replace(reduced=True))
-    return Constant(unlabelled(found.array))
+    return Constant(views.unlabelled(found.array))
 
 
 # ---- Everything else ----------------------------------------------------------------
@@ -868,38 +712,35 @@ def _reduce(op: Op) -> Value | list[Value]:
 def _together(op: Op, mixed: bool = False) -> list[Value]:
     """Sorts, cumulative sums, scatters: the entries of all operands in one array."""
     parameters, data = _of_type(Parameter, op.values), _of_type(Data, op.values)
-    leaves = _leaves(parameters)
-    if not data:
-        if not parameters:
-            return [Constant(fresh(shape)) for shape in op.shapes]
-        looked_up = any(value.looked_up for value in parameters)
-        return [
-            Parameter(fresh(shape), leaves, looked_up=looked_up) for shape in op.shapes
-        ]
-    op.record.say(leaves, "is written into an array of data")
-    trail = _joined_trail(op.record, data)
-    trail = trail._replace(
-        matrices=trail.matrices | frozenset(filter(op.record.is_matrix, leaves)),
-        mixed=trail.mixed or (mixed and len(data) > 1),
-    )
-    first = data[0].array
-    return [
-        Data(first if first.shape == shape else fresh(shape), trail)
+    known = [v.array for v in (data or op.values) if v.array.shape in op.shapes]
+    arrays = [
+        known[0] if data and known and known[0].shape == shape else views.fresh(shape)
         for shape in op.shapes
     ]
+    if not data:
+        if not parameters:
+            return [Constant(array) for array in arrays]
+        return [_computed(parameters, array) for array in arrays]
+    leaves = _leaves(parameters)
+    op.record.say(leaves, "is written into an array of data")
+    trail = _joined_trail(op.record, data)
+    matrices = trail.matrices.union(filter(op.record.is_matrix, leaves))
+    mixed = trail.mixed or (mixed and len(data) > 1)
+    trail = trail._replace(matrices=matrices, mixed=mixed)
+    return [Data(array, trail) for array in arrays]
 
 
 def _random(op: Op) -> list[Value]:
     """Random numbers are constants."""
-    return [Constant(fresh(shape)) for shape in op.shapes]
+    return [Constant(views.fresh(shape)) for shape in op.shapes]
 
 
 def _iota(op: Op) -> Value:
     """`iota`: distinct numbers along one dimension."""
-    dims = [[Factor(size, None, False)] for size in op.shapes[0]]
+    dims = [[Factor(size, None)] for size in op.shapes[0]]
     i = int(op.fields["dimension"])
-    dims[i] = [Factor(op.shapes[0][i], labels=frozenset([DISTINCT]))]
-    return Constant(of_factors(dims))
+    dims[i] = [Factor(op.shapes[0][i], labels=frozenset([views.DISTINCT]))]
+    return Constant(views.of_factors(dims))
 
 
 def _unknown(op: Op) -> list[Value]:
@@ -911,13 +752,11 @@ def _unknown(op: Op) -> list[Value]:
     reason = f"it enters {op.name!r}, a primitive that trace_layers does not know"
     if not data:
         op.record.fail(leaves, reason)
-        return [Parameter(fresh(shape), leaves) for shape in op.shapes]
+        return [_computed(parameters, views.fresh(shape)) for shape in op.shapes]
     trail = _joined_trail(op.record, data)
     last = _hidden(op.record, leaves, reason) or trail.last
-    return [
-        Data(fresh(shape), _after(last, Data(fresh(shape), trail)))
-        for shape in op.shapes
-    ]
+    trail = _after(last, Data(views.fresh(()), trail))
+    return [Data(views.fresh(shape), trail) for shape in op.shapes]
 
 
 _NAMES: Mapping[str, Rule] = {
@@ -936,13 +775,13 @@ _NAMES: Mapping[str, Rule] = {
     """
     all_gather all_gather_invariant all_to_all pad reduce_scatter reduce_window
     reduce_window_max reduce_window_min reduce_window_sum
-    """: _by(lambda _: resize),
+    """: _by(lambda _: views.resize),
     # Each entry remains one entry: casts, copies, sharding, identities.
     """
     bitcast_convert_type convert_element_type copy copy_p device_put layout_constraint
     mesh_cast name optimization_barrier pbroadcast pcast pmax pmin ppermute psum psum2
     psum_invariant pvary reduce_precision reshard sharding_constraint stop_gradient
-    """: _by(lambda _: same),
+    """: _by(lambda _: views.same),
     """
     approx_top_k cumlogsumexp cummax cummin cumprod cumsum dynamic_update_slice scatter
     scatter-add scatter-max scatter-min scatter-mul scatter-sub scatter_add sort top_k
@@ -956,7 +795,7 @@ _NAMES: Mapping[str, Rule] = {
 RULES: Mapping[str, Rule] = {
     **CONTROL,
     **{name: rule for names, rule in _NAMES.items() for name in names.split()},
-    "broadcast_in_dim": _by(lambda p: broadcast(p["broadcast_dimensions"])),
+    "broadcast_in_dim": _by(lambda p: views.broadcast(p["broadcast_dimensions"])),
     "concatenate": _concatenate,
     "conv_general_dilated": _convolution,
     "dot_general": _dot_general,
@@ -965,11 +804,11 @@ RULES: Mapping[str, Rule] = {
     "iota": _iota,
     "ragged_dot_general": _ragged_dot,
     "reshape": _by(_reshape),
-    "rev": _by(lambda p: flip(p["dimensions"])),
-    "slice": _slice,
+    "rev": _by(lambda p: views.flip(p["dimensions"])),
+    "slice": _by(lambda p: views.cut(p["start_indices"], p["strides"])),
     "split": _split,
-    "squeeze": _by(lambda p: without(p["dimensions"])),
-    "tile": _by(lambda _: tile),
-    "transpose": _by(lambda p: transpose(p["permutation"])),
+    "squeeze": _by(lambda p: views.without(p["dimensions"])),
+    "tile": _by(lambda _: views.tile),
+    "transpose": _by(lambda p: views.transpose(p["permutation"])),
     "unknown": _unknown,
 }

@@ -1,27 +1,21 @@
 """The walk through a jaxpr: its equations, calls, branches and loops."""
 
 import dataclasses
-import functools
-import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.extend.core import Literal
 
 from tb_optax.trace.record import Product, Record
-from tb_optax.trace.values import (
+from tb_optax.trace.values import Constant, Data, Parameter, Trail, Value, joined, moved
+from tb_optax.trace.views import (
     ONE_HOT,
-    Array,
-    Constant,
-    Data,
     Factor,
-    Parameter,
-    Trail,
-    Value,
     fresh,
-    moved,
     of_factors,
     resize,
     take,
@@ -32,58 +26,31 @@ from tb_optax.trace.values import (
 _MOST_ENTRIES = 1 << 24
 
 
-class Fields(Mapping[str, Any]):
-    """The parameters of a primitive.
-
-    Raises:
-        NotImplementedError: for one that this JAX does not have.
-    """
+class Fields(dict[str, Any]):
+    """The parameters of a primitive; one that this JAX does not have raises."""
 
     def __init__(self, primitive: str, params: Mapping[str, Any]):
-        self.primitive, self.params = primitive, params
+        super().__init__(params)
+        self.primitive = primitive
 
-    def __getitem__(self, name: str) -> Any:
-        if name in self.params:
-            return self.params[name]
+    def __missing__(self, name: str) -> Any:
         msg = (
             f"trace_layers reads the parameter {name!r} of the primitive "
             f"{self.primitive!r}, which jax {jax.__version__} does not have; it has "
-            f"{', '.join(sorted(self.params))}. Use find_layers(params), or another "
-            f"JAX."
+            f"{', '.join(sorted(self))}. Use find_layers(params), or another JAX."
         )
         raise NotImplementedError(msg)
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.params
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.params)
-
-    def __len__(self) -> int:
-        return len(self.params)
-
 
 class Op(NamedTuple):
-    """One equation, with what is known of its operands.
-
-    Attributes:
-        walk: what it is part of.
-        name: of its primitive.
-        fields: parameters of its primitive.
-        values: its operands.
-        shapes: of its results.
-    """
+    """One equation, with what is known of its operands."""
 
     walk: "Walk"
-    name: str
+    record: Record
+    name: str  # of its primitive
     fields: Fields
-    values: Sequence[Value]
-    shapes: Sequence[tuple[int, ...]]
-
-    @property
-    def record(self) -> Record:
-        """Where it is written down."""
-        return self.walk.record
+    values: Sequence[Value]  # its operands
+    shapes: Sequence[tuple[int, ...]]  # of its results
 
 
 # What a primitive does: from an equation to its result, or to all of its results.
@@ -119,7 +86,7 @@ class Walk:
             rule = self.rules.get(name, self.rules["unknown"])
             shapes = [_shape(variable) for variable in equation.outvars]
             fields = Fields(name, equation.params)
-            found = rule(Op(self, name, fields, operands, shapes))
+            found = rule(Op(self, self.record, name, fields, operands, shapes))
             results = found if isinstance(found, list) else [found]
             known.update(zip(equation.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
@@ -132,19 +99,18 @@ def _shape(variable: Any) -> tuple[int, ...]:
 def _closed_over(entries: Any) -> Constant:
     """A constant, with the dimensions along which it is one-hot."""
     shape = np.shape(entries)
+    array = fresh(shape)
     if not shape and isinstance(entries, (int, np.integer)):
-        return Constant(fresh(shape), int(entries))
-    size = np.prod(shape, dtype=float)
-    if isinstance(entries, jax.core.Tracer) or not 1 < size <= _MOST_ENTRIES:
-        return Constant(fresh(shape))
-    dims = [Factor(length) for length in shape]
-    if jax.dtypes.issubdtype(entries.dtype, np.number) or entries.dtype == bool:
-        ones = np.asarray(entries) == 1
-        if ((np.asarray(entries) == 0) | ones).all():
-            for i, length in enumerate(shape):
-                if length > 1 and (ones.sum(i) == 1).all():
-                    dims[i] = dims[i]._replace(labels=frozenset([ONE_HOT]))
-    return Constant(of_factors([[factor] for factor in dims]))
+        return Constant(array, int(entries))
+    few = 1 < math.prod(shape) <= _MOST_ENTRIES and not isinstance(entries, Tracer)
+    if few and jax.dtypes.issubdtype(entries.dtype, np.generic):
+        values = np.asarray(entries)
+        if np.isin(values, (0, 1)).all():
+            hot = [n > 1 and (values.sum(i) == 1).all() for i, n in enumerate(shape)]
+            labels = [frozenset([ONE_HOT] if one else ()) for one in hot]
+            pairs = zip(shape, labels, strict=True)
+            array = of_factors([[Factor(n, labels=label)] for n, label in pairs])
+    return Constant(array)
 
 
 def _call(op: Op) -> list[Value]:
@@ -167,22 +133,16 @@ def _shard_map(op: Op) -> list[Value]:
 def picked(value: Value, before: Value, gone: Iterable[int] | None = None) -> Value:
     """A value with one slice along some dimensions of what it was, unknown which.
 
-    Args:
-        value: one in which these dimensions are of size 1, or have vanished.
-        before: what it was.
-        gone: the dimensions; those that are of size 1 and were longer, if not given.
+    They are those that are of size 1 and were longer, if none are given.
     """
-    if not isinstance(value, Parameter) or not isinstance(before, Parameter):
+    if not isinstance(value, Parameter):
         return value
     if gone is None:
         pairs = zip(value.array.shape, before.array.shape, strict=True)
         gone = [i for i, (size, old) in enumerate(pairs) if size == 1 != old]
-    gone, views = list(gone), []
-    for view, old in zip(value.views, before.views, strict=False):
-        dims = old.array.dims()
-        axes = {f.axis for i in gone for f in dims[i] if f.axis is not None}
-        views.append(view._replace(unknown=view.unknown | axes))
-    return dataclasses.replace(value, views=tuple(views))
+    dims = before.array.dims()
+    axes = frozenset(f.axis for i in gone for f in dims[i] if f.axis is not None)
+    return dataclasses.replace(value, unknown=value.unknown | axes)
 
 
 def _cond(op: Op) -> list[Value]:
@@ -243,16 +203,8 @@ def _scan(op: Op) -> list[Value]:
 
 def _slice_of(value: Value, turn: int) -> Value:
     """One iteration's slice of what is scanned."""
-    shape = value.array.shape[1:]
-    if not isinstance(value, Parameter) or value.array.cuts[0] != 1:
-        return moved(value, without([0]), shape)
-    for view in value.views if value.along == 0 else ():
-        size = view.array.shape[0]
-        if turn < size:
-            alone = {"array": view.array, "views": (view,), "along": None}
-            return moved(dataclasses.replace(value, **alone), take(turn), shape)
-        turn -= size
-    return moved(value, take(turn), shape)
+    known = isinstance(value, Parameter) and value.array.cuts[0] == 1
+    return moved(value, take(turn) if known else without([0]), value.array.shape[1:])
 
 
 def _stable(
@@ -261,7 +213,7 @@ def _stable(
     """What a loop carries, once constants that become data have become so."""
 
     def kinds(values: list[Value]) -> list[Any]:
-        return [(type(v), isinstance(v, Parameter) and bool(v.views)) for v in values]
+        return [(type(v), isinstance(v, Parameter) and v.path) for v in values]
 
     mark = len(record.events)
     while True:
@@ -295,16 +247,13 @@ def _either(values: Sequence[Value]) -> Value:
     parameters = [value for value in values if isinstance(value, Parameter)]
     if data:
         newest = max(data, key=lambda value: max(value.trail.last, default=-1))
-        trails = [value.trail for value in data]
-        trail = newest.trail._replace(
-            through=functools.reduce(operator.or_, (t.through for t in trails)),
-            rank=max(trail.rank for trail in trails),
-            matrices=frozenset().union(*(trail.matrices for trail in trails)),
+        pending = newest.trail.pending
+        return Data(
+            newest.array, joined(v.trail for v in data)._replace(pending=pending)
         )
-        return Data(newest.array, trail)
     if not parameters:
         return Constant(first.array)
-    layouts = [[(v.path, v.array.layout()) for v in p.views] for p in parameters]
+    layouts = [(value.path, value.array.layout()) for value in parameters]
     if len(parameters) == len(values) and layouts.count(layouts[0]) == len(layouts):
         return first
     leaves = frozenset().union(*(value.leaves for value in parameters))
@@ -313,7 +262,7 @@ def _either(values: Sequence[Value]) -> Value:
 
 def _stacked(value: Value, length: int) -> Value:
     """What a loop puts out, an entry per iteration."""
-    array: Array = of_factors([[Factor(length)], *value.array.dims()])
+    array = of_factors([[Factor(length)], *value.array.dims()])
     if isinstance(value, Parameter):
         return value.lost(array)
     return dataclasses.replace(value, array=array)
