@@ -115,7 +115,7 @@ def trace_layers(
     parts = match_paths("split", split, shapes)
 
     def read(assumed: frozenset[str] = frozenset()) -> Roles:
-        record = Record(shapes, given, assumed)
+        record = Record(shapes, given, assumed, program.unreal)
         Walk(record, RULES).run(program.jaxpr, program.values)
         return roles_of(record, norms, parts)
 
@@ -125,7 +125,7 @@ def trace_layers(
     _check_given(given, roles)
     if roles.unclear:
         _complain(roles.unclear, shapes, strict)
-    return Layers(roles.layers, {**program.notes, **roles.notes})
+    return Layers(roles.layers, {**roles.notes, **program.notes})
 
 
 def _check_norms(norms: str) -> None:
@@ -155,6 +155,8 @@ def _check_given(given: Mapping[str, MatrixAxes | None], roles: Roles) -> None:
                 f"axes: the forward pass multiplies no data with {path!r}, which "
                 f"therefore has no place among the layers; give None for it."
             )
+            if "complex" in roles.notes.get(path, ""):
+                msg = f"axes: {path!r} is complex, and no layer; give None for it."
             raise ValueError(msg)
 
 

@@ -18,12 +18,14 @@ class Program(NamedTuple):
     Attributes:
         jaxpr: its equations.
         shapes: of the arrays among its parameters, by path.
+        unreal: the complex ones among them.
         notes: why leaves are no parameters.
         values: what is known of its arguments.
     """
 
     jaxpr: Any
     shapes: dict[str, tuple[int, ...]]
+    unreal: frozenset[str]
     notes: dict[str, str]
     values: list[Value]
 
@@ -76,12 +78,19 @@ def program_of(fn: Callable[..., Any], params: Any, inputs: Sequence[Any]) -> Pr
             f"trace the forward pass of evaluation (train=False)."
         )
         raise ValueError(msg) from error
-    notes = {
-        path: "masked or None" if leaf.value is None else "not an array"
-        for path, leaf in leaves.items()
-        if not leaf.is_array
-    }
-    return Program(jaxpr, {leaf.path: leaf.shape for leaf in own}, notes, values)
+    shapes = {leaf.path: leaf.shape for leaf in own}
+    notes = {}
+    for path, leaf in leaves.items():
+        if not leaf.is_array:
+            notes[path] = "masked or None" if leaf.value is None else "not an array"
+        elif not jnp.issubdtype(leaf.value.dtype, jnp.inexact):
+            notes[path] = "not floating"
+    unreal = frozenset(
+        leaf.path
+        for leaf in own
+        if jnp.issubdtype(leaf.value.dtype, jnp.complexfloating)
+    )
+    return Program(jaxpr, shapes, unreal, notes, values)
 
 
 def _of_module(nnx: Any, module: Any, call: Callable[..., Any]):

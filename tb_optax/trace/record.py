@@ -7,6 +7,11 @@ from tb_optax.layers import MatrixAxes
 from tb_optax.trace.values import Parameter
 
 REDUCTION, OUTPUT, POOLED, STACKED = "reduction", "output", "pooled", "stacked"
+# Why a matrix that is likely a kernel cannot be read.
+COMPUTED = "it is computed with before it enters a product: its axes are lost"
+BETWEEN_DATA = (
+    "it is added to or multiplied with data and then enters a product of data with data"
+)
 # What a product does with an axis of a kernel: names of fields of `MatrixAxes`, more
 # than one where its parts differ; or the only slice it has of it, None if unknown.
 Use = frozenset[str] | int | None
@@ -63,8 +68,10 @@ class Record:
         shapes: Mapping[str, tuple[int, ...]],
         given: Mapping[str, MatrixAxes | None],
         assumed: Iterable[str] = (),
+        unreal: Iterable[str] = (),
     ):
         self.shapes, self.given = dict(shapes), dict(given)
+        self.unreal = frozenset(unreal)  # complex parameters
         # Parameters that are taken for kernels in products of parameters alone, and
         # those that may be.
         self.assumed, self.likely = frozenset(assumed), set[str]()
@@ -120,8 +127,9 @@ class Record:
         return self.given.get(path) is not None or path in self.assumed
 
     def is_left_out(self, path: str) -> bool:
-        """Whether a parameter is said to be no kernel."""
-        return path in self.given and self.given[path] is None
+        """Whether a parameter is said to be no kernel, or cannot be one."""
+        said = path in self.given and self.given[path] is None
+        return said or path in self.unreal
 
     def of_type(self, kind: type[T]) -> list[T]:
         """All events of one type."""

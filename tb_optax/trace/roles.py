@@ -8,6 +8,8 @@ from typing import NamedTuple
 from tb_optax.assignment import layer_of_leaf
 from tb_optax.layers import Layer, MatrixAxes
 from tb_optax.trace.record import (
+    BETWEEN_DATA,
+    COMPUTED,
     OUTPUT,
     REDUCTION,
     STACKED,
@@ -113,7 +115,7 @@ def _axes_of(
         given = record.given.get(path)
         if given is not None:
             axes[path] = given
-        elif path in record.given or reading is None:
+        elif record.is_left_out(path) or reading is None:
             continue
         elif isinstance(reading, str):
             failed.setdefault(path, {})[reading] = None
@@ -377,13 +379,17 @@ def _verdicts(
             notes.setdefault(event.path, event.reason)
     notes |= why
     for product in record.of_type(Product):
-        looked_up = "embedding: data looks up its rows"
         vector = "multiplies data as a vector, or as one for each slice"
-        notes.setdefault(product.path, vector if product.kernel else looked_up)
+        if product.kernel:
+            notes.setdefault(product.path, vector)
+        else:
+            notes[product.path] = "embedding: data looks up its rows"
     said: dict[str, str] = {}
     found: dict[str, Unclear] = {}
     for path in record.shapes:
-        if record.is_left_out(path):
+        if path in record.unreal:
+            said[path] = "complex: only real matrices are read"
+        elif record.is_left_out(path):
             said[path] = "left out by axes="
         elif path in kernels:
             said[path] = "layer"
@@ -392,7 +398,9 @@ def _verdicts(
         elif path in followed:
             said[path] = f"follows {followed[path]}"
         elif record.is_matrix(path) and path in failed:
-            found[path] = Unclear(tuple(failed[path]))
+            dense = MatrixAxes((0,), (1,)) if len(record.shapes[path]) == 2 else None
+            computed = {COMPUTED, BETWEEN_DATA} & failed[path].keys()
+            found[path] = Unclear(tuple(failed[path]), dense if computed else None)
         elif path in notes:
             said[path] = notes[path]
         elif not record.is_matrix(path):

@@ -6,7 +6,14 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tb_optax.trace import views
-from tb_optax.trace.record import OUTPUT, POOLED, REDUCTION, STACKED
+from tb_optax.trace.record import (
+    BETWEEN_DATA,
+    COMPUTED,
+    OUTPUT,
+    POOLED,
+    REDUCTION,
+    STACKED,
+)
 from tb_optax.trace.record import Apart, Feed, Record, Use
 from tb_optax.trace.values import (
     Constant,
@@ -29,9 +36,7 @@ _AFFINE = _NORMALIZING | _ADDING
 _SOFTMAX = frozenset({"exp", "exp2", "logistic"})
 
 _TABLE = "look-up table: constants pick its rows"
-_NO_AXES = "it is computed with before it enters a product: its axes are lost"
 _BY_HAND = "it multiplies data as in a matrix product written with `*`"
-_BETWEEN_DATA = "it acts on data that then enters a product of data with data"
 Shape = tuple[int, ...]
 
 
@@ -203,6 +208,11 @@ def _trail(record, name, data: list[Data], constants) -> tuple[Trail, frozenset[
         taken_out |= bool(trail.last) and any(not v.trail.last for v in main)
         trail = trail._replace(normalized=trail.normalized or taken_out)
         normed = _union(_varying(main) - _varying([value]) for value in statistics)
+    chosen = [n for n in trail.last if None in (record.products[n].uses or {}).values()]
+    for number in [n for value in data for n in value.trail.last if chosen]:
+        # A bias of a slice that data has chosen is looked up as the slice is.
+        if name in _ADDING and not record.products[number].kernel:
+            record.follow([record.products[number].path], chosen, norm=False)
     if name in _SOFTMAX:
         trail = trail._replace(matrices=frozenset())
     if trail.last and trail.coefficients:
@@ -410,7 +420,7 @@ def _apply(
 ) -> tuple[int, ...]:
     """Write a product of data with a parameter down; return its numbers."""
     if not kernel.path:
-        return _hidden(record, kernel.leaves, _NO_AXES)
+        return _hidden(record, kernel.leaves, COMPUTED)
     more = {"learned": data.trail.learned, "data": data.trail.rank > 0}
     found = _uses(record, kernel, roles, groups)
     numbers = tuple(record.product(path, uses, **more) for path, uses in found)
@@ -500,7 +510,7 @@ def _of_data(record: Record, sides: Sequence[_Side]) -> Value:
         record.resampled |= {label.number for f in factors for label in f.labels}
         return Data(array, trail)
     kernels = list(filter(record.is_kernel, trail.matrices))
-    record.fail(trail.matrices - set(kernels), _BETWEEN_DATA)
+    record.fail(trail.matrices - set(kernels), BETWEEN_DATA)
     last = _hidden(record, kernels, "") or _newest(data).trail.last
     return Data(array, _after(last, Data(array, trail))._replace(mixed=not kernels))
 
@@ -534,7 +544,7 @@ def _of_two(record: Record, sides: Sequence[_Side]) -> Value:
     left, right = (side.value for side in sides)
     found = _computed([left, right], _result(sides))
     if any(map(record.is_kernel, found.leaves)):
-        last = _hidden(record, found.leaves, _NO_AXES)
+        last = _hidden(record, found.leaves, COMPUTED)
         return Data(found.array, _after(last, Data(found.array)))
     kernel = right if sides[1].contracted == [0] or not left.path else left
     if kernel.path and left.leaves != right.leaves:
@@ -657,7 +667,7 @@ def _dynamic_slice(op: Op) -> Value:
 
 def _embedded(record: Record, value: Parameter, index: Data, array: Array) -> Data:
     """Rows that data looks up."""
-    last = tuple(record.product(p, None, kernel=False) for p in sorted(value.leaves))
+    last = tuple(record.product(p, {}, kernel=False) for p in sorted(value.leaves))
     return Data(views.unlabelled(array), _after(last, index))
 
 
