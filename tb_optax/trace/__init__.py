@@ -177,7 +177,7 @@ def _with_assumptions(first: Roles, read: Callable[[frozenset[str]], Roles]) -> 
     reasons = {reason for path in roles.assumed for reason in unclear[path].reasons}
     for path, why in first.unclear.items():
         if any(repr(path) in reason for reason in reasons):
-            unclear.setdefault(path, why)
+            unclear.setdefault(path, why._replace(likely=None))
     layers = [layer for layer in roles.layers if layer.path not in unclear]
     return roles._replace(layers=tuple(layers), unclear=unclear)
 

@@ -12,6 +12,7 @@ COMPUTED = "it is computed with before it enters a product: its axes are lost"
 BETWEEN_DATA = (
     "it is added to or multiplied with data and then enters a product of data with data"
 )
+SECOND = "it is combined with another of the same axes"  # and is likely none
 # What a product does with an axis of a kernel: names of fields of `MatrixAxes`, more
 # than one where its parts differ; or the only slice it has of it, None if unknown.
 Use = frozenset[str] | int | None

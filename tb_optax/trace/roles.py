@@ -12,6 +12,7 @@ from tb_optax.trace.record import (
     COMPUTED,
     OUTPUT,
     REDUCTION,
+    SECOND,
     STACKED,
     Apart,
     Feed,
@@ -60,13 +61,13 @@ def roles_of(
         for event in record.of_type(Product)
         if event.kernel and event.number not in record.auxiliary
     ]
-    axes, unclear = _axes_of(record, products)
+    axes, unclear, turned = _axes_of(record, products)
     products = [product for product in products if product.path in axes]
     layers = []
     for path, index in _in_order(products, axes, record.shapes):
         layer = Layer(path, axes[path], index=index)
         layers += _parts(layer, record.shapes[path], split.get(path))
-    targets, notes = _targets(record, products, norms)
+    targets, notes = _targets(record, products, turned, norms)
     layers = _with_followers(layers, targets, notes, record)
     notes, unclear = _verdicts(record, layers, notes, unclear)
     assumed = {p.path for p in products if p.learned} & record.assumed
@@ -90,21 +91,25 @@ class _Reading(NamedTuple):
     axes: MatrixAxes
     doubt: str = ""
 
-    def agrees(self, other: "_Reading") -> bool:
-        """Whether two uses have one spectrum: they are equal, or transposed."""
-        mine = {self.plain, self.axes}
-        turned = {
+    def both(self, turned: bool = False) -> set[MatrixAxes]:
+        """Both readings, or their transposes, which have the same spectrum."""
+        return {
             dataclasses.replace(axes, reduction=axes.output, output=axes.reduction)
-            for axes in mine
+            if turned
+            else axes
+            for axes in (self.plain, self.axes)
         }
-        return not (mine | turned).isdisjoint({other.plain, other.axes})
 
 
 def _axes_of(
     record: Record, products: Sequence[Product]
-) -> tuple[dict[str, MatrixAxes], dict[str, Unclear]]:
-    """Axes of every kernel, and what is unclear though it multiplies data."""
+) -> tuple[dict[str, MatrixAxes], dict[str, Unclear], set[int]]:
+    """Axes of every kernel, what is unclear though it multiplies data, and transposes.
+
+    The last are numbers of products that use a kernel as its first use does not.
+    """
     readings: dict[str, list[_Reading]] = {}
+    turned: set[int] = set()
     failed: dict[str, dict[str, None]] = {}
     axes: dict[str, MatrixAxes] = {}
     for product in products:
@@ -121,9 +126,13 @@ def _axes_of(
             failed.setdefault(path, {})[reading] = None
         else:
             readings.setdefault(path, []).append(reading)
+            first = readings[path][0]
+            if first.both().isdisjoint(reading.both()):
+                turned.add(product.number)
     unclear = {}
     for path, (first, *others) in readings.items():
-        clash = next((other for other in others if not first.agrees(other)), None)
+        alike = first.both() | first.both(turned=True)
+        clash = next((r for r in others if alike.isdisjoint(r.both())), None)
         clear = next((r for r in (first, *others) if not r.doubt), first)
         if clash is not None:
             reason = f"it is used with {first.axes} and with {clash.axes}"
@@ -134,7 +143,7 @@ def _axes_of(
             axes[path] = clear.axes
     for path in failed.keys() - axes.keys() - unclear.keys():
         unclear[path] = Unclear(tuple(failed[path]))
-    return axes, unclear
+    return axes, unclear, turned
 
 
 def _read(
@@ -278,18 +287,22 @@ def _parts(
 
 
 def _targets(
-    record: Record, products: Sequence[Product], norms: str
+    record: Record, products: Sequence[Product], turned: set[int], norms: str
 ) -> tuple[dict[str, tuple[str, bool]], dict[str, str]]:
     """The kernel of each follower and whether it feeds it; why others follow none."""
     made = {product.number: product.path for product in products}
     acts_on: dict[str, dict[str | None, None]] = {}
     feeds: dict[str, dict[str, None]] = {}
-    for event in record.of_type(Follower):
-        acts_on.setdefault(event.path, {})[made.get(event.number)] = None
+    events = record.of_type(Follower)
+    forward = {event.path for event in events if event.number not in turned}
+    for event in events:
+        # What acts on a layer acts in its gradient on others, which says nothing.
+        if event.number not in turned or event.path not in forward:
+            acts_on.setdefault(event.path, {})[made.get(event.number)] = None
     for event in record.of_type(Feed):
         if event.number in made:
             feeds.setdefault(event.path, {})[made[event.number]] = None
-    of_norms = {event.path for event in record.of_type(Follower) if event.norm}
+    of_norms = {event.path for event in events if event.norm}
     found, why = {}, {}
     for path in acts_on.keys() | feeds.keys():
         kernels, fed = list(acts_on.get(path, ())), list(feeds.get(path, ()))
@@ -399,8 +412,10 @@ def _verdicts(
             said[path] = f"follows {followed[path]}"
         elif record.is_matrix(path) and path in failed:
             dense = MatrixAxes((0,), (1,)) if len(record.shapes[path]) == 2 else None
-            computed = {COMPUTED, BETWEEN_DATA} & failed[path].keys()
-            found[path] = Unclear(tuple(failed[path]), dense if computed else None)
+            computed = not {COMPUTED, BETWEEN_DATA}.isdisjoint(failed[path])
+            second = any(reason.startswith(SECOND) for reason in failed[path])
+            likely = dense if computed and not second else None
+            found[path] = Unclear(tuple(failed[path]), likely)
         elif path in notes:
             said[path] = notes[path]
         elif not record.is_matrix(path):

@@ -12,6 +12,7 @@ from tb_optax.trace.record import (
     OUTPUT,
     POOLED,
     REDUCTION,
+    SECOND,
     STACKED,
 )
 from tb_optax.trace.record import Apart, Feed, Record, Use
@@ -97,7 +98,9 @@ def _of_entries(record: Record, name: str, values: Sequence[Value], shape) -> Va
 
 
 def _is_kernel(record: Record, value: Parameter) -> bool:
-    return value.matrix and any(map(record.is_matrix, record.own(value)))
+    """Whether a value has the axes of a kernel, be they of size 1."""
+    ranks = [len(record.shapes[path]) for path in record.own(value)]
+    return max(ranks) > 1 and bool(_varying([value]))
 
 
 def _merged(values: Iterable[Value], shape: Shape, normed: Any = ()) -> Array:
@@ -147,6 +150,9 @@ def _of_parameters(record, name, parameters, constants, shape) -> Parameter:
     if len(mains) > 1:
         mains = [value for value in mains if not record.is_left_out(value.path)]
         mains = [value for value in mains if record.is_kernel(value.path)] or mains
+    paths = [value.path for value in mains[::-1]]
+    if len(set(paths)) > 1:
+        record.fail(record.own(mains[0]), f"{SECOND}, {paths[0]!r}: no kernel?")
     main = mains[0] if len(mains) == 1 else parameters[0].lost(array)
     if main.array.shape != shape:
         same_rank = main.array.rank == len(shape)
@@ -235,15 +241,16 @@ def _meet(record: Record, name, value: Parameter, data, array, old: Trail) -> Tr
     if by_hand:
         record.fail(matrices, _BY_HAND)
     norm, trail = old.normalized or old.reduced or value.scaled, old
-    reason = _TABLE if value.looked_up else "acts on no outputs of a layer"
     if not old.last and _is_coefficient(record, value, data):
         trail = old._replace(coefficients=old.coefficients | value.leaves)
         norm = False
     follows = name in _AFFINE and not value.looked_up and (norm or not old.mixed)
     if not (follows and _follow(record, value, array, old, norm)):
-        record.say(value.leaves, reason)
+        record.say(value.leaves, "acts on no outputs of a layer")
         trail = trail._replace(matrices=trail.matrices | matrices)
-    return trail._replace(pending=trail.pending | value.leaves) if norm else trail
+    if norm and not value.looked_up:
+        return trail._replace(pending=trail.pending | value.leaves)
+    return trail
 
 
 def _is_coefficient(record: Record, value: Parameter, data: Sequence[Data]) -> bool:
@@ -636,19 +643,42 @@ def _split(op: Op) -> list[Value]:
 
 def _concatenate(op: Op) -> Value:
     """`concatenate`: parameters side by side stay known."""
-    along, shape = int(op.fields["dimension"]), op.shapes[0]
-    parameters, data = _of_type(Parameter, op.values), _of_type(Data, op.values)
+    return _side_by_side(op, op.values, int(op.fields["dimension"]))
+
+
+def _stack(op: Op) -> Value:
+    """`stack`: the same along a new dimension."""
+    axis, shape = int(op.fields["axis"]), op.shapes[0]
+    thin = [1 if i == axis else size for i, size in enumerate(shape)]
+    move = views.broadcast([i for i in range(len(shape)) if i != axis])
+    return _side_by_side(op, [moved(value, move, thin) for value in op.values], axis)
+
+
+def _side_by_side(op: Op, values: Sequence[Value], along: int) -> Value:
+    shape = op.shapes[0]
+    parameters, data = _of_type(Parameter, values), _of_type(Data, values)
     if data:
         op.record.say(_leaves(parameters), "lies next to data in one array")
         dims = _newest(data).array.dims()
         dims[along] = [Factor(shape[along])]
         return Data(views.of_factors(dims), _joined_trail(op.record, data))
     found = _computed(parameters, views.fresh(shape))
-    if len(parameters) < len(op.values) or not all(p.path for p in parameters):
+    if len(parameters) < len(values) or not all(p.path for p in parameters):
         return found if parameters else Constant(found.array)
     path = op.record.bundle(along, parameters)
     scaled = any(value.scaled for value in parameters)
     return dataclasses.replace(found, path=path, scaled=scaled)
+
+
+def _unstack(op: Op) -> list[Value]:
+    """`unstack`: one value for each entry along a dimension."""
+    axis, found = int(op.fields["axis"]), []
+    for i, shape in enumerate(op.shapes):
+        starts = [i if j == axis else 0 for j in range(len(shape) + 1)]
+        thin = [*shape[:axis], 1, *shape[axis:]]
+        piece = moved(op.values[0], views.cut(starts), thin)
+        found.append(moved(piece, views.without([axis]), shape))
+    return found
 
 
 def _dynamic_slice(op: Op) -> Value:
@@ -740,8 +770,8 @@ def _together(op: Op, mixed: bool = False) -> list[Value]:
     return [Data(array, trail) for array in arrays]
 
 
-def _random(op: Op) -> list[Value]:
-    """Random numbers are constants."""
+def _constants(op: Op) -> list[Value]:
+    """What does not depend on entries, and random numbers."""
     return [Constant(views.fresh(shape)) for shape in op.shapes]
 
 
@@ -773,9 +803,9 @@ _NAMES: Mapping[str, Rule] = {
     """
     abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt
     ceil clamp clz complex conj cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2
-    expm1 floor ge gt igamma igammac imag integer_pow is_finite le le_to lgamma log log1p
-    logistic lt lt_to max min mul ne neg nextafter not or polygamma population_count pow
-    real rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical
+    expm1 floor ge gt igamma igamma_grad_a igammac imag integer_pow is_finite le le_to lgamma log log1p log2
+    logistic lt lt_to max min mul mulhi ne neg nextafter not one_minus_square or polygamma population_count pow real
+    regularized_incomplete_beta rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical
     sign sin sinh sqrt square sub tan tanh xor zeta
     """: _elementwise,
     """
@@ -797,9 +827,10 @@ _NAMES: Mapping[str, Rule] = {
     scatter-add scatter-max scatter-min scatter-mul scatter-sub scatter_add sort top_k
     """: _together,
     """
-    random_bits random_clone random_fold_in random_seed random_split random_unwrap
-    random_wrap rng_bit_generator rng_uniform threefry2x32
-    """: _random,
+    axis_index empty empty2 random_bits random_clone random_fold_in random_gamma
+    random_seed random_split random_unwrap random_wrap rng_bit_generator rng_uniform
+    threefry2x32 zeros_like
+    """: _constants,
 }
 
 RULES: Mapping[str, Rule] = {
@@ -817,6 +848,8 @@ RULES: Mapping[str, Rule] = {
     "rev": _by(lambda p: views.flip(p["dimensions"])),
     "slice": _by(lambda p: views.cut(p["start_indices"], p["strides"])),
     "split": _split,
+    "stack": _stack,
+    "unstack": _unstack,
     "squeeze": _by(lambda p: views.without(p["dimensions"])),
     "tile": _by(lambda _: views.tile),
     "transpose": _by(lambda p: views.transpose(p["permutation"])),

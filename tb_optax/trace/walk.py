@@ -183,7 +183,7 @@ def _scan(op: Op) -> list[Value]:
     length, body, count = op.fields["length"], op.fields["jaxpr"], len(carry)
 
     def once(carry: list[Value], turn: int = 0) -> list[Value]:
-        own = [_slice_of(value, turn) for value in slices]
+        own = [_slice_of(op.record, value, turn) for value in slices]
         return op.walk.run(body, [*fixed, *carry, *own])
 
     carry = _stable(op.record, once, carry)
@@ -201,10 +201,20 @@ def _scan(op: Op) -> list[Value]:
     return _joined(carry, results[:count]) + (outs or results[count:])
 
 
-def _slice_of(value: Value, turn: int) -> Value:
+def _slice_of(record: Record, value: Value, turn: int) -> Value:
     """One iteration's slice of what is scanned."""
-    known = isinstance(value, Parameter) and value.array.cuts[0] == 1
-    return moved(value, take(turn) if known else without([0]), value.array.shape[1:])
+    shape = value.array.shape[1:]
+    if not isinstance(value, Parameter) or value.array.cuts[0] != 1:
+        return moved(value, without([0]), shape)
+    dimension, parts = record.bundles.get(value.path or "", (0, []))
+    if (
+        parts
+        and dimension == 0
+        and value.array.layout() == fresh(value.array.shape).layout()
+    ):
+        start, part = [pair for pair in parts if pair[0] <= turn][-1]
+        return moved(part, take(turn - start), shape)
+    return moved(value, take(turn), shape)
 
 
 def _stable(
@@ -272,11 +282,13 @@ CONTROL: Mapping[str, Rule] = {
     "call": _call,
     "checkpoint": _call,
     "closed_call": _call,
+    "composite": _call,
     "cond": _cond,
     "core_call": _call,
     "custom_jvp_call": _call,
     "custom_vjp_call": _call,
     "custom_vjp_call_jaxpr": _call,
+    "eval_jaxpr": _call,
     "jit": _call,
     "pjit": _call,
     "remat": _call,
