@@ -134,11 +134,13 @@ def _one_of(*dims: Dimension, more: frozenset[Label] = frozenset()) -> list[Fact
 def _of_constants(name: str, values: Sequence[Value], shape: Shape) -> Array:
     """Constants combined; comparing something with distinct numbers is one-hot."""
     dims = views.unlabelled(_merged(values, shape)).dims()
-    full = [value.array for value in values if value.array.rank == len(shape)]
-    for one, other in (full, full[::-1]) if name == "eq" and len(full) == 2 else ():
-        for i in one.varying() - other.varying():
-            if len(dims[i]) == 1 and views.DISTINCT in one.dims()[i][0].labels:
-                dims[i] = [Factor(shape[i], labels=frozenset([views.ONE_HOT]))]
+    kept = {"eq": views.ONE_HOT, "add": views.DISTINCT, "sub": views.DISTINCT}.get(name)
+    full = [value for value in values if value.array.rank == len(shape)] if kept else []
+    for value in full:
+        own = value.array.dims()
+        for i in _varying([value]) - _varying(v for v in full if v is not value):
+            if len(dims[i]) == 1 and views.DISTINCT in own[i][0].labels:
+                dims[i] = [Factor(shape[i], labels=frozenset([kept]))]
     return views.of_factors(dims)
 
 
@@ -342,7 +344,7 @@ def _dot_general(op: Op) -> Value:
         data = _in_place_of_data(record, data)
     if isinstance(data, Constant):
         if kernel.looked_up or _picks_rows(sides[1 - i]):
-            record.say(kernel.leaves, _TABLE)
+            record.say(filter(record.is_matrix, kernel.leaves), _TABLE)
             return kernel.lost(views.fresh(shape), looked_up=True)
         # An initial state is one for each row, though all start alike.
         data = Data(views.fresh(data.array.shape))
@@ -567,10 +569,15 @@ def _of_two(record: Record, sides: Sequence[_Side]) -> Value:
 
 
 def _picks_rows(side: _Side) -> bool:
-    """Whether a constant picks one row of what it is multiplied with: one-hot."""
-    array = side.value.array
-    long = [array.dims()[i] for i in side.contracted if array.shape[i] > 1]
-    return len(long) == 1 == len(long[0]) and views.ONE_HOT in long[0][0].labels
+    """Whether a constant picks one row of what it is multiplied with: one-hot.
+
+    A permutation, as the features of nodes that have no others, is data.
+    """
+    dims = [(i, dim) for i, dim in enumerate(side.value.array.dims())]
+    long = [(i, dim) for i, dim in dims if side.value.array.shape[i] > 1]
+    hot = {i for i, dim in long if len(dim) == 1 and views.ONE_HOT in dim[0].labels}
+    contracted = {i for i, _ in long} & set(side.contracted)
+    return len(contracted) == 1 and contracted <= hot and len(hot) < max(len(long), 2)
 
 
 def _convolution(op: Op) -> Value:
