@@ -63,16 +63,10 @@ def add_output(parser: argparse.ArgumentParser, name: str) -> None:
     )
     parser.add_argument("--force", action="store_true", help="overwrite that file")
     parser.add_argument(
-        "--threads",
+        "--cores",
         type=whole_number,
         metavar="N",
-        help="cores to use, and threads of each library; default: all there are",
-    )
-    parser.add_argument(
-        "--blas-threads",
-        type=whole_number,
-        metavar="N",
-        help="threads of OpenBLAS, below JAX, NumPy and SciPy; default: as --threads",
+        help="cores to use; default: all there are",
     )
 
 

@@ -1,4 +1,4 @@
-"""The machine under a measurement: its threads, made what they are, and its record."""
+"""The machine under a measurement: its cores, and its record."""
 
 import os
 import platform
@@ -9,22 +9,20 @@ from typing import Any
 
 from benchmarks.errors import UserError
 
-# Read by OpenMP, OpenBLAS and MKL when NumPy, SciPy or PyTorch is first imported.
+# Read by OpenMP, OpenBLAS and MKL; recorded where somebody has set them.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 _PACKAGES = ("jax", "jaxlib", "numpy", "scipy", "torch", "optax", "flax", "tb-optax")
 
 
-def fix_threads(count: int | None, blas: int | None = None) -> int:
-    """Give every library the same number of threads; call it before importing them.
+def bind_cores(count: int | None) -> int:
+    """Bind the process to some cores; call it before importing what is measured.
 
-    The process is bound to that many cores, which the pools of XLA and of all
-    children follow.
+    The pools of XLA, BLAS and PyTorch, and all children, follow. Nothing else about
+    their threads is set: they are measured as they are by default.
 
     Args:
         count: number of cores; None takes all that the process may use.
-        blas: threads of OpenBLAS, which JAX's LAPACK calls on CPU run on too; None
-            takes as many.
 
     Returns:
         The number of cores.
@@ -35,12 +33,9 @@ def fix_threads(count: int | None, blas: int | None = None) -> int:
     cores = sorted(os.sched_getaffinity(0))
     count = count or len(cores)
     if count > len(cores):
-        msg = f"--threads is {count}; allowed: at most {len(cores)}"
+        msg = f"--cores is {count}; allowed: at most {len(cores)}"
         raise UserError(msg)
     os.sched_setaffinity(0, cores[:count])
-    for name in THREAD_VARIABLES:
-        os.environ[name] = str(count)
-    os.environ["OPENBLAS_NUM_THREADS"] = str(blas or count)
     # PyTorch on the same accelerator needs memory too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     return count
@@ -48,7 +43,7 @@ def fix_threads(count: int | None, blas: int | None = None) -> int:
 
 def describe(program: str, arguments: Sequence[str]) -> dict[str, Any]:
     """Return the command, hardware, threads and versions of a measurement."""
-    import jax  # Only once the threads are fixed.
+    import jax  # Only once the cores are bound.
 
     device = jax.devices()[0]
     return {
@@ -68,7 +63,7 @@ def describe(program: str, arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def torch_on_same_device():
-    """Import PyTorch with the threads that are fixed, on the device that JAX uses.
+    """Import PyTorch, for the device that JAX uses.
 
     Returns:
         The module and the name of its device.
@@ -77,10 +72,9 @@ def torch_on_same_device():
         ModuleNotFoundError: if PyTorch is not installed.
         UserError: if JAX uses an accelerator that this PyTorch does not.
     """
-    import jax  # Only once the threads are fixed.
+    import jax  # Only once the cores are bound.
     import torch
 
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if jax.default_backend() == "cpu":
         return torch, "cpu"
     if not torch.cuda.is_available():

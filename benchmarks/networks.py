@@ -153,12 +153,6 @@ def gated_block(width: int, hidden: int) -> Shapes:
     return {**shapes, "down": (hidden, width)}
 
 
-def equal_layers(count: int, side: int) -> Network:
-    """Return `count` convolutions of 3 x 3 positions and `side` channels."""
-    shapes = {f"conv{i}": (3, 3, side, side) for i in range(count)}
-    return Network(f"{count} equal layers", shapes)
-
-
 @functools.cache
 def networks() -> Mapping[str, Network]:
     """Return all networks by the names they have on the command line."""

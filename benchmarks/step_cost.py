@@ -8,7 +8,6 @@ the host (`interval=None`), refreshed in the step (`plain`) and piece by piece
 (`spread`); always in turn:
 
 - `step`: a step in which no refresh is due.
-- `update`: the same for the optimizer alone.
 - `refresh`: a step with a whole refresh, and the analysis alone.
 - `cycle`: every step of whole intervals, by position.
 - `memory`: temporary bytes of the compiled steps.
@@ -22,13 +21,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import commandline, machine
-from benchmarks.errors import UserError
 
-if TYPE_CHECKING:  # What is imported here would fix its number of threads.
-    from benchmarks.steps import StepState
-
-# Updates in one sample: one alone is too short for the clock.
-UPDATES = 20
+if TYPE_CHECKING:  # What is imported here would not see which cores it has.
+    from benchmarks.steps import Runner
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,11 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> None:
     options = _parser().parse_args(arguments)
-    if options.interval <= UPDATES:
-        msg = f"--interval is {options.interval}; allowed: above {UPDATES}"
-        raise UserError(msg)
     commandline.check_output(options.out, force=options.force)
-    machine.fix_threads(options.threads, options.blas_threads)
+    machine.bind_cores(options.cores)
 
     from benchmarks import models, steps
 
@@ -55,7 +47,7 @@ def _run(arguments: Sequence[str] | None) -> None:
     runners = {}
     for name, optimizer in optimizers.items():
         commandline.say(f"{name}: compiling")
-        runners[name] = _Runner(task, optimizer)
+        runners[name] = steps.Runner(task, optimizer)
 
     given = sys.argv[1:] if arguments is None else list(arguments)
     results = machine.describe("benchmarks.step_cost", given)
@@ -66,12 +58,10 @@ def _run(arguments: Sequence[str] | None) -> None:
         "side": options.side,
         "dtype": options.dtype,
         "interval": options.interval,
-        "updates": UPDATES,
     }
     results["memory"] = {name: run.temporary_bytes for name, run in runners.items()}
     parts: dict[str, Callable[[], Mapping[str, Any]]] = {
         "step": lambda: _steps(runners, options.repeats),
-        "update": lambda: _updates(optimizers, runners, options.repeats),
         "refresh": lambda: _refreshes(runners, analyze, options.repeats),
         "cycle": lambda: _cycles(runners, options.cycles, options.interval),
     }
@@ -106,74 +96,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-class _Runner:
-    """A compiled step with its state, which each call moves on."""
-
-    def __init__(self, task: Any, optimizer: Any):
-        from benchmarks.compilation import temporary_bytes
-
-        self.state: StepState = task.start(optimizer)
-        self._examples = task.examples()
-        lowered = task.step(optimizer).lower(self.state, *self._examples)
-        self._step = lowered.compile()
-        self.temporary_bytes = temporary_bytes(self._step)
-
-    def __call__(self) -> None:
-        import jax
-
-        self.state, loss = self._step(self.state, *self._examples)
-        jax.block_until_ready((self.state, loss))
-
-    def move_to(self, count: int) -> None:
-        """Let the next call be the update of this count."""
-        import jax
-
-        from benchmarks import steps
-
-        self.state = jax.block_until_ready(steps.at_count(self.state, count))
-
-
-def _steps(runners: Mapping[str, _Runner], repeats: int) -> dict[str, list[float]]:
+def _steps(runners: Mapping[str, "Runner"], repeats: int) -> dict[str, list[float]]:
     from benchmarks import timing
 
-    # The first update behind a refresh. In a spread cycle every update has its piece.
+    # The first update after a refresh. In a spread cycle every update has its piece.
     between = {name: run for name, run in runners.items() if name != "spread"}
     return timing.interleave(
         between, repeats, before=lambda name: runners[name].move_to(1)
     )
 
 
-def _updates(
-    optimizers: Mapping[str, Any], runners: Mapping[str, _Runner], repeats: int
-) -> dict[str, list[float]]:
-    import jax
-    import jax.numpy as jnp
-
-    from benchmarks import steps, timing
-
-    # Any numbers do that are not so small that they slow the arithmetic down.
-    gradients = jax.tree.map(jnp.copy, runners["without"].state.params)
-    names = [name for name in optimizers if name != "spread"]
-    updates = {name: steps.update_only(optimizers[name]) for name in names}
-    states = {name: jax.tree.map(jnp.copy, runners[name].state) for name in names}
-
-    def move(name: str) -> None:
-        states[name] = jax.block_until_ready(steps.at_count(states[name], 1))
-
-    def calls(name: str) -> Callable[[], None]:
-        def call() -> None:
-            for _ in range(UPDATES):
-                states[name] = updates[name](states[name], gradients)
-            jax.block_until_ready(states[name])
-
-        return call
-
-    calls_by_name = {name: calls(name) for name in names}
-    return timing.interleave(calls_by_name, repeats, before=move)
-
-
 def _refreshes(
-    runners: Mapping[str, _Runner], analyze: Callable[[Any], Any], repeats: int
+    runners: Mapping[str, "Runner"], analyze: Callable[[Any], Any], repeats: int
 ) -> dict[str, list[float]]:
     import jax
 
@@ -193,7 +127,7 @@ def _refreshes(
 
 
 def _cycles(
-    runners: Mapping[str, _Runner], cycles: int, interval: int
+    runners: Mapping[str, "Runner"], cycles: int, interval: int
 ) -> dict[str, list[list[float]]]:
     """Return seconds of each step: by cycle, then by position."""
     from benchmarks import timing

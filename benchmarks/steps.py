@@ -13,6 +13,7 @@ from flax import nnx
 
 import tb_optax
 from benchmarks import models
+from benchmarks.compilation import temporary_bytes
 
 CLASSES = 100
 LEARNING_RATE = 0.01
@@ -96,14 +97,26 @@ class Task:
         return jax.jit(step, donate_argnums=0)
 
 
-def update_only(optimizer: optax.GradientTransformation) -> Any:
-    """Return `(state, gradients) -> state`: the optimizer without the network."""
+class Runner:
+    """A compiled step with its state, which each call moves on."""
 
-    def update(state: StepState, gradients: Any) -> StepState:
-        params, opt_state = _updated(optimizer, gradients, state)
-        return StepState(params, state.batch_stats, opt_state)
+    def __init__(self, task: Task, optimizer: optax.GradientTransformation):
+        self.state = task.start(optimizer)
+        self._examples = task.examples()
+        lowered = task.step(optimizer).lower(self.state, *self._examples)
+        self._step = lowered.compile()
+        self.temporary_bytes = temporary_bytes(self._step)
 
-    return jax.jit(update, donate_argnums=0)
+    def __call__(self, steps: int = 1) -> None:
+        """Take steps and wait for the last of them."""
+        loss = None
+        for _ in range(steps):
+            self.state, loss = self._step(self.state, *self._examples)
+        jax.block_until_ready((self.state, loss))
+
+    def move_to(self, count: int) -> None:
+        """Let the next call be the update of this count."""
+        self.state = jax.block_until_ready(at_count(self.state, count))
 
 
 def optimizers(

@@ -1,12 +1,11 @@
-"""This directory's README: every figure from `results/*.json`, beside its bound.
+"""This directory's README: every figure from `results/*.json`, next to its bound.
 
     python -m benchmarks.tables
     python -m benchmarks.tables --check
 
 writes `benchmarks/README.md`, or says whether it is what would be written. Files named
-`spectral*.json`, `step_cost*.json`, `epoch_cost*.json` and `compare_*.json` have a
-section each, in the order of their names; those of a comparison show the pictures of
-their name.
+`spectral*.json`, `step_cost*.json` and `compare_*.json` have a section each, in the
+order of their names; those of a comparison show the pictures of their name.
 """
 
 import json
@@ -55,7 +54,6 @@ def render(directory: Path) -> str:
     sections = (
         ("spectral", speed_tables.spectral),
         ("step_cost", speed_tables.step_cost),
-        ("epoch_cost", speed_tables.epoch_cost),
     )
     for name, section in sections:
         paths = sorted(directory.glob(f"{name}*.json"))

@@ -6,10 +6,11 @@ params -> layers -> matrices -> ESD -> power law -> multipliers -> updates
 __version__ = "0.1.0"
 
 from tb_optax.analysis import Analysis, esd, layer_analysis
-from tb_optax.assignment import linear, log2, sqrt, step
 from tb_optax.describe import describe
+from tb_optax.find import find_layers
+from tb_optax.lanczos import exact, quadrature
 from tb_optax.layers import Layer, MatrixAxes
-from tb_optax.naming import find_layers
+from tb_optax.maps import linear, log2, sqrt, step
 from tb_optax.power_law import PowerLaw, fit_median, fit_min_ks, fit_peak
 from tb_optax.state import (
     TempBalanceState,
@@ -29,6 +30,7 @@ __all__ = [
     "TempBalanceState",
     "describe",
     "esd",
+    "exact",
     "find_layers",
     "fit_median",
     "fit_min_ks",
@@ -39,6 +41,7 @@ __all__ = [
     "linear",
     "log2",
     "log_dict",
+    "quadrature",
     "scale_by_temp_balance",
     "set_multipliers",
     "sqrt",

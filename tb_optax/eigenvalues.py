@@ -1,184 +1,294 @@
-"""Eigenvalues of symmetric tridiagonal matrices, in batches.
+"""Exact eigenvalues of WWᵀ, and singular values of W, for matrices in buckets.
 
-Bisection on Sturm counts: the count of negative pivots of T - xI is the number of
-eigenvalues below x. All shifts of all matrices advance together, so that one short loop
-serves a whole batch.
+A bucket is an array of matrices of one shape, with at most as many rows as columns.
+
+On CPU, LAPACK is called on one matrix at a time. A batched call holds a thread of
+XLA's pool while it waits for its own sub-tasks; with few cores, two such calls in one
+program can deadlock. LAPACK reduces each Gram matrix to tridiagonal form, and one
+bisection finds the eigenvalues of many matrices together. On other platforms, where
+a loop of small calls is slow, many matrices are decomposed in one call.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from tb_optax.hidden import hidden
-from tb_optax.scale import integer_like
+Bucket: TypeAlias = Float[Array, "_ _ _"]
+Decompose: TypeAlias = Callable[[Float[Array, "_ _"]], Float[Array, "..."]]
 
-# Rows of a step of the loop that counts eigenvalues, an even number.
-ROWS = 8
+# Bytes of the matrices that are decomposed in one call, except on CPU.
+CHUNK_BYTES = 2**29
 
-# Above all pivots whose size matters.
-_HUGE = 1e30
+# Tridiagonal matrices up to this size are counted in one loop, as if they were as large
+# as the largest of them; then those up to twice this size, and so on.
+_SMALL = 256
+
+# Rows in one step of that loop: an even number.
+_ROWS = 8
+
+
+class Decomposed(NamedTuple):
+    """What is known of the matrices of one bucket.
+
+    Attributes:
+        values: ascending eigenvalues λ, or singular values σ, of W / 2^exponent.
+        exponent: of the power of two that each matrix was divided by.
+        finite: whether the matrix is finite; it was replaced by zeros if not.
+    """
+
+    values: Float[Array, "matrices n"]
+    exponent: Int[Array, " matrices"]
+    finite: Bool[Array, " matrices"]
+
+
+class Scale(NamedTuple):
+    """Powers of two near the largest magnitudes of matrices.
+
+    Attributes:
+        unit: 2^exponent, at most the largest magnitude; 0 for what counts as zero.
+        exponent: its exponent; the smallest one for what counts as zero.
+        finite: whether the matrix is finite; it counts as zero if not.
+    """
+
+    unit: Float[Array, " matrices"]
+    exponent: Int[Array, " matrices"]
+    finite: Bool[Array, " matrices"]
+
+
+def gram_eigenvalues(buckets: Sequence[Bucket]) -> list[Decomposed]:
+    """Compute the eigenvalues λ of WWᵀ for each matrix W, from that Gram matrix.
+
+    Equivalent to `scipy.linalg.svdvals(w)[::-1] ** 2`, but for an error of a few
+    eps·sqrt(n)·λ_max.
+
+    Args:
+        buckets: arrays of matrices, (matrices, n, columns) with n <= columns.
+
+    Returns:
+        What is known of each bucket.
+    """
+    scale = find_scale(buckets)
+
+    def reduce(matrix):
+        _, diagonal, beside, _ = jax.lax.linalg.tridiagonal(_gram(matrix))
+        return jnp.stack([diagonal, jnp.pad(beside, (1, 0))])
+
+    def by_bisection(buckets, unit):
+        n = np.repeat([w.shape[1] for w in buckets], [len(w) for w in buckets])
+        with jax.named_scope("tridiagonal"):
+            forms = _one_by_one(reduce, buckets, unit, (2, int(n.max())))
+        with jax.named_scope("bisection"):
+            return _by_bucket(tridiagonal_eigenvalues(forms, n), buckets)
+
+    def by_eigvalsh(buckets, unit):
+        return _in_chunks(lambda w: jnp.linalg.eigvalsh(_gram(w)), buckets, unit)
+
+    values = jax.lax.platform_dependent(
+        list(buckets), scale.unit, cpu=by_bisection, default=by_eigvalsh
+    )
+    return _decomposed(values, scale)
+
+
+def singular_values(buckets: Sequence[Bucket]) -> list[Decomposed]:
+    """Compute the singular values σ of each matrix, exact to a few eps·σ_max.
+
+    Equivalent to `scipy.linalg.svdvals(w)[::-1]`.
+
+    Args:
+        buckets: arrays of matrices, (matrices, n, columns) with n <= columns.
+
+    Returns:
+        What is known of each bucket.
+    """
+    scale = find_scale(buckets)
+
+    def ascending(matrix):
+        return jnp.linalg.svd(matrix, compute_uv=False)[::-1]
+
+    def on_cpu(buckets, unit):
+        n = max(w.shape[1] for w in buckets)
+        return _by_bucket(_one_by_one(ascending, buckets, unit, (n,)), buckets)
+
+    def elsewhere(buckets, unit):
+        return _in_chunks(ascending, buckets, unit)
+
+    values = jax.lax.platform_dependent(
+        list(buckets), scale.unit, cpu=on_cpu, default=elsewhere
+    )
+    return _decomposed(values, scale)
+
+
+def find_scale(buckets: Sequence[Bucket]) -> Scale:
+    """Find the power of two to divide each matrix by.
+
+    The largest magnitude of the quotient is in [1, 2): no product of two entries
+    overflows, and none that matters underflows. Division by a power of two is exact,
+    but that numbers below the smallest normal one count as zero.
+
+    >>> scale = find_scale([jnp.asarray([[[3.0]], [[0.0]], [[jnp.inf]]])])
+    >>> print(scale.unit, scale.finite)
+    [2. 0. 0.] [ True  True False]
+    """
+    top = jnp.concatenate([jnp.max(jnp.abs(w), axis=(1, 2)) for w in buckets])
+    tiny = jnp.finfo(top.dtype).tiny
+    finite = jnp.isfinite(top)
+    usable = finite & (top >= tiny)
+    mantissa, exponent = jnp.frexp(jnp.where(usable, top, tiny))
+    unit = jnp.where(usable, top / (2 * mantissa), 0)
+    return Scale(unit, exponent - 1, finite)
 
 
 def tridiagonal_eigenvalues(
-    forms: Float[Array, "matrices vectors n"], sizes: Int[np.ndarray, " matrices"]
+    forms: Float[Array, "matrices 2 n"], sizes: Int[np.ndarray, " matrices"]
 ) -> Float[Array, "matrices n"]:
-    """Ascending eigenvalues of symmetric tridiagonal matrices of several sizes.
+    """Compute the eigenvalues of symmetric tridiagonal matrices by bisection.
 
-    One count on a grid of n points finds the cell of every eigenvalue at once;
-    bisection of the cells then halves all intervals together, until they are
-    narrower than the rounding error of a count.
+    Equivalent to `scipy.linalg.eigvalsh_tridiagonal` for each matrix, within a few
+    eps·|λ|_max. The number of eigenvalues below x is that of negative pivots of T - xI,
+    a Sturm count. One count on a grid finds the cell of every eigenvalue; halving all
+    cells together does the rest.
 
     Args:
-        forms: the matrices, as `reduction.HOUSEHOLDER` has them: their diagonals, and
-            what is beside them, whose signs do not matter, behind a number that is not
-            read. Nothing is read before the last columns, as many as the size.
-        sizes: of the matrices.
+        forms: the diagonals d_k, and next to them e_{k-1}; e_{-1} is not read.
+        sizes: of the matrices; nothing is read from columns beyond them.
 
     Returns:
-        The eigenvalues, each within a few eps·|λ|_max, and behind those of a smaller
-        matrix numbers without meaning.
+        Ascending eigenvalues; columns beyond the size of a matrix have no meaning.
 
     >>> matrix = jnp.asarray([[[2.0, 2.0], [0.0, 1.0]]])
     >>> print(tridiagonal_eigenvalues(matrix, np.asarray([2])).round(4))
     [[1. 3.]]
+
+    References:
+        Barth, Martin, Wilkinson, `Calculation of the Eigenvalues of a Symmetric
+        Tridiagonal Matrix by the Method of Bisection
+        <https://doi.org/10.1007/BF02162154>`_, 1967
     """
-    dtype = forms.dtype
-    groups = _groups(sizes)
-    # Intervals of each matrix, some more than it has eigenvalues.
-    matrix = np.concatenate([np.repeat(g.matrix, g.lanes) for g in groups])
-    width, (_, start) = np.bincount(matrix), np.unique(matrix, return_index=True)
-    first = jnp.asarray(start[matrix], jnp.int32)
-    interval = jnp.arange(len(matrix), dtype=jnp.int32)
-    # As many cells, a power of two, from -2 to 2, where all eigenvalues are.
-    cells = 2.0 ** np.floor(np.log2(width))
-    cell = jnp.asarray((4 / cells)[matrix], dtype)
-    rows, unit = _prepared(forms, sizes)
-    rows = [rows[group.matrix, :, -group.steps * ROWS :] for group in groups]
-
-    def grid(number):
-        return number.astype(dtype) * cell - 2
-
-    def narrow(i, state):
-        """Counts at below + cell·scale: first the grid, then middles of intervals."""
-        below, scale = state
-        shifts = below + cell * scale
-        parts = jnp.split(shifts, np.cumsum([group.total for group in groups])[:-1])
-        counts = [
-            _count_below(own, part.reshape(-1, group.lanes)).reshape(-1)
-            for group, own, part in zip(groups, rows, parts, strict=True)
-        ]
-        # They ascend over all matrices, as the intervals do.
-        keys = first + jnp.concatenate(counts)
-
-        def locate():
-            return grid(_number_up_to(keys, interval, first, width.max()))
-
-        def halve():
-            return jnp.where(keys <= interval, shifts, below)
-
-        return jax.lax.cond(i == 0, locate, halve), scale / 2
-
-    # A few bits beyond those of λ_max: small eigenvalues can be as exact as that.
-    bits = jnp.finfo(dtype).nmant * 9 // 8 + 3
-    halvings = max(0, bits - int(np.log2(cells.min())))
-    scale = jnp.ones_like(forms, shape=())
-    state = grid(interval - first) * scale, scale
-    below, scale = jax.lax.fori_loop(0, 1 + halvings, narrow, state)
-    place = np.minimum(np.arange(forms.shape[2]), width[:, None] - 1)
-    found = (below + cell * scale)[start[:, None] + place]
-    return found * unit[:, None]
+    found = jnp.zeros_like(forms[:, 0])
+    group = np.ceil(np.log2(np.maximum(sizes, _SMALL)))
+    for number in np.unique(group):
+        members = np.flatnonzero(group == number)
+        n = int(sizes[members].max())
+        values = _bisect(forms[members, :, :n], sizes[members])
+        found = found.at[members, :n].set(values)
+    return found
 
 
-class _Group(NamedTuple):
-    """Matrices of similar sizes, whose rows are counted in one loop.
+def _gram(matrix: Float[Array, "n columns"]) -> Float[Array, "n n"]:
+    return jnp.matmul(matrix, matrix.T, precision=jax.lax.Precision.HIGHEST)
 
-    Attributes:
-        matrix: of each block of intervals.
-        steps: of that loop, each of ROWS rows.
-        lanes: intervals of a block.
+
+def _divided(matrix, unit):
+    return jnp.where(unit > 0, matrix / unit, 0)
+
+
+def _one_by_one(
+    decompose: Decompose, buckets: Sequence[Bucket], unit, shape: tuple[int, ...]
+) -> Float[Array, "matrices ..."]:
+    """Decompose one matrix after the other into a table, each row of this shape.
+
+    One loop hands its table to the next, so that two never run at once: the threads of
+    BLAS would hinder each other.
     """
+    table = jnp.zeros_like(unit, shape=(len(unit), *shape))
+    start = 0
+    for bucket in buckets:
 
-    matrix: Int[np.ndarray, " blocks"]
-    steps: int
-    lanes: int
+        def fill(i, table, bucket=bucket, start=start):
+            row = decompose(_divided(bucket[i], unit[start + i]))
+            place = (start + i, *(0 for _ in shape))
+            return jax.lax.dynamic_update_slice(table, row[None], place)
 
-    @property
-    def total(self) -> int:
-        """Number of intervals."""
-        return len(self.matrix) * self.lanes
-
-
-def _groups(sizes: Int[np.ndarray, " matrices"]) -> list[_Group]:
-    """Sizes up to 256, up to 1024, up to 4096, ...
-
-    A loop takes a tenth of a second to compile; running over rows that a matrix does
-    not have takes less than that.
-    """
-    number = np.ceil(np.log2(np.maximum(sizes, 256)) / 2)
-    groups = []
-    for own in (np.flatnonzero(number == k) for k in np.unique(number)):
-        lanes = max(64, int(sizes[own].min()) // 4)
-        steps = -(-int(sizes[own].max()) // ROWS)
-        groups.append(_Group(np.repeat(own, -(-sizes[own] // lanes)), steps, lanes))
-    return groups
+        table = jax.lax.fori_loop(0, len(bucket), fill, table)
+        start += len(bucket)
+    return table
 
 
-def _number_up_to(keys, bounds, start, most):
-    """How many of ascending keys from `start` on, at most `most`, are up to a bound.
+def _in_chunks(
+    decompose: Decompose, buckets: Sequence[Bucket], unit
+) -> list[Float[Array, "_ _"]]:
+    """Decompose as many matrices of a bucket at once as fit in CHUNK_BYTES."""
+    found = []
+    for bucket, own in zip(buckets, _split(unit, buckets), strict=True):
+        together = max(1, CHUNK_BYTES // (bucket[0].size * bucket.dtype.itemsize))
+        found.append(
+            jax.lax.map(
+                lambda pair: decompose(_divided(*pair)),
+                (bucket, own),
+                batch_size=together,
+            )
+        )
+    return found
 
-    As `jnp.searchsorted` from the right, less `start`, in fewer kernels and steps.
-    """
-    steps = int(most).bit_length()
 
-    def double(i, end):
-        ahead = end + (1 << (steps - 1 - i))
-        last = keys[jnp.minimum(ahead, len(keys)) - 1]
-        return jnp.where((ahead <= len(keys)) & (last <= bounds), ahead, end)
-
-    return jax.lax.fori_loop(0, steps, double, start + jnp.zeros_like(keys)) - start
+def _split(column, buckets):
+    """Cut what there is of each matrix by bucket."""
+    return jnp.split(column, np.cumsum([len(bucket) for bucket in buckets])[:-1])
 
 
-def _prepared(forms, sizes):
-    """Brings all matrices to |λ| < 2, and their rows to a multiple of ROWS.
+def _by_bucket(table, buckets):
+    """Cut a table by bucket, and its rows to the size of the matrices."""
+    parts = zip(_split(table, buckets), buckets, strict=True)
+    return [part[:, : bucket.shape[1]] for part, bucket in parts]
 
-    Returns:
-        Rows (d_k, e²_{k-1}), those before the first above all eigenvalues, as
-        (matrices, 2, rows); what all were divided by.
-    """
-    forms = jnp.pad(forms, ((0, 0), (0, 0), (-forms.shape[2] % ROWS, 0)))
-    n = forms.shape[2]
-    column, start = np.arange(n), (n - sizes)[:, None]
-    beside = jnp.where(column > start, jnp.abs(forms[:, 1]), 0)
-    # Gershgorin's discs hold all eigenvalues.
+
+def _decomposed(values, scale: Scale) -> list[Decomposed]:
+    exponents, finite = _split(scale.exponent, values), _split(scale.finite, values)
+    return [*map(Decomposed, values, exponents, finite)]
+
+
+def _bisect(
+    forms: Float[Array, "matrices 2 n"], sizes: Int[np.ndarray, " matrices"]
+) -> Float[Array, "matrices n"]:
+    """Find the eigenvalues of tridiagonal matrices of similar sizes."""
+    dtype, n = forms.dtype, forms.shape[2]
+    forms = jnp.pad(forms, ((0, 0), (0, 0), (0, -n % _ROWS)))
+    column = np.arange(forms.shape[2])
+    within = column < sizes[:, None]
+    beside = jnp.where(within & (column > 0), jnp.abs(forms[:, 1]), 0)
+    # Gershgorin's discs hold all eigenvalues, so that all of T / unit are in (-1, 1).
     reach = jnp.abs(forms[:, 0]) + beside + jnp.pad(beside[:, 1:], ((0, 0), (0, 1)))
-    within = column >= start
-    unit = _power_of_two(jnp.max(jnp.where(within, reach, 0), axis=1))
-    divisor = jnp.where(unit == 0, 1, unit)[:, None]
+    radius = jnp.max(reach, axis=1, initial=0, where=within)[:, None]
+    unit = radius / jnp.where(radius > 0, jnp.frexp(radius)[0], 1)
+    divisor = jnp.where(unit > 0, unit, 1)
+    # Each row of padding has an eigenvalue of its own, above those of the matrix.
     diagonal = jnp.where(within, forms[:, 0] / divisor, 3)
-    squared = jnp.maximum((beside / divisor) ** 2, _smallest(forms.dtype))
-    return jnp.stack([diagonal, squared], axis=1), unit
+    # Never zero, but far below the rounding error of 1.
+    smallest = float(jnp.finfo(dtype).eps) ** 2 / 2**14
+    squared = jnp.maximum((beside / divisor) ** 2, smallest)
+    rows = jnp.stack([diagonal, squared]).reshape(2, len(sizes), -1, 2)
+    pairs = rows.transpose(2, 3, 0, 1)
 
+    # A few bits more than those of λ_max: small eigenvalues can be as exact as that.
+    bits = jnp.finfo(dtype).nmant * 9 // 8 + 3
+    level = n.bit_length() - 1
+    number = jnp.arange(n)
+    grid = jnp.arange(2**level, dtype=dtype) * 2.0 ** (1 - level) - 1
 
-def _power_of_two(x):
-    """The power of two at or below a number, exact to divide by; 0 for 0."""
-    info = jnp.finfo(x.dtype)
-    integer = integer_like(x.dtype)
-    bits = jax.lax.bitcast_convert_type(x, integer) & ~integer(2**info.nmant - 1)
-    return jax.lax.bitcast_convert_type(bits, x.dtype)
+    def locate():
+        counts = _count_below(pairs, jnp.broadcast_to(grid, (len(sizes), len(grid))))
+        cell = jax.vmap(lambda c: jnp.searchsorted(c, number, side="right"))(counts)
+        return grid[cell - 1]
 
+    def halve(_, state):
+        low, width = state
+        middle = low + width / 2
+        low = jnp.where(_count_below(pairs, middle) <= number, middle, low)
+        return low, width / 2
 
-def _smallest(dtype) -> float:
-    """The square of a number far below the rounding error of 1."""
-    return float(jnp.finfo(dtype).eps) ** 2 / 2**14
+    state = locate(), jnp.asarray(2.0 ** (1 - level), dtype)
+    low, width = jax.lax.fori_loop(level, bits, halve, state)
+    return (low + width / 2) * unit
 
 
 def _count_below(
-    rows: Float[Array, "blocks 2 rows"], shifts: Float[Array, "blocks lanes"]
-) -> Int[Array, "blocks lanes"]:
-    """Number of eigenvalues below each shift, by Sylvester's law of inertia.
+    pairs: Float[Array, "pairs 2 2 matrices"], shifts: Float[Array, "matrices lanes"]
+) -> Int[Array, "matrices lanes"]:
+    """Count the eigenvalues below each shift, by Sylvester's law of inertia.
 
     The pivots of T - xI are q_k = a_k - e²_{k-1} / q_{k-1}, a_k = d_k - x; as many are
     negative as there are eigenvalues below x. Two at a time they need one division:
@@ -190,21 +300,16 @@ def _count_below(
     next pivot is infinite, and a huge number instead: a change of d_{k+1} by e² divided
     by that.
     """
-    huge = shifts.dtype.type(_HUGE)
 
-    def next_pivots(step, carry):
+    def next_pivots(carry, rows):
         inverse, count = carry
-        for place in hidden(range(0, ROWS, 2)):
-            own = jax.lax.dynamic_slice_in_dim(rows, step * ROWS + place, 2, axis=2)
-            (first, before), (second, between) = own.transpose(2, 1, 0)[..., None]
-            pivot = first - shifts - before * inverse
-            bounded = jax.lax.clamp(-huge, pivot, huge)
-            product = (second - shifts) * bounded - between
-            inverse = bounded / product
-            count = count + jnp.signbit(pivot) + jnp.signbit(inverse)
-        return inverse, count
+        (first, before), (second, between) = rows[..., None]
+        pivot = jnp.clip(first - shifts - before * inverse, -1e30, 1e30)
+        inverse = pivot / ((second - shifts) * pivot - between)
+        return (inverse, count + jnp.signbit(pivot) + jnp.signbit(inverse)), None
 
-    # What there was before the first row does not matter.
-    start = shifts, jnp.zeros_like(shifts, jnp.int32)
-    _, count = jax.lax.fori_loop(0, rows.shape[2] // ROWS, next_pivots, start)
+    # Varying from device to device, in the sense of `shard_map`, as the pivots do.
+    pivot = pairs[0, 0, 0][:, None] - shifts
+    start = jnp.zeros_like(pivot), jnp.zeros_like(pivot, jnp.int32)
+    (_, count), _ = jax.lax.scan(next_pivots, start, pairs, unroll=_ROWS // 2)
     return count

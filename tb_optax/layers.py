@@ -1,10 +1,14 @@
-"""Layers as plain data: a kernel, how to read it as matrices, and what follows it."""
+"""Layers as plain data: kernels, how to read them as matrices, and what they own."""
 
 import dataclasses
 import itertools
 import math
 import types
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
 
 from tb_optax.leaves import listing
 
@@ -178,7 +182,10 @@ class Layers(tuple[Layer, ...]):
 def expand_stacks(
     layers: Sequence[Layer], shapes: Mapping[str, tuple[int, ...] | None]
 ) -> tuple[Layer, ...]:
-    """Replaces every stacked layer by its slices, in order.
+    """Replace every stacked layer by its slices, in order.
+
+    A layer whose kernel is masked, as `optax.masked` and `optax.partition` mask
+    frozen leaves, is left out.
 
     Args:
         layers: layers, each with or without an index.
@@ -188,7 +195,7 @@ def expand_stacks(
         Layers with one multiplier each.
 
     Raises:
-        ValueError: if a kernel is absent, masked, or does not fit its layer.
+        ValueError: if a kernel is absent or does not fit its layer.
 
     >>> stack = Layer("w", MatrixAxes((1,), (2,), stacked=(0,)))
     >>> [layer.name for layer in expand_stacks([stack], {"w": (2, 8, 4)})]
@@ -196,6 +203,8 @@ def expand_stacks(
     """
     expanded = []
     for layer in layers:
+        if layer.path in shapes and shapes[layer.path] is None:
+            continue
         shape = _kernel_shape(layer, shapes)
         if layer.index or not layer.axes.stacked:
             expanded.append(layer)
@@ -209,10 +218,9 @@ def expand_stacks(
 def _kernel_shape(layer, shapes) -> tuple[int, ...]:
     shape = shapes.get(layer.path)
     if shape is None:
-        why = "is masked out of" if layer.path in shapes else "is not in"
         msg = (
-            f"layer {layer.path!r} {why} the parameters; take it out of `layers`, or "
-            f"name it as one of their paths: {listing(shapes)}."
+            f"layer {layer.path!r} is not in the parameters; take it out of `layers`, "
+            f"or name it as one of their paths: {listing(shapes)}."
         )
         raise ValueError(msg)
     if len(shape) != layer.axes.rank:
@@ -235,3 +243,98 @@ def _kernel_shape(layer, shapes) -> tuple[int, ...]:
         )
         raise ValueError(msg)
     return shape
+
+
+def layer_of_leaf(
+    layers: Sequence[Layer], shapes: Mapping[str, tuple[int, ...] | None]
+) -> dict[str, Int[np.ndarray, "..."]]:
+    """Which layer each part of each leaf belongs to.
+
+    Args:
+        layers: one entry per multiplier, stacks expanded.
+        shapes: shape of every leaf by path; None where a mask stands.
+
+    Returns:
+        For every leaf of a layer, an int array that broadcasts against the leaf:
+        the position of the layer in `layers`, -1 where no layer has the part.
+
+    Raises:
+        ValueError: if a follower is nowhere, has a shape that does not fit its
+            layer's stack or part, or if two layers claim the same part of a leaf.
+
+    >>> dense = MatrixAxes((1,), (2,), stacked=(0,))
+    >>> blocks = [Layer("w", dense, ("b",), index=(i,)) for i in range(3)]
+    >>> layer_of_leaf(blocks, {"w": (3, 8, 4), "b": (3, 4)})["b"].tolist()
+    [[0], [1], [2]]
+    """
+    owners: dict[str, Any] = {}
+    for position, layer in enumerate(layers):
+        for path in (layer.path, *layer.follows):
+            if path not in shapes:
+                msg = (
+                    f"{path!r}, which follows layer {layer.name!r}, is not in the "
+                    f"parameters; take it out of the layer's `follows`."
+                )
+                raise ValueError(msg)
+            shape = shapes[path]
+            if shape is None:
+                continue
+            kernel_shape = shapes[layer.path]
+            where = _part_of_leaf(layer, path, shape, kernel_shape)
+            owner = owners.setdefault(path, np.full((1,) * len(shape), -1))
+            wanted = tuple(
+                n if chosen != slice(None) else 1
+                for n, chosen in zip(shape, where, strict=True)
+            )
+            both = np.broadcast_shapes(owner.shape, wanted)
+            owner = np.broadcast_to(owner, both).copy()
+            taken = owner[where]
+            if (taken >= 0).any():
+                other = layers[int(taken.max())]
+                msg = (
+                    f"{path!r} belongs to two layers, {other.name!r} and "
+                    f"{layer.name!r}; keep one of them, or take the path out of "
+                    f"one layer's `follows`."
+                )
+                raise ValueError(msg)
+            owner[where] = position
+            owners[path] = owner
+    return owners
+
+
+def _part_of_leaf(layer, path, shape, kernel_shape) -> tuple[slice, ...]:
+    """The slices of a leaf, one per axis, that belong to a layer."""
+    where = [slice(None)] * len(shape)
+    axes = layer.axes
+    for axis, index in zip(axes.stacked, layer.index, strict=True):
+        if axis >= len(shape) or shape[axis] != kernel_shape[axis]:
+            msg = (
+                f"{path!r} of shape {shape} follows one slice of {layer.path!r}, "
+                f"stacked along axis {axis} of its shape {kernel_shape}, but is not "
+                f"stacked alike; take it out of the layer's `follows`."
+            )
+            raise ValueError(msg)
+        where[axis] = slice(index, index + 1)
+    if layer.part is not None:
+        axis, start, stop = layer.part
+        if path != layer.path:
+            axis = _output_axis_of_follower(layer, path, shape, kernel_shape)
+        where[axis] = slice(start, stop)
+    return tuple(where)
+
+
+def _output_axis_of_follower(layer, path, shape, kernel_shape) -> int:
+    """The axis of a follower that runs along the split output axis."""
+    free = [axis for axis in range(len(shape)) if axis not in layer.axes.stacked]
+    outputs = layer.axes.output
+    if tuple(shape[axis] for axis in free) == tuple(kernel_shape[a] for a in outputs):
+        return free[outputs.index(layer.part[0])]
+    wide = [axis for axis in free if shape[axis] != 1]
+    if len(wide) == 1 and shape[wide[0]] == kernel_shape[layer.part[0]]:
+        return wide[0]
+    msg = (
+        f"{path!r} of shape {shape} follows a part of {layer.path!r} of shape "
+        f"{kernel_shape}, but has no axis like its output axis {layer.part[0]}; take "
+        f"it out of the layer's `follows`."
+    )
+    raise ValueError(msg)

@@ -1,9 +1,12 @@
-"""Leaves of a parameter tree by path, whatever framework made the tree."""
+"""Leaves of a parameter tree by path, whatever framework made it; patterns on paths."""
 
+import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+
+T = TypeVar("T")
 
 
 class Leaf(NamedTuple):
@@ -11,12 +14,12 @@ class Leaf(NamedTuple):
 
     Attributes:
         path: the whole path, unique in its tree.
-        module: the names above the leaf's own.
+        module: the names above the leaf's own; a dict key with dots is several names.
         name: the leaf's own name.
         attribute: whether that name is an attribute that holds the bare array, as in
             Equinox modules.
         value: the leaf; None where a mask or None stands.
-        owner: the object that holds the leaf, where it is an attribute.
+        owner: the object that holds the leaf or its box, where that is an attribute.
     """
 
     path: str
@@ -30,6 +33,11 @@ class Leaf(NamedTuple):
     def is_array(self) -> bool:
         """Whether the leaf is an array, concrete or abstract."""
         return is_array(self.value)
+
+    @property
+    def dotted(self) -> bool:
+        """Whether the leaf's own name is the last of a key with dots, as in PyTorch."""
+        return bool(self.module) and self.path.endswith(f".{self.name}")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -63,16 +71,15 @@ def leaves_of(tree: Any) -> dict[str, Leaf]:
                 f"that: rename one of them."
             )
             raise ValueError(msg)
-        names = tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
+        names = [name for key in keys for name in _names(key)]
         named = bool(keys) and isinstance(keys[-1], jax.tree_util.GetAttrKey)
-        attribute = named and not boxed
         leaves[path] = Leaf(
             path=path,
-            module=names[:-1],
+            module=tuple(names[:-1]),
             name=names[-1] if names else "",
-            attribute=attribute,
+            attribute=named and not boxed,
             value=None if _is_absent(value) else value,
-            owner=_follow(tree, keys[:-1]) if attribute else None,
+            owner=_follow(tree, keys[:-1]) if named else None,
         )
     return leaves
 
@@ -87,6 +94,13 @@ def shapes_of(leaves: Mapping[str, Leaf]) -> dict[str, tuple[int, ...] | None]:
 def path_of(keys: Sequence[Any]) -> str:
     """Path of a leaf as a string, without the final `.value` of its box."""
     return jax.tree_util.keystr(_unboxed(keys), simple=True, separator="/")
+
+
+def _names(key) -> list[str]:
+    """Split a dict key at its dots, `"h.0.fc.weight"`; other keys are one name."""
+    name = jax.tree_util.keystr((key,), simple=True)
+    names = name.split(".") if isinstance(key, jax.tree_util.DictKey) else [name]
+    return names if all(names) else [name]
 
 
 def _unboxed(keys) -> tuple[Any, ...]:
@@ -117,6 +131,35 @@ def _follow(tree, keys):
         else:
             return None
     return tree
+
+
+def match_paths(
+    argument: str, patterns: Mapping[str, T] | None, paths: Iterable[str]
+) -> dict[str, T]:
+    """Return what the first matching pattern says of each path that one matches.
+
+    Raises:
+        ValueError: if a pattern matches no path.
+
+    >>> match_paths("axes", {"a/*": 1, "*": 2}, ["a/w", "b/w"])
+    {'a/w': 1, 'b/w': 2}
+    """
+    paths = list(paths)
+    patterns = dict(patterns or {})
+    unused = set(patterns)
+    found = {}
+    for path in paths:
+        matching = [p for p in patterns if fnmatch.fnmatchcase(path, p)]
+        unused.difference_update(matching)
+        if matching:
+            found[path] = patterns[matching[0]]
+    if unused:
+        msg = (
+            f"{argument}: no leaf matches {listing(sorted(unused))}; the paths are "
+            f"{listing(paths)}."
+        )
+        raise ValueError(msg)
+    return found
 
 
 def listing(names: Iterable[str], limit: int = 8) -> str:

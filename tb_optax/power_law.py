@@ -105,6 +105,52 @@ class fit_median:
         threshold = jnp.where(exists, threshold, -jnp.inf)
         return _hill(log_eigenvalues, threshold, start)
 
+    def fit_weighted(
+        self,
+        log_nodes: Float[Array, "layers samples nodes"],
+        weights: Float[Array, "layers samples nodes"],
+        count: Int[np.ndarray, " layers"],
+    ) -> PowerLaw:
+        r"""Fit densities of which only weighted samples are known, as by `quadrature`.
+
+        Half of the weight of each node is spread evenly, in ln λ, over the way to the
+        node before it, half over the way to the next. With x(p) the quantiles of the
+        mean of these densities,
+
+            alpha = 1 + (n / N) / ∫ (x(p) - ln xmin) dp  over p from i / N to 1,
+
+        and xmin is the quantile at (i + 1/2) / N, or at (i - 1/2) / N without the
+        threshold: this is the fit of N eigenvalues, as N grows.
+
+        Args:
+            log_nodes: natural logarithms of the nodes, rows ascending, -inf for a zero.
+            weights: of the nodes; those of a layer sum to 1.
+            count: N, number of eigenvalues of each layer.
+
+        Returns:
+            PowerLaw; its ks_distance is 0, since single eigenvalues are not known.
+        """
+        start = np.floor(count / self.position)
+        rank = start + (0.5 if self.include_threshold else -0.5)
+        tail = jnp.asarray(1 - start / count, log_nodes.dtype)
+        cells = _Cells.of(log_nodes, weights)
+        log_start = cells.quantile(jnp.asarray(start / count, log_nodes.dtype))
+        threshold = cells.quantile(jnp.asarray(rank / count, log_nodes.dtype))
+        fits = (threshold > -jnp.inf) & (rank > 0)
+        log_start = jnp.where(log_start > -jnp.inf, log_start, threshold)
+        threshold = jnp.where(fits, threshold, 0)
+        # What is cut off at `start` is measured from the threshold.
+        rest = jnp.where(fits, log_start - threshold, 0)
+        excess = cells.excess(log_start) + tail * rest
+        rises = fits & (excess > 0)
+        alpha = jnp.where(rises, 1 + tail / jnp.where(rises, excess, 1), jnp.inf)
+        return PowerLaw(
+            alpha=jnp.where(fits, alpha, 0),
+            xmin=jnp.where(fits, jnp.exp(threshold), 0),
+            ks_distance=jnp.zeros_like(alpha),
+            tail_size=jnp.where(fits, jnp.asarray(count - start, jnp.int32), 0),
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class fit_min_ks:
@@ -197,6 +243,69 @@ class fit_peak:
             above = log_eigenvalues >= lower[:, None]
         window = counted & above & (log_eigenvalues <= upper[:, None])
         return _min_ks(log_eigenvalues, valid, window)
+
+
+class _Cells(NamedTuple):
+    """A density of ln λ: intervals with their masses, and a mass at -inf.
+
+    An interval of no length is a single value.
+    """
+
+    lower: Float[Array, "layers cells"]
+    upper: Float[Array, "layers cells"]
+    mass: Float[Array, "layers cells"]
+    at_zero: Float[Array, " layers"]
+
+    @classmethod
+    def of(cls, log_nodes, weights) -> "_Cells":
+        """Half of each node's weight goes to either side, as far as the next node."""
+        exists = log_nodes > -jnp.inf
+        x = jnp.where(exists, log_nodes, 0)
+        before = jnp.concatenate([x[..., :1], x[..., :-1]], axis=-1)
+        first = jnp.concatenate([exists[..., :1], ~exists[..., :-1]], axis=-1)
+        before = jnp.where(first, x, before)
+        after = jnp.concatenate([x[..., 1:], x[..., -1:]], axis=-1)
+        half = jnp.where(exists, weights, 0) / 2
+
+        def flat(*parts):
+            return jnp.concatenate(parts, axis=-1).reshape(len(x), -1)
+
+        at_zero = jnp.sum(jnp.where(exists, 0, weights), axis=(1, 2))
+        return cls(flat(before, x), flat(x, after), flat(half, half), at_zero)
+
+    def quantile(self, probability):
+        """The ln λ with this much below it, by bisection; -inf among the zeros."""
+        some = self.mass > 0
+        low = jnp.min(self.lower, axis=-1, initial=jnp.inf, where=some)
+        high = jnp.max(self.upper, axis=-1, initial=-jnp.inf, where=some)
+        known = (high > -jnp.inf) & (probability > self.at_zero)
+        low, high = jnp.where(known, low, 0), jnp.where(known, high, 0)
+        length = self.upper - self.lower
+        length = jnp.where(length > 0, length, 1)
+
+        def halve(_, ends):
+            low, high = ends
+            middle = (low + high) / 2
+            inside = jnp.clip((middle[:, None] - self.lower) / length, 0, 1)
+            inside = jnp.where(self.upper <= middle[:, None], 1, inside)
+            below = self.at_zero + jnp.sum(self.mass * inside, axis=-1)
+            enough = below >= probability
+            return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+
+        steps = jnp.finfo(self.mass.dtype).nmant + 8
+        _, high = jax.lax.fori_loop(0, steps, halve, (low, high))
+        return jnp.where(known, high, -jnp.inf)
+
+    def excess(self, threshold):
+        """∫ (ln λ - threshold) over what lies above the threshold."""
+        threshold = jnp.where(threshold > -jnp.inf, threshold, 0)[:, None]
+        above = jnp.maximum(self.upper - threshold, 0)
+        below = jnp.maximum(threshold - self.lower, 0)
+        # A cell that straddles the threshold has above / (above + below) over it.
+        share = above / jnp.where(below > 0, above + below, 1)
+        share = jnp.where(below > 0, share, 1)
+        start = jnp.maximum(self.lower - threshold, 0)
+        return jnp.sum(self.mass * share * (above + start) / 2, axis=-1)
 
 
 def _hill(

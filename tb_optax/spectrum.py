@@ -1,15 +1,13 @@
-"""From kernels to one table of eigenvalues, in few calls.
+"""From kernels to one table of eigenvalues.
 
-kernels -> matrices -> buckets of equal shape -> chunks, rescaled and reduced one after
-the other -> eigenvalues of the bucket -> one row per layer, ascending.
+kernels -> matrices -> buckets of equal shape -> divided by powers of two -> eigenvalues
+-> one row per layer, ascending.
 
-Each matrix is divided by a power of two near its largest magnitude: exact to apply,
-and no product of two weights over- or underflows, whatever their scale. The
-eigenvalues λ = σ² of a layer are kept as ln(λ / 4^exponent), with the largest exponent
-of its matrices.
+Each matrix is divided by a power of two near its largest magnitude, which is exact, so
+that no product of two weights over- or underflows. The eigenvalues λ = σ² of a layer
+are kept as ln(λ / 4^exponent), with the largest exponent of its matrices.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -19,22 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from tb_optax.devices import Bucket, over_devices
-from tb_optax.eigenvalues import tridiagonal_eigenvalues
-from tb_optax.layers import MatrixAxes
-from tb_optax.pooling import Places, pool
-from tb_optax.reduction import (
-    HOUSEHOLDER,
-    SVD,
-    Matrices,
-    Reduction,
-    Vectors,
-    reduce_matrices,
+from tb_optax.eigenvalues import (
+    Bucket,
+    Decomposed,
+    gram_eigenvalues,
+    singular_values,
 )
-from tb_optax.scale import rescale
-
-# Of Gram matrices from this size on, a quarter is left out.
-_LARGE = 512
+from tb_optax.layers import MatrixAxes
+from tb_optax.sharding import over_devices
 
 
 class Spectra(NamedTuple):
@@ -76,22 +66,20 @@ class Spectra(NamedTuple):
 
 
 class Route(NamedTuple):
-    """A way from matrices to eigenvalues, in four steps.
+    """A way from matrices to eigenvalues.
 
     Attributes:
-        prepare: matrices of one shape to those that are reduced.
-        reduction: these to one or a few vectors per matrix.
-        finish: those vectors, and how many of the last numbers count, to ascending λ
-            or σ, which come first.
-        log: these to ln λ.
-        noise: power of 8·eps below which λ / λ_max is rounding noise.
+        decompose: buckets of matrices to λ^(1/power).
+        power: 1 for eigenvalues, 2 for singular values. λ / λ_max below
+            (8·eps)^power is rounding noise.
     """
 
-    prepare: Callable[[Matrices], Matrices]
-    reduction: Reduction
-    finish: Callable[[Vectors, Int[np.ndarray, " matrices"]], Float[Array, "_ _"]]
-    log: Callable[[Float[Array, "..."]], Float[Array, "..."]]
-    noise: int
+    decompose: Callable[[Sequence[Bucket]], list[Decomposed]]
+    power: int
+
+
+GRAM = Route(gram_eigenvalues, 1)
+SINGULAR_VALUES = Route(singular_values, 2)
 
 
 def as_matrices(
@@ -112,14 +100,12 @@ def as_matrices(
 def compute_spectra(
     stacks: Sequence[Float[Array, "_ _ _ _"]], factors: Sequence[float], route: Route
 ) -> Spectra:
-    """Eigenvalues of all layers, bucket by bucket.
+    """Compute the eigenvalues of all layers, bucket by bucket.
 
-    The peak of temporary memory for matrices of n x m is on CPU, where they are reduced
-    one by one, at most 3·(n·m + min(n, m)²)·itemsize, and where their LAPACK calls are
-    shared out 2·TOGETHER·min(n, m)²·itemsize more; elsewhere, where CHUNK_BYTES of them
-    are reduced in one go, (2 + 2 min(n, m) / max(n, m)) times as much. The eigenvalues
-    of all matrices are then found at once, in less than 100·itemsize for each matrix
-    and each row of the largest.
+    On CPU, where matrices are decomposed one by one, temporary memory is a copy of the
+    kernels, 2·(n·m + n²)·itemsize for the largest matrix of n x m with n <= m, and
+    40·itemsize for each matrix and each row of the largest. Elsewhere it is that of the
+    matrices that `eigenvalues.CHUNK_BYTES` holds, with their Gram matrices.
 
     Args:
         stacks: kernels as matrices, (layers, pooled, rows, columns) each, of any
@@ -131,87 +117,50 @@ def compute_spectra(
         Spectra, one row per layer, in the order given.
     """
     dtype = jnp.result_type(jnp.float32, *stacks)
-    stacks = [stack.astype(dtype) for stack in stacks]
+    # The transposed matrix has the same eigenvalues.
+    stacks = [w if w.shape[2] <= w.shape[3] else w.swapaxes(2, 3) for w in stacks]
     buckets: dict[tuple[int, ...], list[int]] = {}
     for i, stack in enumerate(stacks):
-        buckets.setdefault(stack.shape[2:], []).append(i)
-    # Those of one number of eigenvalues beside each other.
-    buckets = dict(sorted(buckets.items(), key=lambda item: min(item[0])))
-    matrices = [[_matrices(stacks[i]) for i in members] for members in buckets.values()]
-    values, top = over_devices(functools.partial(_decompose, route=route), matrices)
+        buckets.setdefault(stack.shape[1:], []).append(i)
+    matrices = [
+        jnp.concatenate([stacks[i] for i in members])
+        .reshape(-1, *shape[1:])
+        .astype(dtype)
+        for shape, members in buckets.items()
+    ]
+    found = over_devices(route.decompose, matrices)
 
-    members = np.concatenate([*buckets.values()])
-    shapes = np.asarray([stack.shape for stack in stacks])[members]
-    places = Places.of(members, shapes[:, 0], shapes[:, 1], shapes[:, 2:].min(axis=1))
-    table, unit, is_finite = pool(values, top, places, route.log)
-    repeats = [len(stack) for stack in stacks]
-    noise = route.noise * math.log(8 * jnp.finfo(dtype).eps)
+    layers = [len(stack) for stack in stacks]
+    count = np.repeat([w.shape[1] * w.shape[2] for w in stacks], layers)
+    with jax.named_scope("pool"):
+        tables = [
+            _pooled(own, shape[0], int(count.max()), route.power)
+            for own, shape in zip(found, buckets, strict=True)
+        ]
+        table, exponent, finite = map(jnp.concatenate, zip(*tables, strict=True))
+    # Rows are in the order of the buckets: back to that of the layers.
+    members = np.concatenate(list(buckets.values()))
+    stack_of_row = np.repeat(members, np.asarray(layers)[members])
+    order = np.argsort(stack_of_row, kind="stable")
+    noise = route.power * math.log(8 * jnp.finfo(dtype).eps)
     return Spectra(
-        log_eigenvalues=table,
-        count=places.total,
-        factor=np.repeat(np.asarray(factors, dtype), repeats),
-        exponent=unit,
-        finite=is_finite,
-        log_noise=np.full(len(places.total), noise, dtype),
+        log_eigenvalues=jnp.sort(table[order], axis=-1),
+        count=count,
+        factor=np.repeat(np.asarray(factors, dtype), layers),
+        exponent=exponent[order],
+        finite=finite[order],
+        log_noise=np.full(len(count), noise, dtype),
     )
 
 
-def _decompose(buckets: list[Bucket], route: Route):
-    """Ascending λ or σ of all matrices, and what `exponents` reads."""
-
-    def prepare(matrices):
-        with jax.named_scope("rescale"):
-            matrices, top = rescale(matrices)
-        with jax.named_scope("prepare"):
-            return route.prepare(matrices), top
-
-    vectors, top = reduce_matrices(buckets, route.reduction, prepare)
-    n = [min(array.shape[1:]) for bucket in buckets for array in bucket]
-    counts = [len(array) for bucket in buckets for array in bucket]
-    with jax.named_scope("finish"):
-        return route.finish(vectors, np.repeat(n, counts)), top
-
-
-def _matrices(stack):
-    return stack.reshape(-1, *stack.shape[2:])
-
-
-@jax.jit
-def _gram(w: Float[Array, "batch rows columns"]) -> Float[Array, "batch n n"]:
-    """WᵀW or WWᵀ; of a large one without a quarter, below the diagonal."""
-    side = 1 if w.shape[1] <= w.shape[2] else 2
-    product = functools.partial(
-        jnp.einsum,
-        "bik,bjk->bij" if side == 1 else "bki,bkj->bij",
-        precision=jax.lax.Precision.HIGHEST,
-    )
-    if w.shape[side] < _LARGE:
-        return product(w, w)
-    first, second = jnp.split(w, [w.shape[side] // 2], axis=side)
-    beside = product(first, second)
-    below = jnp.zeros_like(beside).swapaxes(1, 2)
-    rows = [[product(first, first), beside], [below, product(second, second)]]
-    return jnp.block(rows)
-
-
-def _log_eigenvalues(eigenvalues: Float[Array, "..."]) -> Float[Array, "..."]:
-    return jnp.log(jnp.maximum(eigenvalues, 0))
-
-
-def _ascending(vectors, sizes):
-    """Singular values; those of a smaller matrix are its last."""
-    del sizes
-    return vectors[:, 0, ::-1]
-
-
-def _log_squares(singular_values: Float[Array, "..."]) -> Float[Array, "..."]:
-    """2 ln σ, exact to the smallest singular values."""
-    return 2 * jnp.log(singular_values)
-
-
-def _unchanged(matrices):
-    return matrices
-
-
-GRAM = Route(_gram, HOUSEHOLDER, tridiagonal_eigenvalues, _log_eigenvalues, 1)
-SINGULAR_VALUES = Route(_unchanged, SVD, _ascending, _log_squares, 2)
+def _pooled(found: Decomposed, pooled: int, width: int, power: int):
+    """Bring the matrices of each layer to one unit, and their ln λ to one row."""
+    exponent = found.exponent.reshape(-1, pooled)
+    unit = exponent.max(axis=1)
+    finite = found.finite.reshape(-1, pooled).all(axis=1)
+    logs = power * jnp.log(jnp.maximum(found.values, 0))
+    offset = 2 * math.log(2) * (exponent - unit[:, None]).reshape(-1, 1)
+    rows = (logs + offset).reshape(len(unit), -1)
+    rows = jnp.where(finite[:, None], rows, -jnp.inf)
+    padding = (width - rows.shape[1], 0)
+    return jnp.pad(rows, ((0, 0), padding), constant_values=-jnp.inf), unit, finite

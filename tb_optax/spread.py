@@ -9,27 +9,37 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from tb_optax.layers import Layer, MatrixAxes
-from tb_optax.pipeline import (
+from tb_optax.analysis import (
     Options,
     assign_multipliers,
+    estimated_table,
     fitted_table,
+    is_large,
     layer_matrices,
     layer_spectra,
     route_of,
 )
+from tb_optax.lanczos import Spectrum, estimate_key, estimate_one_of, exact
+from tb_optax.layers import Layer, MatrixAxes
 
 
-def piece_starts(layers: Sequence[Layer], shapes: Mapping[str, Any], pieces: int):
-    """Cuts the layers into runs of about equal cost.
+def piece_starts(
+    layers: Sequence[Layer],
+    shapes: Mapping[str, Any],
+    pieces: int,
+    spectrum: Spectrum = exact(),
+):
+    """Cut the layers into runs of about equal cost.
 
     The cost of a layer is that of its Gram matrices and their tridiagonal forms,
-    pooled·n²·(m + 4/3 n). A layer larger than its share is a piece of its own.
+    pooled·n²·(m + 4/3 n), or that of the products of `quadrature`,
+    pooled·2·steps·probes·n·m. A layer larger than its share is a piece of its own.
 
     Args:
         layers: layers, stacks expanded.
         shapes: shape of every kernel by path.
         pieces: how many runs, some of them empty where there are fewer layers.
+        spectrum: how the layers are read.
 
     Returns:
         int32 array (pieces + 1,): piece p is layers[starts[p]:starts[p + 1]].
@@ -41,10 +51,9 @@ def piece_starts(layers: Sequence[Layer], shapes: Mapping[str, Any], pieces: int
     """
     costs = []
     for layer in layers:
-        rows, columns = layer.matrix_shape(shapes[layer.path])
-        n, m = min(rows, columns), max(rows, columns)
+        n, m = sorted(layer.matrix_shape(shapes[layer.path]))
         pooled = layer.eigenvalue_count(shapes[layer.path]) / n
-        costs.append(pooled * n**2 * (m + 4 / 3 * n))
+        costs.append(pooled * spectrum.cost(n, m))
     middles = np.cumsum(costs) - np.asarray(costs) / 2
     piece_of_layer = (middles / np.sum(costs) * pieces).astype(int)
     return np.searchsorted(piece_of_layer, np.arange(pieces + 1)).astype(np.int32)
@@ -60,77 +69,70 @@ def spread_refresh(
     options: Options,
     pieces: int,
 ) -> tuple[Float[Array, " layers"], Float[Array, " layers"]]:
-    """One piece of a refresh: alphas of its layers, multipliers after the last.
+    """Compute one piece of a refresh: alphas of its layers, and at its end multipliers.
+
+    Layers are analyzed one by one. Those whose matrices agree in shape and dtype share
+    one compiled analysis, whatever their number; large ones share a recurrence.
 
     Args:
         kernels: kernels by path, as they are at this step.
         piece: which piece, 0..pieces - 1.
         multipliers: those in force.
-        alpha: exponents, those of this refresh in the pieces before.
+        alpha: exponents; those of earlier pieces belong to this refresh.
         layers: layers, stacks expanded.
         options: what to compute; its metric is alpha.
         pieces: steps of a whole refresh.
 
     Returns:
-        Multipliers, new ones from all alphas after the last piece, and alphas.
+        Multipliers, new ones from all alphas after the last piece; alphas.
     """
+    matrices = [functools.partial(layer_matrices, kernels, layer) for layer in layers]
+    kinds: dict[tuple, list[int]] = {}
+    for i, layer in enumerate(layers):
+        if is_large(layer, kernels[layer.path].shape, options):
+            key = estimate_key(kernels, layer)
+        else:
+            own = jax.eval_shape(matrices[i])
+            key = (own.shape, own.dtype, bool(layer.axes.pooled))
+        kinds.setdefault(key, []).append(i)
+    kind_of, place_of = np.zeros((2, len(layers)), np.int32)
+    for number, members in enumerate(kinds.values()):
+        kind_of[members], place_of[members] = number, np.arange(len(members))
+
+    def alpha_of(pooled, members, place):
+        own = jax.lax.switch(place, [matrices[i] for i in members])
+        axes = MatrixAxes((1,), (2,), **{"pooled" if pooled else "stacked": (0,)})
+        alone = (Layer("", axes, index=() if pooled else (0,)),)
+        spectra = layer_spectra({"": own}, alone, options.conv_norm, route_of(options))
+        return fitted_table(spectra, alone, options).alpha[0].astype(alpha.dtype)
+
+    def alpha_of_large(members, place):
+        own = tuple(layers[i] for i in members)
+        method: Any = options.spectrum
+        spectra = estimate_one_of(kernels, own, place, options.conv_norm, method)
+        return estimated_table(spectra, own[:1], options).alpha[0].astype(alpha.dtype)
+
+    analyses = []
+    for members in kinds.values():
+        like = layers[members[0]]
+        if is_large(like, kernels[like.path].shape, options):
+            analysis = functools.partial(alpha_of_large, members)
+        else:
+            analysis = functools.partial(alpha_of, bool(like.axes.pooled), members)
+        analyses.append(analysis)
+
+    def visit(i, alpha):
+        kind, place = jnp.asarray(kind_of)[i], jnp.asarray(place_of)[i]
+        return alpha.at[i].set(jax.lax.switch(kind, analyses, place))
+
     shapes = {path: kernel.shape for path, kernel in kernels.items()}
-    starts = jnp.asarray(piece_starts(layers, shapes, pieces))
-    alpha = _refresh_alphas(
-        kernels, layers, options, alpha, starts[piece], starts[piece + 1]
-    )
+    starts = jnp.asarray(piece_starts(layers, shapes, pieces, options.spectrum))
+    alpha = jax.lax.fori_loop(starts[piece], starts[piece + 1], visit, alpha)
 
     def assign():
         counts = [layer.eigenvalue_count(shapes[layer.path]) for layer in layers]
-        dtype = jnp.result_type(jnp.float32, *kernels.values())
-        new, _ = assign_multipliers(
-            alpha.astype(dtype), alpha > 0, jnp.asarray(counts), options
-        )
-        return new.astype(multipliers.dtype)
+        scores = alpha.astype(jnp.result_type(jnp.float32, *kernels.values()))
+        found, _ = assign_multipliers(scores, alpha > 0, jnp.asarray(counts), options)
+        return found.astype(multipliers.dtype)
 
     return jax.lax.cond(piece == pieces - 1, assign, lambda: multipliers), alpha
-
-
-def _refresh_alphas(kernels, layers, options: Options, alpha, start, stop):
-    """Exponents with those of layers[start:stop] computed anew, one by one.
-
-    Code is compiled once for each shape of matrices, whatever the number of layers.
-    """
-    kinds: dict[tuple, list[int]] = {}
-    for i, layer in enumerate(layers):
-        matrices = jax.eval_shape(
-            functools.partial(layer_matrices, layer=layer), kernels
-        )
-        key = (matrices.shape, matrices.dtype, bool(layer.axes.pooled))
-        kinds.setdefault(key, []).append(i)
-    kind_of, place_in = np.zeros((2, len(layers)), np.int32)
-    for number, members in enumerate(kinds.values()):
-        kind_of[members] = number
-        place_in[members] = np.arange(len(members))
-
-    def alpha_of_kind(members: Sequence[int], pooled: bool):
-        """From the place of a layer among its kind to its exponent."""
-        matrices = [
-            functools.partial(layer_matrices, kernels, layers[i]) for i in members
-        ]
-        alone = Layer("", MatrixAxes((1,), (2,), stacked=(0,)), index=(0,))
-        if pooled:
-            alone = Layer("", MatrixAxes((1,), (2,), pooled=(0,)))
-
-        def compute(place):
-            kernels = {alone.path: jax.lax.switch(place, matrices)}
-            spectra = layer_spectra(
-                kernels, (alone,), options.conv_norm, route_of(options)
-            )
-            table = fitted_table(spectra, (alone,), options)
-            return table.alpha[0].astype(alpha.dtype)
-
-        return compute
-
-    kind_alphas = [alpha_of_kind(members, key[2]) for key, members in kinds.items()]
-
-    def visit(i, alpha):
-        kind, place = jnp.asarray(kind_of)[i], jnp.asarray(place_in)[i]
-        return alpha.at[i].set(jax.lax.switch(kind, kind_alphas, place))
-
-    return jax.lax.fori_loop(start, stop, visit, alpha)

@@ -1,6 +1,6 @@
 """The state of the transform, and how to reach it inside an optimizer state."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from tb_optax.layers import Layer
-from tb_optax.leaves import path_of
-from tb_optax.table import Analysis
+from tb_optax.analysis import Analysis
+from tb_optax.layers import Layer, expand_stacks
+from tb_optax.leaves import is_array, leaves_of, listing, path_of, shapes_of
 
 
 class TempBalanceState(NamedTuple):
@@ -110,32 +110,40 @@ def set_multipliers(opt_state: Any, multipliers: Any) -> Any:
     )
 
 
-def log_dict(opt_state: Any, layers: Sequence[Layer]) -> dict[str, Float[Array, ""]]:
-    """Alpha and multiplier of every layer, as scalars by name for a logger.
+def log_dict(
+    opt_state: Any, layers: Sequence[Layer], params: Any = None
+) -> dict[str, Float[Array, ""]]:
+    """Return alpha and multiplier of every layer as scalars by name, for a logger.
 
     Nothing is copied to the host: a logger that converts them later waits then.
 
     Args:
         opt_state: state of any chain; see `get_state`.
-        layers: layers of the analysis, `jax.eval_shape(analyze, params).layers`.
+        layers: the layers that the analysis was given, stacked ones with or without
+            an index, or `jax.eval_shape(analyze, params).layers`.
+        params: the parameters, or their shapes. Only needed where several stacks are
+            listed without an index and the optimizer keeps no copy of the parameters'
+            shapes, as SGD without momentum.
 
     Returns:
-        `{"alpha/<layer>": ..., "multiplier/<layer>": ...}`.
+        `{"alpha/<layer>": ..., "multiplier/<layer>": ...}`, stacks slice by slice.
 
     Raises:
-        ValueError: if the state has another number of layers.
+        ValueError: if the state has another number of layers, or the sizes of stacks
+            cannot be told.
 
     >>> import optax
-    >>> from tb_optax import layer_analysis, temp_balance
+    >>> from tb_optax import find_layers, temp_balance
     >>> params = {"a": {"kernel": jnp.ones((8, 8))}}
     >>> tx = temp_balance(optax.sgd(0.1), interval=None)
-    >>> layers = jax.eval_shape(layer_analysis(), params).layers
-    >>> for name, value in log_dict(tx.init(params), layers).items():
+    >>> for name, value in log_dict(tx.init(params), find_layers(params)).items():
     ...     print(name, value)
     alpha/a/kernel 0.0
     multiplier/a/kernel 1.0
     """
     state = get_state(opt_state)
+    shapes = shapes_of(leaves_of(params)) if params is not None else None
+    layers = _with_slices(layers, state.multipliers.size, opt_state, shapes)
     check_length(state.multipliers, layers)
     names = [layer.name for layer in layers]
     columns = {"alpha": state.alpha, "multiplier": state.multipliers}
@@ -154,10 +162,67 @@ def check_length(multipliers: Float[Array, " layers"], layers: Sequence[Layer]) 
             f"the state holds {multipliers.size} multipliers, but there are "
             f"{len(layers)} layers: {', '.join(names[:8])}"
             f"{', ...' if len(names) > 8 else ''}. Call init with the parameters that "
-            f"update gets, and name stacked layers slice by slice, as "
-            f"jax.eval_shape(analyze, params).layers does."
+            f"update gets, name stacked layers slice by slice, as "
+            f"jax.eval_shape(analyze, params).layers does, and leave out layers that "
+            f"optax.masked or optax.partition masks."
         )
         raise ValueError(msg)
+
+
+def _with_slices(
+    layers: Sequence[Layer],
+    count: int,
+    opt_state: Any,
+    shapes: Mapping[str, tuple[int, ...] | None] | None,
+) -> Sequence[Layer]:
+    """Expand stacks that are listed without an index.
+
+    Their sizes are those of `shapes`; or else of moments in the optimizer state, which
+    have the paths and shapes of the parameters; or else, of a single stack, what the
+    other layers leave of `count`.
+    """
+    stacks = {x.path: x for x in layers if x.axes.stacked and not x.index}
+    if not stacks:
+        return layers
+    if shapes is None:
+        shapes = _shapes_of_moments(opt_state, stacks)
+        entries = [
+            layer for layer in layers if layer.path in stacks and not layer.index
+        ]
+        ((path, stack), *others) = stacks.items()
+        rest = count - (len(layers) - len(entries))
+        if path not in shapes and not others and len(stack.axes.stacked) == 1:
+            size, left = divmod(rest, len(entries))
+            known = [0] * stack.axes.rank
+            known[stack.axes.stacked[0]] = size if left == 0 else 0
+            shapes = {path: tuple(known)}
+    missing = [path for path in stacks if path not in shapes]
+    if missing:
+        msg = (
+            f"the optimizer state does not tell how many slices {listing(missing)} "
+            f"have: call log_dict(opt_state, layers, params), or pass the layers of "
+            f"jax.eval_shape(analyze, params).layers."
+        )
+        raise ValueError(msg)
+    expanded = []
+    for layer in layers:
+        is_stack = layer.path in stacks and not layer.index
+        expanded += expand_stacks([layer], shapes) if is_stack else [layer]
+    return expanded
+
+
+def _shapes_of_moments(
+    opt_state: Any, stacks: Mapping[str, Layer]
+) -> dict[str, tuple[int, ...] | None]:
+    """Find shapes of kernels by the paths of moments: `0/mu/blocks/kernel`."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(opt_state)
+    found: dict[str, tuple[int, ...] | None] = {}
+    for keys, leaf in flat:
+        for path, layer in stacks.items():
+            fits = is_array(leaf) and len(leaf.shape) == layer.axes.rank
+            if fits and path_of(keys).endswith(f"/{path}"):
+                found[path] = tuple(leaf.shape)
+    return found
 
 
 def as_vectors(analysis: Analysis, state: TempBalanceState):

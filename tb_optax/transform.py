@@ -9,14 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tb_optax.analysis import LayerAnalysis, layer_analysis
+from tb_optax.analysis import (
+    Analysis,
+    LayerAnalysis,
+    Resolved,
+    layer_analysis,
+    leaf_multipliers,
+)
 from tb_optax.checks import check_int
-from tb_optax.devices import mesh_of, on_mesh
-from tb_optax.layers import Layer
-from tb_optax.leaves import is_array, path_of
+from tb_optax.layers import layer_of_leaf
+from tb_optax.leaves import is_array, leaves_of, path_of, shapes_of
+from tb_optax.sharding import mesh_of, on_mesh
 from tb_optax.spread import spread_refresh
 from tb_optax.state import TempBalanceState, as_vectors, check_length
-from tb_optax.table import Analysis, leaf_multipliers
 
 # An array is what `optax.inject_hyperparams` passes.
 Interval: TypeAlias = int | np.integer | jax.Array | None
@@ -84,7 +89,7 @@ def scale_by_temp_balance(
 
     def init_fn(params: optax.Params) -> TempBalanceState:
         try:
-            count = len(_layers_of(analyze, params))
+            count = len(_resolve(analyze, params).layers)
         except ValueError:
             # Trees of placeholders pass through here; `update` tells what is wrong.
             count = 0
@@ -107,17 +112,22 @@ def scale_by_temp_balance(
                 "update(updates, state, params)."
             )
             raise ValueError(msg)
-        layers = _layers_of(analyze, params)
-        check_length(state.multipliers, layers)
+        plan = _resolve(analyze, params)
+        check_length(state.multipliers, plan.layers)
         multipliers, alpha = state.multipliers, state.alpha
         if interval is not None:
-            due = state.count % interval == 0
-            arrays = _arrays(params)
+            if isinstance(analyze, LayerAnalysis):
+                analyze.warn_if_ineffective(plan.layers, plan.kernels)
             if spread:
-                multipliers, alpha = _spread(analyze, interval, state, arrays)
+                multipliers, alpha = _spread(
+                    analyze, plan.layers, interval, state, plan.kernels
+                )
             else:
-                multipliers, alpha = _refreshed(analyze, due, state, arrays)
-        by_path = leaf_multipliers(layers, multipliers, params)
+                due = state.count % interval == 0
+                multipliers, alpha = _refreshed(
+                    analyze, plan.layers, due, state, plan.kernels
+                )
+        by_path = leaf_multipliers(plan.owners, multipliers)
 
         def scale(keys, update):
             multiplier = by_path.get(path_of(keys))
@@ -159,32 +169,36 @@ def temp_balance(
     )
 
 
-def _arrays(params: Any) -> Any:
-    """The parameters with None for what is no array, such as functions."""
-    return jax.tree.map(lambda leaf: leaf if is_array(leaf) else None, params)
+def _resolve(analyze: Analyze, params: Any) -> Resolved:
+    """Find the layers of `params` and their leaves, once for a whole update.
+
+    The kernels of a function of the user are all arrays of the parameters.
+    """
+    arrays = jax.tree.map(lambda leaf: leaf if is_array(leaf) else None, params)
+    if isinstance(analyze, LayerAnalysis):
+        return analyze.resolve(arrays)
+    layers = jax.eval_shape(analyze, arrays).layers
+    return Resolved(layers, arrays, layer_of_leaf(layers, shapes_of(leaves_of(arrays))))
 
 
-def _layers_of(analyze, params) -> tuple[Layer, ...]:
-    """The layers that `analyze` finds, without its work."""
-    return jax.eval_shape(analyze, _arrays(params)).layers
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _refreshed(analyze, due, state: TempBalanceState, params):
-    """Multipliers and alpha, analysed anew if due; compiled once, jitted or not."""
+# Compiled once, whether `update` is jitted or not.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _refreshed(analyze, layers, due, state: TempBalanceState, kernels):
+    """Multipliers and alpha, recomputed if a refresh is due."""
     return jax.lax.cond(
         due,
-        lambda: as_vectors(analyze(params), state),
+        lambda: as_vectors(_analyzed(analyze, layers, kernels), state),
         lambda: (state.multipliers, state.alpha),
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _spread(analyze: LayerAnalysis, interval: int, state: TempBalanceState, params):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _spread(
+    analyze: LayerAnalysis, layers, interval: int, state: TempBalanceState, kernels
+):
     """Multipliers and alpha after this step's piece; at count 0 after all of them."""
 
     def one_piece():
-        layers, kernels = analyze.resolve(params)
         refresh = functools.partial(
             spread_refresh, layers=layers, options=analyze.options, pieces=interval
         )
@@ -193,8 +207,16 @@ def _spread(analyze: LayerAnalysis, interval: int, state: TempBalanceState, para
         return on_mesh(mesh, refresh, kernels, piece, state.multipliers, state.alpha)
 
     return jax.lax.cond(
-        state.count == 0, lambda: as_vectors(analyze(params), state), one_piece
+        state.count == 0,
+        lambda: as_vectors(_analyzed(analyze, layers, kernels), state),
+        one_piece,
     )
+
+
+def _analyzed(analyze, layers, kernels) -> Analysis:
+    if isinstance(analyze, LayerAnalysis):
+        return analyze.run(layers, kernels)
+    return analyze(kernels)
 
 
 def _check_spread(analyze, interval) -> None:

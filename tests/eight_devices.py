@@ -10,14 +10,17 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from compiled import decompositions, largest_gathered
+from compiled import largest_gathered
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import tb_optax
 from tb_optax import Layer, MatrixAxes
+from tb_optax.analysis import layer_spectra
+from tb_optax.eigenvalues import find_scale
 from tb_optax.layers import expand_stacks
-from tb_optax.scale import rescale
+from tb_optax.sharding import mesh_of, on_mesh
+from tb_optax.spectrum import GRAM, Route
 
 DENSE = MatrixAxes((0,), (1,))
 # Shapes whose axes some mesh axis divides, and one that none does.
@@ -92,30 +95,58 @@ def assert_equal(one, other):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(one), other)
 
 
-def assert_spread(compiled, devices=8):
-    """No device has more than its share of a bucket, and none gathers a kernel."""
-    text = str(compiled.as_text())
-    buckets: Counter[tuple[int, ...]] = Counter()
-    for layer in expand_stacks(LAYERS, SHAPES):
-        shape = layer.matrix_shape(SHAPES[layer.path])
-        buckets[shape] += layer.eigenvalue_count(SHAPES[layer.path]) // min(shape)
-    shares: Counter[int] = Counter()
-    for shape, count in buckets.items():
-        shares[min(shape)] += math.ceil(count / devices)
-    assert decompositions(text) == shares
+def assert_spread(compiled):
+    """No device gathers a kernel."""
     # Of a bucket all eigenvalues are gathered, n for each of at most 16 matrices.
-    assert largest_gathered(text) <= 16 * 40 < 48 * 40
+    assert largest_gathered(str(compiled.as_text())) <= 16 * 40 < 48 * 40
+
+
+def decomposed(params, axes=()):
+    """How many matrices of each shape a device decomposes, as it is traced."""
+    shapes: Counter[tuple[int, ...]] = Counter()
+
+    def record(buckets):
+        for bucket in buckets:
+            shapes[bucket.shape[1:]] += len(bucket)
+        return GRAM.decompose(buckets)
+
+    def spectra(params):
+        def function(kernels):
+            layers = expand_stacks(LAYERS, SHAPES)
+            return layer_spectra(kernels, layers, 0.5, Route(record, 1)).exponent
+
+        return on_mesh(mesh_of(params, None), function, params)
+
+    if axes:
+        spectra = jax.shard_map(
+            spectra, in_specs=P(), out_specs=P(), axis_names={*axes}
+        )
+    jax.eval_shape(spectra, params)
+    return shapes
+
+
+@pytest.mark.parametrize("axes", [(), ("x",), ("x", "y")], ids=str)
+@every_type
+def test_each_device_decomposes_its_share(axis_type, axes):
+    """Of 9, 4, 1 and 1 matrices of four shapes; none has more rows than columns."""
+    mesh = make_mesh(axis_type)
+    with jax.set_mesh(mesh):
+        params = place(make_params(), mesh, "replicated" if axes else "mixed")
+        shapes = {(12, 24): 2, (40, 48): 1, (24, 32): 1, (7, 13): 1}
+        assert decomposed(params, axes) == shapes
+    alone = {(12, 24): 9, (40, 48): 4, (24, 32): 1, (7, 13): 1}
+    assert decomposed(make_params()) == alone
 
 
 @pytest.mark.parametrize("spec", [P("x"), P(None, "x", "y"), P(None, ("x", "y"))])
-def test_matrices_in_pieces_are_rescaled_to_the_bit(spec):
+def test_matrices_in_pieces_have_the_same_scale(spec):
     """Where no mesh is known, XLA alone says how."""
-    scales = np.asarray([1, 1e-40, 1e30, np.inf], np.float32)[:, None, None]
-    normal = np.random.default_rng(3).normal(size=(4, 48, 40))
-    matrices = normal.astype(np.float32) * scales
+    scales = np.asarray([1, 3, 1e-30, 1e30, 0, 1e-40, np.inf, np.nan], np.float32)
+    normal = np.random.default_rng(3).normal(size=(8, 48, 40))
+    matrices = normal.astype(np.float32) * scales[:, None, None]
     sharding = NamedSharding(make_mesh(AxisType.Auto), spec)
-    found = jax.jit(rescale)(jax.device_put(matrices, sharding))
-    assert_equal(found, jax.device_get(rescale(matrices)))
+    found = jax.jit(find_scale)([jax.device_put(matrices, sharding)])
+    assert_equal(found, jax.device_get(find_scale([jnp.asarray(matrices)])))
 
 
 def check_spread(function, params):

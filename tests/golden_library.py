@@ -16,7 +16,7 @@ import numpy as np
 import reference
 
 import tb_optax
-from tb_optax import pipeline
+from tb_optax import analysis as pipeline
 
 # Golden name of a metric, to the library's metric that ranks layers alike.
 METRICS = {
@@ -160,7 +160,7 @@ def analyze_together(
     routes = [pipeline.route_of(analysis.options) for analysis in analyses]
     results: dict[int, tb_optax.Analysis] = {}
     with precision(precision_name):
-        _, kernels = analyses[0].resolve(jax.tree.map(jnp.asarray, dict(trees)))
+        _, kernels, _ = analyses[0].resolve(jax.tree.map(jnp.asarray, dict(trees)))
         for route in dict.fromkeys(routes):
             rows = tuple(i for i, other in enumerate(routes) if other is route)
             found = jax.device_get(run(kernels, route, rows))

@@ -14,7 +14,7 @@ from zoo import alpha_tolerance
 
 import tb_optax
 from tb_optax import Layer, MatrixAxes
-from tb_optax.pipeline import layer_spectra
+from tb_optax.analysis import layer_spectra
 from tb_optax.spectrum import GRAM
 
 SIZES = (1, 2, 3, 63, 64, 65, 511, 512, 513)

@@ -333,14 +333,16 @@ def test_slices_of_stacks_equal_separate_kernels():
         for start in (44, 0, 22)
     ]
     params = {"stack": kernel}
-    stacked = tb_optax.layer_analysis(layers)(params)
+    stacked = tb_optax.layer_analysis(layers, min_eigenvalues=22)(params)
     alone = {}
     for i, layer in enumerate(layers):
         own = kernel[layer.index[1], :, layer.index[0]]
         if layer.part:
             own = own[:, layer.part[1] : layer.part[2]]
         alone[f"{i}"] = own
-    separate = tb_optax.layer_analysis([Layer(name, DENSE) for name in alone])(alone)
+    separate = tb_optax.layer_analysis(
+        [Layer(name, DENSE) for name in alone], min_eigenvalues=22
+    )(alone)
     assert_same(stacked, separate, ("tail_size", "eigenvalue_count", "fitted", "tuned"))
     for name, column in columns_of(stacked).items():
         np.testing.assert_allclose(
@@ -397,9 +399,10 @@ def test_largest_side_is_bounded():
     for word in ("'dense'", "50 x 50", "leave it out", "raise max_dim", "part"):
         assert word in str(error.value)
     # The smaller side counts, and of a part its own.
-    parts = [Layer("square", DENSE, part=(1, 0, 49))]
-    tb_optax.layer_analysis(parts, max_dim=49)(kernels)
-    tb_optax.layer_analysis([Layer("wide", DENSE)], max_dim=50)(kernels)
+    halves = [Layer("square", DENSE, part=(1, i, i + 25)) for i in (0, 25)]
+    tb_optax.layer_analysis(halves, min_eigenvalues=0, max_dim=25)(kernels)
+    both = [Layer(name, DENSE) for name in ("dense", "wide")]
+    tb_optax.layer_analysis(both, max_dim=50)(kernels)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 0.1, 1.0, 10.0])

@@ -11,7 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from configurations import ANALYZE, CONFIGURATIONS, OPTIMIZERS, REFRESHES
+from configurations import (
+    ANALYZE,
+    CONFIGURATIONS,
+    EVERY_OPTIMIZER,
+    OPTIMIZERS,
+    REFRESHES,
+)
 
 import tb_optax
 
@@ -30,7 +36,7 @@ def copy(tree):
     return jax.tree.map(jnp.copy, tree)
 
 
-@every_row
+@pytest.mark.parametrize("row", EVERY_OPTIMIZER, ids=lambda row: row.name)
 def test_updates_are_those_of_the_optimizer_times_the_multipliers(row):
     """And the multipliers are those of the parameters that came in, when due."""
     params, state = start(row)

@@ -255,8 +255,8 @@ def test_multipliers_of_leaves_broadcast():
         "bias": jnp.zeros((3, 6)),
         "other": jnp.zeros(4),
     }
-    analyze = tb_optax.layer_analysis([Layer("kernel", STACK, ("bias",))])
-    analysis = analyze(params)
+    layers = [Layer("kernel", STACK, ("bias",))]
+    analysis = tb_optax.layer_analysis(layers, min_eigenvalues=4)(params)
     multipliers = analysis.leaf_multipliers(params)
     assert {name: m.shape for name, m in multipliers.items()} == {
         "kernel": (3, 1, 1),
@@ -273,7 +273,7 @@ def test_slices_and_parts_have_names_in_the_log():
         Layer("qkv", STACK, index=(0,)),
         Layer("out", DENSE),
     ]
-    analyze = tb_optax.layer_analysis(layers)
+    analyze = tb_optax.layer_analysis(layers, min_eigenvalues=4)
     transform = tb_optax.scale_by_temp_balance(analyze, interval=None)
     names = tb_optax.log_dict(
         transform.init(params), jax.eval_shape(analyze, params).layers
@@ -289,13 +289,43 @@ def test_slices_and_parts_have_names_in_the_log():
 
 
 def test_a_stack_has_a_row_for_each_slice():
-    params = {"qkv": jnp.ones((2, 8, 12))}
-    analyze = tb_optax.layer_analysis([Layer("qkv", STACK)])
-    transform = tb_optax.scale_by_temp_balance(analyze, interval=None)
+    params = {"qkv": jnp.ones((2, 8, 12)), "out": jnp.ones((12, 8))}
+    layers = [Layer("qkv", STACK), Layer("out", DENSE)]
+    transform = tb_optax.scale_by_temp_balance(
+        tb_optax.layer_analysis(layers), interval=None
+    )
     state = transform.init(params)
-    assert tb_optax.get_multipliers(state).shape == (2,)
+    assert tb_optax.get_multipliers(state).shape == (3,)
+    names = ["qkv[0]", "qkv[1]", "out"]
+    assert list(tb_optax.log_dict(state, layers))[:3] == [f"alpha/{n}" for n in names]
     with pytest.raises(ValueError, match="slice by slice"):
-        tb_optax.log_dict(state, [Layer("qkv", STACK)])
+        tb_optax.log_dict(state, layers[1:])
+
+
+def test_the_log_names_the_slices_of_several_stacks():
+    """From moments in the optimizer state, or from the parameters."""
+    params = {
+        "up": jnp.ones((2, 8, 12)),
+        "experts": jnp.ones((3, 12, 8)),
+        "down": jnp.ones((2, 12, 8)),
+    }
+    halves = [Layer("down", STACK, part=(2, start, start + 4)) for start in (0, 4)]
+    layers = [Layer("up", STACK), Layer("experts", STACK), *halves]
+    analyze = tb_optax.layer_analysis(layers)
+    names = [f"alpha/{x.name}" for x in analyze.resolve(params)[0]]
+    assert len(names) == 2 + 3 + 2 * 2
+    for optimizer, given in [
+        (optax.adamw(0.1), ()),
+        (optax.sgd(0.1), (params,)),
+        (optax.sgd(0.1), (jax.eval_shape(lambda: params),)),
+    ]:
+        state = tb_optax.temp_balance(optimizer, analyze, interval=9).init(params)
+        logged = list(tb_optax.log_dict(state, layers, *given))
+        assert logged[: len(names)] == names
+    with pytest.raises(ValueError, match="how many slices 'up', 'experts', 'down'"):
+        tb_optax.log_dict(state, layers)
+    with pytest.raises(ValueError, match="how many slices 'experts', 'down'"):
+        tb_optax.log_dict(state, layers, {"up": params["up"]})
 
 
 @pytest.mark.parametrize(

@@ -291,7 +291,9 @@ def test_set_multipliers_wants_finite_numbers(row, value):
 def test_an_analysis_of_another_tree_is_an_error(row):
     params = table.make_params()
     state = row.transform().init(params)
-    analysis = ANALYZE({"Dense_0": params["Dense_0"]})
+    analyze = tb_optax.layer_analysis(min_eigenvalues=4)
+    with pytest.warns(UserWarning, match="only one layer can be tuned"):
+        analysis = analyze({"Dense_0": params["Dense_0"]})
     with pytest.raises(ValueError, match="3 multipliers, but there are 1 layers"):
         tb_optax.set_multipliers(state, analysis)
     with pytest.raises(ValueError, match="3 multipliers, but there are 1 layers"):

@@ -1,6 +1,7 @@
 """The transform inside what Optax wraps around transforms, row by row of the table."""
 
 import functools
+from contextlib import nullcontext
 from typing import Any
 
 import configurations as table
@@ -13,6 +14,7 @@ import pytest
 from configurations import ANALYZE, CONFIGURATIONS
 
 import tb_optax
+from tb_optax import Layer, MatrixAxes
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -124,17 +126,42 @@ def test_masked_followers_are_left_alone(row):
 
 
 @every_row
-def test_a_named_layer_behind_a_mask_is_an_error(row):
+def test_three_ways_to_leave_frozen_layers_out_are_one(row):
+    """A mask, a partition and a list without the frozen layers agree to the bit."""
     params = table.make_params()
-    mask = label_modules(
-        params,
-        {"BatchNorm_0": True, "Conv_0": True, "Dense_0": False, "Dense_1": True},
+    modules = {"BatchNorm_0": True, "Conv_0": True, "Dense_0": False, "Dense_1": True}
+    trainable = label_modules(params, modules)
+    groups = jax.tree.map(lambda yes: "balanced" if yes else "frozen", trainable)
+    layers = tb_optax.find_layers(params)
+    analyze = tb_optax.layer_analysis(layers, min_eigenvalues=4)
+    without_frozen = tb_optax.layer_analysis(
+        [layer for layer in layers if layer.path != "Dense_0/kernel"], min_eigenvalues=4
     )
-    analyze = tb_optax.layer_analysis(tb_optax.find_layers(params), min_eigenvalues=4)
-    transform = optax.masked(row.transform(analyze), mask)
-    state = transform.init(params)
-    with pytest.raises(ValueError, match=r"'Dense_0/kernel' is masked"):
-        transform.update(params, state, params)
+    analysis = without_frozen(params)
+    masked = optax.masked(row.transform(analyze), trainable)
+    partitioned = optax.partition(
+        {"balanced": row.transform(analyze), "frozen": optax.set_to_zero()}, groups
+    )
+    listed = row.transform(without_frozen)
+    assert set(analysis.multipliers.tolist()) == {0.5, 1.5}
+    for transform in (masked, partitioned, listed):
+        _, state = update_once(row, transform, params, analysis)
+        found = tb_optax.get_state(state)
+        np.testing.assert_array_equal(found.multipliers, analysis.multipliers)
+        np.testing.assert_array_equal(found.alpha, analysis.alpha)
+
+
+def test_a_frozen_layer_costs_no_eigenproblem():
+    """The shapes of a masked kernel appear nowhere in the compiled refresh."""
+    params = {name: jnp.ones((8, 8)) for name in ("a", "b")} | {"c": jnp.ones((9, 11))}
+    layers = [Layer(name, MatrixAxes((0,), (1,))) for name in params]
+    analyze = tb_optax.layer_analysis(layers, min_eigenvalues=4)
+    masked = {**params, "c": optax.MaskedNode()}
+    assert "9,9]" in str(jax.make_jaxpr(analyze)(params))
+    assert "9,9]" not in str(jax.make_jaxpr(analyze)(masked))
+    everything_masked = dict.fromkeys(params, optax.MaskedNode())
+    with pytest.raises(ValueError, match=r"no layer to balance: .* all 3 .* masked"):
+        analyze(everything_masked)
 
 
 @every_row
@@ -163,15 +190,21 @@ def test_partition_trains_a_group_as_if_alone(row):
 def test_two_groups_balanced_apart_are_told_apart(row):
     params = table.make_params()
     groups = {"BatchNorm_0": "a", "Conv_0": "a", "Dense_0": "b", "Dense_1": "b"}
+    analyze = tb_optax.layer_analysis(min_eigenvalues=4)
     transform = optax.partition(
-        {"a": row.transform(), "b": row.transform()}, label_modules(params, groups)
+        {"a": row.transform(analyze), "b": row.transform(analyze)},
+        label_modules(params, groups),
     )
     state = transform.init(params)
     with pytest.raises(ValueError, match=r"2 TempBalanceStates.*\ba\b.*\bb\b"):
         tb_optax.get_state(state)
     with pytest.raises(ValueError, match="2 TempBalanceStates"):
         tb_optax.set_multipliers(state, [1.0, 1.0, 1.0])
-    later: Any = transform.update(table.gradient(params), state, params)[1]
+    # Group a holds one layer, which has no other to be compared with.
+    alone = "only one layer can be tuned: 'Conv_0/kernel'"
+    expect = pytest.warns(UserWarning, match=alone) if row.interval else nullcontext()
+    with expect:
+        later: Any = transform.update(table.gradient(params), state, params)[1]
     one, two = later.inner_states["a"], later.inner_states["b"]
     assert tb_optax.get_multipliers(one).tolist() == [1]
     due = row.interval is not None

@@ -9,8 +9,14 @@ import pytest
 import spectra
 from spectra import eps_of, float32
 
-from tb_optax.eigenvalues import tridiagonal_eigenvalues
-from tb_optax.reduction import HOUSEHOLDER, reduce_matrices
+import tb_optax
+from tb_optax import Layer, MatrixAxes
+from tb_optax.eigenvalues import (
+    find_scale,
+    gram_eigenvalues,
+    singular_values,
+    tridiagonal_eigenvalues,
+)
 
 SIZES = (1, 2, 3, 64, 65)
 several = jax.jit(
@@ -22,7 +28,12 @@ several = jax.jit(
 @jax.jit
 def symmetric(matrices):
     """Eigenvalues of a batch of symmetric matrices."""
-    [forms] = reduce_matrices([[matrices]], HOUSEHOLDER)
+
+    def reduce(matrix):
+        _, diagonal, beside, _ = jax.lax.linalg.tridiagonal(matrix)
+        return jnp.stack([diagonal, jnp.pad(beside, (1, 0))])
+
+    forms = jax.lax.map(reduce, matrices)
     return tridiagonal_eigenvalues(forms, np.full(len(forms), forms.shape[2]))
 
 
@@ -134,15 +145,12 @@ def test_symmetric_matrices_of_prescribed_spectrum(dtype):
         # Householder's reduction is backward stable: sqrt(n)·eps·norm, as in LAPACK.
         bound = 4 * eps_of(dtype) * (1 + math.sqrt(n)) * norm
         assert (np.abs(found - exact) < bound).all()
-        # The lower triangle is not read.
-        upper = symmetric(jnp.asarray(np.triu(matrices)))
-        np.testing.assert_array_equal(upper, found)
 
 
 def test_sizes_side_by_side():
-    """Every size finds its own eigenvalues, whatever is decomposed beside it.
+    """Every size finds its own eigenvalues, whatever is decomposed along with it.
 
-    What stands before the rows of a smaller matrix is not read.
+    What follows the rows of a smaller matrix is not read.
     """
     sizes = (130, 1, 64, 7, 65, 300, 2)
     forms, exact = [], []
@@ -150,7 +158,7 @@ def test_sizes_side_by_side():
         for family in FAMILIES:
             diagonal, beside, known = family(n)
             before = np.pad(beside, (1, 0), constant_values=np.nan)
-            missing = ((0, 0), (max(sizes) - n, 0))
+            missing = ((0, 0), (0, max(sizes) - n))
             form = np.pad([diagonal, before], missing, constant_values=np.nan)
             forms.append(float32(form))
             exact.append(known)
@@ -158,8 +166,8 @@ def test_sizes_side_by_side():
     assert found.shape == (len(exact), max(sizes))
     for values, form, known in zip(found, forms, exact, strict=True):
         n = len(known)
-        radius = np.abs(form[0, -n:]).max()
-        radius += 2 * np.abs(form[1, -n:][1:]).max(initial=0)
+        radius = np.abs(form[0, :n]).max()
+        radius += 2 * np.abs(form[1, 1:n]).max(initial=0)
         bound = 4 * eps_of(np.float32) * radius
         error = np.abs(np.asarray(values[:n], np.float64) - known)
         assert (error <= bound).all()
@@ -186,9 +194,59 @@ def test_one_matrix_of_a_batch_does_not_touch_another():
     np.testing.assert_array_equal(other[3], 0)
 
 
+SCALES = float32([1, 1e-30, 1e30, 0, math.inf, math.nan, 1e-40])
+
+
+@pytest.mark.parametrize("decompose", [gram_eigenvalues, singular_values])
+def test_buckets_of_any_shape_and_scale(decompose):
+    """W = 2^exponent · (a matrix of these values); what counts as zero has only zeros.
+
+    Numbers below the smallest normal one count as zero.
+    """
+    rng = np.random.default_rng(3)
+    shapes = [(3, 5), (1, 1), (64, 70), (2, 300), (64, 64)]
+    buckets = [rng.normal(size=(7, *shape)).astype(np.float32) for shape in shapes]
+    scaled = [jnp.asarray(w * SCALES[:, None, None]) for w in buckets]
+    found = jax.jit(decompose)(scaled)
+    for matrices, own in zip(buckets, found, strict=True):
+        n = matrices.shape[1]
+        assert own.values.shape == (7, n)
+        np.testing.assert_array_equal(own.finite, np.isfinite(SCALES))
+        assert not own.values[3:].any()
+        exact = np.linalg.svd(matrices[:3].astype(np.float64), compute_uv=False)
+        unit = 2.0 ** np.asarray(own.exponent[:3], np.float64)
+        exact = exact[:, ::-1] * SCALES[:3, None].astype(np.float64) / unit[:, None]
+        if decompose is gram_eigenvalues:
+            exact = exact**2
+        assert (np.diff(own.values) >= 0).all()
+        error = np.abs(np.asarray(own.values[:3], np.float64) - exact)
+        bound = 8.4 * eps_of(np.float32) * math.sqrt(n) * exact[:, -1:]
+        assert (error <= bound).all()
+
+
+def test_division_by_the_scale_is_exact():
+    kernel = float32(np.random.default_rng(4).normal(size=(9, 7)))
+    largest = np.abs(kernel).max()
+    kernels = jnp.asarray(kernel / largest * float32([[[1.0]], [[1.5]], [[3e38]]]))
+    scale = jax.jit(lambda w: find_scale([w]))(kernels)
+    top = np.abs(kernels).max(axis=(1, 2))
+    np.testing.assert_array_equal(scale.unit, 2.0 ** np.floor(np.log2(top)))
+    np.testing.assert_array_equal(np.log2(scale.unit), scale.exponent)
+
+
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
-def test_every_platform_lowers(platform):
-    shape = jax.ShapeDtypeStruct((3, 16, 16), jnp.float32)
-    exported = jax.export.export(symmetric, platforms=[platform])(shape)
-    assert exported.platforms == (platform,)
-    assert exported.out_avals[0].shape == (3, 16)
+def test_every_platform_lowers_a_whole_analysis(platform):
+    layers = [
+        Layer("conv", MatrixAxes((2,), (3,), pooled=(0, 1))),
+        Layer("dense", MatrixAxes((0,), (1,))),
+    ]
+    shapes = {"conv": (3, 3, 16, 24), "dense": (60, 50)}
+    params = {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()}
+    for fit in (tb_optax.fit_median(), tb_optax.fit_min_ks()):
+        analyze = tb_optax.layer_analysis(layers, fit=fit)
+        exported = jax.export.export(
+            jax.jit(lambda params, analyze=analyze: analyze(params).multipliers),
+            platforms=[platform],
+        )(params)
+        assert exported.platforms == (platform,)
+        assert exported.out_avals[0].shape == (2,)

@@ -470,7 +470,10 @@ def _(key: jax.tree_util.GetAttrKey) -> str:
 def test_describe_tells_of_every_leaf_once(make, expected):
     params = make()
     rows = tb_optax.describe(params, tb_optax.find_layers(params), min_eigenvalues=4)
-    assert [row["leaf"] for row in rows] == leaf_names(params)
+    arrays = {row["leaf"] for row in rows if row["shape"] is not None}
+    # What is no array comes last.
+    in_order = sorted(leaf_names(params), key=lambda leaf: leaf not in arrays)
+    assert [row["leaf"] for row in rows] == in_order
     owners = {path: path for path in expected}
     for path, (_, follows) in expected.items():
         owners |= dict.fromkeys(follows, path)
@@ -533,7 +536,9 @@ def test_describe_tells_why_a_leaf_has_no_layer(model):
     notes: dict[str, list[str]] = {}
     for row in tb_optax.describe(params, tb_optax.find_layers(params)):
         if not row["layer"]:
-            notes.setdefault(row["note"], []).append(row["leaf"])
+            # The kind of leaf comes first, then what there is to say of it.
+            kind = row["note"].partition(":")[0]
+            notes.setdefault(kind, []).append(row["leaf"])
     for note, leaves in REASONS[model].items():
         assert set(leaves) <= set(notes[note])
 
@@ -686,8 +691,38 @@ def test_axes_settle_a_scanned_stack():
 
 
 def analyze_one(weight: jax.Array) -> float:
-    analyze = tb_optax.layer_analysis([tb_optax.Layer("w", DENSE)])
-    return float(analyze({"w": weight}).alpha[0])
+    layers = [tb_optax.Layer(name, DENSE) for name in ("w", "same")]
+    analyze = tb_optax.layer_analysis(layers, min_eigenvalues=4)
+    return float(analyze({"w": weight, "same": weight}).alpha[0])
+
+
+def test_describe_marks_what_is_frozen_and_what_is_missing():
+    params = {
+        "first": {"kernel": jnp.ones((9, 8)), "bias": jnp.ones(8)},
+        "norm": {"scale": jnp.ones(8), "bias": jnp.ones(8)},
+        "second": {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)},
+        "odd": {"kernel": jnp.ones((2, 8, 8))},
+        "activation": jnp.tanh,
+    }
+    layers = [tb_optax.Layer("first/kernel", DENSE)]
+    trainable = dict.fromkeys(params, True) | {"first": False}
+    for mask in (trainable, jax.tree.broadcast(trainable, params)):
+        rows = tb_optax.describe(params, layers, trainable=mask)
+        notes = {row["leaf"]: row["note"] for row in rows}
+        assert list(notes)[-1] == "activation"
+        assert notes["first/bias"] == "frozen, and not in the list"
+        assert notes["first/kernel"].startswith("8 eigenvalues, too few of at least 50")
+        assert "FROZEN BUT IN THE LIST" in notes["first/kernel"]
+    notes = {row["leaf"]: row["note"] for row in tb_optax.describe(params, layers)}
+    assert notes["first/kernel"] == "8 eigenvalues, too few of at least 50: not tuned"
+    assert notes["first/bias"].endswith("'first/kernel' does not name it in `follows`")
+    assert notes["second/bias"].endswith("'second/kernel' is not in the list")
+    assert notes["second/kernel"].startswith("NOT IN THE LIST: a kernel with 8 eigen")
+    assert notes["odd/kernel"].startswith("NOT IN THE LIST, multiplier 1: a kernel of")
+    assert notes["norm/scale"].startswith("norm: no layer names it in `follows`")
+    for wrong in ({"first": False}, dict.fromkeys(params, 1)):
+        with pytest.raises(ValueError, match="trainable must"):
+            tb_optax.describe(params, layers, trainable=wrong)
 
 
 def test_a_stack_is_described_by_its_first_and_last_slice():
@@ -697,7 +732,7 @@ def test_a_stack_is_described_by_its_first_and_last_slice():
     name = "blocks/Dense_0/kernel"
     assert rows[name]["layer"] == f"{name}[0], ..., {name}[4]"
     assert rows["blocks/Dense_0/bias"]["layer"] == f"{name}[0], ..., {name}[4]"
-    assert rows["blocks/LayerNorm_0/scale"]["note"] == "norm"
+    assert rows["blocks/LayerNorm_0/scale"]["note"].startswith("norm: no layer names")
 
 
 def test_axes_settle_scanned_attention():

@@ -417,3 +417,22 @@ def test_nnx_sharding_metadata_leaves_our_vectors_whole():
     state = tb_optax.get_state(optimizer.opt_state)
     assert state.count == 1
     assert state.multipliers.sharding.is_fully_replicated
+
+
+def test_equinox_under_multi_steps_is_filtered_first():
+    """`MultiSteps` adds up what it is given, functions among them."""
+    model = eqx.nn.MLP(8, 8, 8, 2, key=jax.random.key(0))
+    arrays = eqx.filter(model, eqx.is_inexact_array)
+    analyze = tb_optax.layer_analysis(min_eigenvalues=4)
+    transform = tb_optax.temp_balance(optax.sgd(0.1), analyze, interval=1)
+    several = optax.MultiSteps(transform, 2)
+    state = several.init(arrays)
+    for expected in (False, True):
+        updates, state = several.update(arrays, state, arrays)
+        moved = eqx.apply_updates(model, updates)
+        same = jnp.array_equal(moved.layers[0].weight, model.layers[0].weight)
+        assert bool(same) != expected
+    assert {0.5, 1.5} <= set(tb_optax.get_multipliers(state).tolist())
+    raw: Any = model
+    with pytest.raises(TypeError):
+        several.update(arrays, several.init(raw), raw)

@@ -151,8 +151,10 @@ def test_stacks_expand_in_order():
         "all": (2, 4, 5),
         "b": (5,),
         "g": (2, 1, 3),
+        "frozen": None,
     }
     expanded = expand_stacks(layers, shapes)
+    assert expand_stacks([*layers, Layer("frozen", DENSE)], shapes) == expanded
     # The order of `stacked`, (2, 0): axis 2 of size 3 is the outer one.
     grid = [
         dataclasses.replace(layers[1], index=(i, j)) for i in range(3) for j in (0, 1)
@@ -166,7 +168,6 @@ def test_stacks_expand_in_order():
 @pytest.mark.parametrize(
     ("layer", "shape", "words"),
     [
-        (Layer("a/w", DENSE), None, ["is masked out of"]),
         (Layer("a/x", DENSE), (4, 4), ["is not in", "'a/w'"]),
         (Layer("a/w", DENSE), (4, 4, 4), ["rank 2", "(4, 4, 4)"]),
         (Layer("a/w", SCANNED, index=(3,)), (3, 4, 4), ["(3,)", "(3, 4, 4)"]),

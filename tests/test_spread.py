@@ -89,7 +89,7 @@ def test_each_piece_takes_the_parameters_of_its_step():
     trajectory = [make_params(seed) for seed in range(INTERVAL + 1)]
     states = run(trajectory)
     alphas = np.stack([ANALYZE(params).alpha for params in trajectory])
-    layers, _ = ANALYZE.resolve(trajectory[0])
+    layers = ANALYZE.resolve(trajectory[0]).layers
     starts = piece_starts(layers, SHAPES, INTERVAL)
     for piece in range(INTERVAL):
         own = slice(starts[piece], starts[piece + 1])
@@ -101,7 +101,7 @@ def test_each_piece_takes_the_parameters_of_its_step():
 
 @pytest.mark.parametrize("interval", [1, 2, 3, 8, 50])
 def test_pieces_are_whole_layers_in_order_and_even(interval):
-    layers, kernels = ANALYZE.resolve(make_params(0))
+    layers, kernels, _ = ANALYZE.resolve(make_params(0))
     starts = piece_starts(layers, SHAPES, interval)
     assert starts.shape == (interval + 1,)
     assert starts[0] == 0

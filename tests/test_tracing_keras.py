@@ -64,3 +64,27 @@ def test_several_filters_for_each_channel_are_unclear():
         trace(layers, training=False)
     found, _ = trace(layers, training=False, axes={"0": HWIO})
     assert found == (Layer("0", HWIO, ("1",)),)
+
+
+def test_layers_have_the_names_of_the_variables():
+    """With parameters in a dict by `variable.path`, as README says."""
+    model = keras.Sequential(
+        [
+            keras.Input((8,)),
+            keras.layers.Dense(16, name="second_by_name"),
+            keras.layers.Dense(4, name="first_by_name"),
+        ],
+        name="net",
+    )
+    params = {v.path: v.value for v in model.trainable_variables}
+    state = [v.value for v in model.non_trainable_variables]
+
+    def forward(params, state, x):
+        values = [params[v.path] for v in model.trainable_variables]
+        return model.stateless_call(values, state, x)
+
+    dense = MatrixAxes((0,), (1,))
+    assert trace_layers(forward, params, state, jnp.ones((2, 8))) == (
+        Layer("net/second_by_name/kernel", dense, ("net/second_by_name/bias",)),
+        Layer("net/first_by_name/kernel", dense, ("net/first_by_name/bias",)),
+    )

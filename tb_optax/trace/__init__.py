@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tb_optax.layers import Layers, MatrixAxes
-from tb_optax.patterns import match_paths
+from tb_optax.leaves import listing, match_paths
 from tb_optax.trace.program import program_of
 from tb_optax.trace.record import Record
 from tb_optax.trace.roles import NORMS, Roles, Unclear, roles_of
@@ -87,8 +87,8 @@ def trace_layers(
         ValueError: if the axes of a leaf cannot be told, naming each such leaf and why:
             output axes that are apart (`einsum("td,edf->tef")`: experts or heads?),
             uses that disagree, a kernel that is computed beyond recognition, a
-            primitive that is not known, a leaf with two axes that is never used; or if
-            an option does not fit.
+            primitive that is not known, a leaf with two axes that is never used; if no
+            layer is found at all; or if an option does not fit.
         NotImplementedError: if this JAX names the parameters of a loop differently.
 
     >>> import jax, jax.numpy as jnp
@@ -125,6 +125,8 @@ def trace_layers(
     _check_given(given, roles)
     if roles.unclear:
         _complain(roles.unclear, shapes, strict)
+    if not (roles.layers or roles.unclear or given):
+        _complain_of_nothing(shapes)
     return Layers(roles.layers, {**roles.notes, **program.notes})
 
 
@@ -204,3 +206,17 @@ def _complain(
         msg = f"{what}:\n{listed}\n{remedy}"
         raise ValueError(msg)
     warnings.warn(f"{what} and leaves them out:\n{listed}\n{remedy}", stacklevel=3)
+
+
+def _complain_of_nothing(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise because no layer was found, and say why."""
+    matrices = [path for path, shape in shapes.items() if len(shape) > 1]
+    if matrices:
+        why = (
+            f"the forward pass multiplies no data with {listing(matrices)}. Call "
+            f"trace_layers(fn, params, *inputs) with the data among the inputs"
+        )
+    else:
+        why = f"none of the {len(shapes)} parameters has two axes"
+    msg = f"trace_layers finds no layer: {why}."
+    raise ValueError(msg)

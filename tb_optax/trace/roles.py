@@ -5,8 +5,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from tb_optax.assignment import layer_of_leaf
-from tb_optax.layers import Layer, MatrixAxes
+from tb_optax.layers import Layer, MatrixAxes, layer_of_leaf
 from tb_optax.trace.record import (
     BETWEEN_DATA,
     COMPUTED,

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from spectra import float32
 
 from tb_optax import Layer, MatrixAxes, linear, log2, sqrt, step
-from tb_optax.assignment import layer_of_leaf
-from tb_optax.layers import expand_stacks
-from tb_optax.table import leaf_multipliers
+from tb_optax.analysis import leaf_multipliers
+from tb_optax.layers import expand_stacks, layer_of_leaf
 
 EPS = float(np.finfo(np.float32).eps)
 MAPS = (linear(), linear(1.2, 0.3), sqrt(), log2(), step(), step(2, 0.25))
@@ -346,8 +345,7 @@ def test_owner_of_every_entry(case):
     layers = expand_stacks(layers, shapes)
     found = layer_of_leaf(layers, shapes)
     numbers = jnp.arange(1.0, len(layers) + 1)
-    params = {path: jnp.zeros(shape) for path, shape in shapes.items()}
-    by_path = leaf_multipliers(layers, numbers, params)
+    by_path = leaf_multipliers(found, numbers)
     assert set(found) == set(by_path) == set(shapes)
     for path, shape in shapes.items():
         assert found[path].ndim == len(shape)

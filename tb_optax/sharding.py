@@ -6,17 +6,17 @@ set its copy of the multipliers apart from another's.
 """
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-# Matrices of a bucket, in one or several arrays.
-Bucket: TypeAlias = list[Float[Array, "_ _ _"]]
+# Matrices of one shape.
+Bucket: TypeAlias = Float[Array, "_ _ _"]
 
 
 def mesh_of(arrays: Mapping[str, Any], given: Mesh | AbstractMesh | None) -> Any:
@@ -94,97 +94,75 @@ def on_mesh(mesh: AbstractMesh | None, function: Callable[..., Any], *args: Any)
 
 
 def over_devices(
-    function: Callable[[list[Bucket]], Any], buckets: Sequence[Bucket]
-) -> Any:
+    function: Callable[[list[Bucket]], list[Any]], buckets: Sequence[Bucket]
+) -> list[Any]:
     """A function of buckets of matrices, on each device for its share of each bucket.
 
     A bucket's matrices, all of one shape, are padded with zero matrices to a multiple
     of the number of devices. They reach their devices one mesh axis at a time, which
     XLA compiles to all-to-alls and permutes: nowhere is a kernel put together that
-    was not whole before. What the function returns is gathered, and cut to size: of a
-    row, if there are rows, as many numbers as the matrix has eigenvalues; zeros follow.
+    was not whole before. What the function returns is gathered.
 
     Inside `shard_map` each device takes its share of what all of them hold.
 
     Args:
-        function: buckets to a tree of arrays with all matrices, bucket by bucket,
-            along the first axis.
-        buckets: matrices, each bucket's in arrays of one shape where they are spread.
+        function: buckets to a tree of arrays for each, with its matrices along their
+            first axis.
+        buckets: matrices, those of each bucket of one shape.
 
     Returns:
-        The function's outputs for all matrices, equal on all devices.
+        The function's results, equal on all devices.
 
     >>> def traces(buckets):
-    ...     traces = [jnp.trace(w, axis1=1, axis2=2) for [w] in buckets]
-    ...     return jnp.concatenate(traces)
-    >>> print(over_devices(traces, [[jnp.ones((2, 3, 3))], [jnp.ones((1, 2, 2))]]))
-    [3. 3. 2.]
+    ...     return [jnp.trace(w, axis1=1, axis2=2) for w in buckets]
+    >>> print(*over_devices(traces, [jnp.ones((2, 3, 3)), jnp.ones((1, 2, 2))]))
+    [3. 3.] [2.]
     """
     axes = _axes()
     if not (axes.automatic or axes.manual):
         return function(list(buckets))
     sizes = jax.sharding.get_abstract_mesh().shape
     devices = math.prod(sizes[axis] for axis in (*axes.automatic, *axes.manual))
-    stacks = [jnp.concatenate(bucket) for bucket in buckets]
-    counts = [len(stack) for stack in stacks]
-    padding = [(0, -count % devices) for count in counts]
-    stacks = [
-        jnp.pad(stack, (pad, (0, 0), (0, 0)))
-        for stack, pad in zip(stacks, padding, strict=True)
+    padded = [
+        jnp.pad(bucket, ((0, -len(bucket) % devices), (0, 0), (0, 0)))
+        for bucket in buckets
     ]
 
-    def apart(whole, stacks):
-        """What there is of each bucket."""
-        ends = np.cumsum([len(stack) for stack in stacks])
-        found = []
-        for stack, end in zip(stacks, ends, strict=True):
-            cut = (slice(end - len(stack), end), slice(min(stack.shape[1:])))
-            found.append(jax.tree.map(lambda x, cut=cut: x[cut[: x.ndim]], whole))
-        return found
-
-    def share(*stacks):
-        if not axes.manual:
-            return apart(function([[stack] for stack in stacks]), stacks)
-        index = jax.lax.axis_index(axes.manual)
-        parts = math.prod(sizes[axis] for axis in axes.manual)
-
-        def own(stack):
-            size = len(stack) // parts
-            return jax.lax.dynamic_slice_in_dim(stack, index * size, size)
-
-        def shared(column):
-            number = column.astype(jnp.promote_types(column.dtype, jnp.int32))
-            whole = jnp.zeros((len(column) * parts, *column.shape[1:]), number.dtype)
-            start = index * len(column)
-            whole = jax.lax.dynamic_update_slice_in_dim(whole, number, start, 0)
-            return jax.lax.psum(whole, axes.manual).astype(column.dtype)
-
-        stacks = [own(stack) for stack in stacks]
-        whole = function([[stack] for stack in stacks])
-        return jax.tree.map(shared, apart(whole, stacks))
+    def share(*buckets):
+        if axes.manual:
+            return _shared_out(function, buckets, axes.manual)
+        return function(list(buckets))
 
     if axes.automatic:
         batch = PartitionSpec(axes.automatic)
-        stacks = [_by_batch(stack, axes.automatic, sizes) for stack in stacks]
+        padded = [_by_batch(bucket, axes.automatic, sizes) for bucket in padded]
         share = jax.shard_map(
             share, in_specs=batch, out_specs=batch, axis_names=set(axes.automatic)
         )
-    results = jax.tree.map(_constrain_to_all, share(*stacks))
-    results = [
-        jax.tree.map(lambda column, count=count: column[:count], result)
-        for result, count in zip(results, counts, strict=True)
+    results = jax.tree.map(_constrain_to_all, share(*padded))
+    return [
+        jax.tree.map(operator.itemgetter(slice(len(bucket))), result)
+        for bucket, result in zip(buckets, results, strict=True)
     ]
-    return jax.tree.map(lambda *columns: _joined(columns), *results)
 
 
-def _joined(columns):
-    """One array behind the other, filled with zeros to the longest rows."""
-    shape = np.max([column.shape[1:] for column in columns], axis=0)
-    padded = [
-        jnp.pad(column, [(0, 0), *((0, int(d)) for d in shape - column.shape[1:])])
-        for column in columns
-    ]
-    return jnp.concatenate(padded)
+def _shared_out(function, buckets: Sequence[Bucket], axes: Sequence[str]) -> list[Any]:
+    """Call a function on this device's share of what all devices hold, and gather."""
+    index = jax.lax.axis_index(axes)
+    parts = jax.lax.axis_size(axes)
+
+    def own(bucket):
+        size = len(bucket) // parts
+        return jax.lax.dynamic_slice_in_dim(bucket, index * size, size)
+
+    def shared(column):
+        number = column.astype(jnp.promote_types(column.dtype, jnp.int32))
+        whole = jnp.zeros((len(column) * parts, *column.shape[1:]), number.dtype)
+        start = index * len(column)
+        whole = jax.lax.dynamic_update_slice_in_dim(whole, number, start, 0)
+        return jax.lax.psum(whole, axes).astype(column.dtype)
+
+    return jax.tree.map(shared, function([own(bucket) for bucket in buckets]))
 
 
 class _Axes(NamedTuple):

@@ -1,4 +1,4 @@
-"""From a metric of the layers to their multipliers, and from layers to leaves.
+"""Maps from a metric of the layers to their multipliers.
 
 A map is a function `(metric, tuned) -> multipliers` over vectors with one entry
 per layer.  Only tuned layers take part in its minimum, maximum, sum or ranking;
@@ -8,15 +8,13 @@ compilation; any function of that signature will do.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import TypeAlias
 
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from tb_optax.checks import check_number
-from tb_optax.layers import Layer
 
 Assign: TypeAlias = Callable[
     [Float[Array, " layers"], Bool[Array, " layers"]], Float[Array, " layers"]
@@ -162,99 +160,3 @@ def _share(score, metric, tuned, defined):
     total = jnp.where(spread, scores.sum(), 1)
     shares = jnp.where(spread, defined.sum() * scores / total, 1)
     return jnp.where(defined, shares, jnp.where(tuned, jnp.nan, 1))
-
-
-def layer_of_leaf(
-    layers: Sequence[Layer], shapes: Mapping[str, tuple[int, ...] | None]
-) -> dict[str, Int[np.ndarray, "..."]]:
-    """Which layer each part of each leaf belongs to.
-
-    Args:
-        layers: one entry per multiplier, stacks expanded.
-        shapes: shape of every leaf by path; None where a mask stands.
-
-    Returns:
-        For every leaf of a layer, an int array that broadcasts against the leaf:
-        the position of the layer in `layers`, -1 where no layer has the part.
-
-    Raises:
-        ValueError: if a follower is nowhere, has a shape that does not fit its
-            layer's stack or part, or if two layers claim the same part of a leaf.
-
-    >>> from tb_optax.layers import MatrixAxes
-    >>> dense = MatrixAxes((1,), (2,), stacked=(0,))
-    >>> blocks = [Layer("w", dense, ("b",), index=(i,)) for i in range(3)]
-    >>> layer_of_leaf(blocks, {"w": (3, 8, 4), "b": (3, 4)})["b"].tolist()
-    [[0], [1], [2]]
-    """
-    owners: dict[str, Any] = {}
-    for position, layer in enumerate(layers):
-        for path in (layer.path, *layer.follows):
-            if path not in shapes:
-                msg = (
-                    f"{path!r}, which follows layer {layer.name!r}, is not in the "
-                    f"parameters; take it out of the layer's `follows`."
-                )
-                raise ValueError(msg)
-            shape = shapes[path]
-            if shape is None:
-                continue
-            kernel_shape = shapes[layer.path]
-            where = _part_of_leaf(layer, path, shape, kernel_shape)
-            owner = owners.setdefault(path, np.full((1,) * len(shape), -1))
-            wanted = tuple(
-                n if chosen != slice(None) else 1
-                for n, chosen in zip(shape, where, strict=True)
-            )
-            both = np.broadcast_shapes(owner.shape, wanted)
-            owner = np.broadcast_to(owner, both).copy()
-            taken = owner[where]
-            if (taken >= 0).any():
-                other = layers[int(taken.max())]
-                msg = (
-                    f"{path!r} belongs to two layers, {other.name!r} and "
-                    f"{layer.name!r}; keep one of them, or take the path out of "
-                    f"one layer's `follows`."
-                )
-                raise ValueError(msg)
-            owner[where] = position
-            owners[path] = owner
-    return owners
-
-
-def _part_of_leaf(layer, path, shape, kernel_shape) -> tuple[slice, ...]:
-    """The slices of a leaf, one per axis, that belong to a layer."""
-    where = [slice(None)] * len(shape)
-    axes = layer.axes
-    for axis, index in zip(axes.stacked, layer.index, strict=True):
-        if axis >= len(shape) or shape[axis] != kernel_shape[axis]:
-            msg = (
-                f"{path!r} of shape {shape} follows one slice of {layer.path!r}, "
-                f"stacked along axis {axis} of its shape {kernel_shape}, but is not "
-                f"stacked alike; take it out of the layer's `follows`."
-            )
-            raise ValueError(msg)
-        where[axis] = slice(index, index + 1)
-    if layer.part is not None:
-        axis, start, stop = layer.part
-        if path != layer.path:
-            axis = _output_axis_of_follower(layer, path, shape, kernel_shape)
-        where[axis] = slice(start, stop)
-    return tuple(where)
-
-
-def _output_axis_of_follower(layer, path, shape, kernel_shape) -> int:
-    """The axis of a follower that runs along the split output axis."""
-    free = [axis for axis in range(len(shape)) if axis not in layer.axes.stacked]
-    outputs = layer.axes.output
-    if tuple(shape[axis] for axis in free) == tuple(kernel_shape[a] for a in outputs):
-        return free[outputs.index(layer.part[0])]
-    wide = [axis for axis in free if shape[axis] != 1]
-    if len(wide) == 1 and shape[wide[0]] == kernel_shape[layer.part[0]]:
-        return wide[0]
-    msg = (
-        f"{path!r} of shape {shape} follows a part of {layer.path!r} of shape "
-        f"{kernel_shape}, but has no axis like its output axis {layer.part[0]}; take "
-        f"it out of the layer's `follows`."
-    )
-    raise ValueError(msg)

@@ -1,0 +1,436 @@
+"""Everything that an accelerator is needed for, in one command with a budget of time.
+
+    python -m benchmarks.accelerator --minutes 7 --out DIR
+    python -m benchmarks.accelerator --minutes 7 --out DIR --resume
+
+Parts, the most valuable first. Each writes a file of its own in DIR after every figure:
+what was measured survives when the time is up, and `--resume` measures the rest.
+
+- `parity`: alphas and learning rates of the recorded networks in `tests/data`, in
+  float32, against the published code in float64.
+- `candidates`: ways to the alphas of a batch of matrices, by size, and for the largest
+  batches of four networks; error against float64.
+- `analyses`: whole analyses beside the published way in PyTorch.
+- `training`: ResNet-18 on images of 32 x 32, bfloat16: images per second without and
+  with TempBalance, the share of an epoch that refreshes take, the slowest step.
+
+On a machine without an accelerator all parts run at toy sizes, as a test. Faults of the
+arguments are one line on stderr and exit code 2.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tabulate import tabulate
+
+import tb_optax
+from benchmarks import candidates, commandline, machine, peers, recorded, steps
+from benchmarks.errors import UserError
+from benchmarks.networks import Network, networks
+
+# The part that must have ended at this share of the time; what it saves, others get.
+PARTS = {"parity": 0.15, "candidates": 0.6, "analyses": 0.8, "training": 1.0}
+
+REPEATS = 5
+SIZES = (512, 256, 1024, 128, 2048, 64, 768, 4096)
+# The largest batches of equal matrices in a network: (matrices, rows, columns).
+BATCHES = {
+    "ResNet-18": ((27, 512, 512), (27, 256, 256), (27, 128, 128), (37, 64, 64)),
+    "ViT-B/16": ((48, 768, 768), (24, 768, 3072)),
+    "GPT-2 block list": ((48, 768, 768), (24, 768, 3072)),
+    "4096-wide LLM block": ((4, 4096, 4096), (3, 4096, 11008)),
+}
+NETS = ("resnet18", "vit_b16", "vgg16", "wrn28x6", "gpt2", "llm_block")
+# A way that took longer than this for one batch is not tried on larger ones.
+_SLOW = 5.0
+_IMAGES = 50_000  # Of an epoch of CIFAR.
+
+
+class Report:
+    """The figures of one part, in a file that is rewritten after each of them."""
+
+    def __init__(self, path: Path, head: Mapping[str, Any], *, resume: bool):
+        self.path = path
+        self.content: dict[str, Any] = {**head, "figures": {}}
+        if resume and path.exists():
+            self.content = _read(path)
+            if self.content.get("hardware") != head["hardware"]:
+                msg = (
+                    f"{path} was measured on {self.content.get('hardware')}, this is "
+                    f"{head['hardware']}; give another directory by --out"
+                )
+                raise UserError(msg)
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """What has been measured, by name."""
+        return self.content["figures"]
+
+    def add(self, name: str, figure: Any) -> None:
+        """Keep a figure and write the file."""
+        self.figures[name] = figure
+        commandline.write_results(self.path, self.content)
+        commandline.say(f"{self.path.stem}: {name}: {json.dumps(figure)[:160]}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    return commandline.guarded(lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> None:
+    started = time.monotonic()
+    options = _parser().parse_args(arguments)
+    machine.bind_cores(None)
+    options.out.mkdir(parents=True, exist_ok=True)
+    existing = [name for name in PARTS if (options.out / f"{name}.json").exists()]
+    if existing and not options.resume:
+        msg = f"{options.out} holds {', '.join(existing)}; --resume continues it"
+        raise UserError(msg)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    head = machine.describe("benchmarks.accelerator", given)
+    head["hardware"].pop("load_before", None)
+    toy = jax.default_backend() == "cpu"
+    for name, share in PARTS.items():
+        report = Report(options.out / f"{name}.json", head, resume=options.resume)
+        deadline = started + 60 * options.minutes * share
+        figures = MEASURES[name](toy, options.data)
+        for number, (key, measure) in enumerate(figures):
+            if key in report.figures:
+                continue
+            # One figure at least, however little time there is.
+            if number and time.monotonic() > deadline:
+                commandline.say(f"{name}: the time is up before {key}")
+                break
+            report.add(key, measure())
+    print("\n\n".join(sections(options.out)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = commandline.Parser(
+        prog="python -m benchmarks.accelerator",
+        description="Measure all that needs an accelerator, within a budget of time.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--minutes", type=commandline.positive_number, required=True)
+    add("--out", type=Path, required=True, metavar="DIR", help="where files go")
+    add("--resume", action="store_true", help="measure what DIR does not have yet")
+    add(
+        "--data",
+        type=Path,
+        default=Path(__file__).parents[1] / "tests" / "data" / "golden",
+        metavar="DIR",
+        help="recorded numbers of the published code; default: tests/data/golden",
+    )
+    return parser
+
+
+Figures = Iterator[tuple[str, Callable[[], Any]]]
+
+
+def _parity(toy: bool, data: Path) -> Figures:
+    names = recorded.names(data)
+    chosen = names[:2] if toy else names
+    for fit in recorded.FITS:
+        yield fit, lambda fit=fit: recorded.compare(data, chosen, fit)
+
+
+def _candidates(toy: bool, _: Path) -> Figures:
+    cases = {f"{n} x {n}": ((max(1, min(64, 2**23 // n**2)), n, n),) for n in SIZES}
+    cases |= BATCHES
+    if toy:
+        cases = {"24 x 24": ((3, 24, 24),), "two batches": ((2, 16, 16), (2, 16, 24))}
+    slow: dict[str, float] = {}
+    references: dict[str, list[float]] = {}
+    for case, shapes in cases.items():
+        entries = max(rows * columns for _, rows, columns in shapes)
+        for way in (*candidates.ways(), peers.TORCH):
+
+            def measure(case=case, shapes=shapes, way=way, entries=entries):
+                if entries > slow.get(way, np.inf):
+                    return {"left_out": "too slow on smaller matrices"}
+                batches = [_gaussian(shape) for shape in shapes]
+                if case not in references:
+                    references[case] = [
+                        candidates.reference_alpha(w[0]) for w in batches
+                    ]
+                figure = _measure_way(way, batches, references[case])
+                if figure.get("first_seconds", 0) > _SLOW:
+                    slow[way] = min(slow.get(way, np.inf), entries)
+                return figure
+
+            yield f"{case}: {way}", measure
+
+
+def _gaussian(shape: tuple[int, int, int]) -> jax.Array:
+    key = jax.random.key(sum(shape))
+    return jax.block_until_ready(jax.random.normal(key, shape) / shape[1] ** 0.5)
+
+
+def _measure_way(
+    way: str, batches: Sequence[jax.Array], reference: Sequence[float]
+) -> dict[str, Any]:
+    """Time one way on several batches, one after the other."""
+    try:
+        if way == peers.TORCH:
+            calls = [candidates.torch_way(w) for w in batches]
+        else:
+            function = candidates.ways()[way]
+            calls = [lambda w=w: jax.block_until_ready(function(w)) for w in batches]
+        start = time.perf_counter()
+        alphas = [call() for call in calls]
+        compiled = time.perf_counter() - start
+        seconds = []
+        # One run of a slow way tells enough.
+        while len(seconds) < (1 if seconds and seconds[0] > 1 else REPEATS):
+            start = time.perf_counter()
+            for call in calls:
+                call()
+            seconds.append(time.perf_counter() - start)
+    except (ModuleNotFoundError, UserError, NotImplementedError, RuntimeError) as error:
+        return {"left_out": str(error).partition("\n")[0][:200]}
+    error = max(
+        abs(float(a[0]) / b - 1) for a, b in zip(alphas, reference, strict=True)
+    )
+    return {
+        "seconds": seconds,
+        "first_seconds": seconds[0],
+        "compile_seconds": compiled - seconds[0],
+        "error": error,
+    }
+
+
+def _analyses(toy: bool, _: Path) -> Figures:
+    chosen = {name: networks()[name] for name in NETS}
+    if toy:
+        chosen = {"tiny": networks()["tiny"]}
+    for name, network in chosen.items():
+        yield (
+            network.title,
+            lambda n=network, large=name == "llm_block": _whole(n, large),
+        )
+
+
+def _whole(network: Network, large: bool) -> dict[str, Any]:
+    """Time the analysis of a network, the published way, and quadrature if large."""
+    params = network.params()
+    # Convolutions in PyTorch's way, singular values of all positions at once.
+    calls: dict[str, Callable[[], np.ndarray]] = {}
+    analyses: dict[str, Any] = {"tb_optax": tb_optax.exact()}
+    if large:
+        analyses["tb_optax, quadrature"] = tb_optax.quadrature()
+    for title, spectrum in analyses.items():
+        analyze = tb_optax.layer_analysis(
+            network.layers, spectrum=spectrum, min_eigenvalues=0
+        )
+        calls[title] = lambda analyze=analyze: np.asarray(
+            jax.block_until_ready(analyze(params)).alpha
+        )
+    missing = {}
+    try:
+        calls[peers.TORCH] = peers.torch_way(network, params)
+    except (ModuleNotFoundError, UserError) as error:
+        missing[peers.TORCH] = str(error)
+    alphas = {title: call() for title, call in calls.items()}
+    seconds: dict[str, list[float]] = {title: [] for title in calls}
+    start = time.monotonic()
+    while len(seconds["tb_optax"]) < REPEATS and time.monotonic() - start < 20:
+        for title, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            seconds[title].append(time.perf_counter() - begin)
+    ours = alphas["tb_optax"]
+    return {
+        "seconds": seconds,
+        "alpha_difference": {
+            title: float(np.abs(found / ours - 1).max())
+            for title, found in alphas.items()
+        },
+        "missing": missing,
+    }
+
+
+def _training(toy: bool, _: Path) -> Figures:
+    task = steps.Task("resnet18", 1.0, 128, 32, "bfloat16")
+    if toy:
+        task = steps.Task("resnet18", 0.0625, 4, 8, "float32")
+    interval = 3 if toy else _IMAGES // task.batch
+    runners: dict[str, Any] = {}
+
+    def runner(name: str) -> Any:
+        if name not in runners:
+            optimizer = steps.optimizers(task.analyze(), interval)[name]
+            runners[name] = steps.Runner(task, optimizer)
+        return runners[name]
+
+    def throughput() -> dict[str, Any]:
+        """Seconds of a step where no refresh is due, many in a row, in turn."""
+        count = 2 if toy else 50
+        seconds: dict[str, list[float]] = {"without": [], "plain": []}
+        for _ in range(REPEATS):
+            for name, samples in seconds.items():
+                runner(name).move_to(1)
+                begin = time.perf_counter()
+                runner(name)(min(count, interval - 1))
+                samples.append((time.perf_counter() - begin) / min(count, interval - 1))
+        return {"batch": task.batch, "seconds": seconds}
+
+    def refresh() -> dict[str, Any]:
+        seconds = []
+        for _ in range(REPEATS):
+            runner("plain").move_to(0)
+            begin = time.perf_counter()
+            runner("plain")()
+            seconds.append(time.perf_counter() - begin)
+        return {"interval": interval, "seconds": seconds}
+
+    def slowest(name: str) -> dict[str, Any]:
+        """Seconds of every step of an interval, waited for one by one."""
+        run, seconds = runner(name), []
+        run.move_to(0)
+        run()
+        run.move_to(interval - 1)
+        for _ in range(interval + 2):
+            begin = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - begin)
+        return {
+            "slowest": max(seconds),
+            "median": statistics.median(seconds),
+            "positions": len(seconds),
+        }
+
+    yield "a step", throughput
+    yield "a step with a refresh", refresh
+    for name in ("without", "plain", "spread"):
+        yield f"the slowest step: {name}", lambda name=name: slowest(name)
+
+
+MEASURES: dict[str, Callable[[bool, Path], Figures]] = {
+    "parity": _parity,
+    "candidates": _candidates,
+    "analyses": _analyses,
+    "training": _training,
+}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["figures"].keys()
+    except (ValueError, KeyError, AttributeError, TypeError):
+        msg = f"{path} is damaged: it holds no figures; delete it to measure again"
+        raise UserError(msg) from None
+    return content
+
+
+# --- tables -------------------------------------------------------------------------
+
+
+def sections(directory: Path) -> Iterator[str]:
+    """Yield the tables of what a directory holds, in Markdown."""
+    titled = False
+    for name, rows in _ROWS.items():
+        path = directory / f"{name}.json"
+        if not path.exists():
+            continue
+        content = _read(path)
+        if not titled:
+            titled = True
+            hardware, versions = content["hardware"], content["versions"]
+            listed = ", ".join(f"{key} {value}" for key, value in versions.items())
+            yield f"## On an accelerator: {hardware['device']}"
+            yield f"{listed}.\n\n```bash\n{content['command']}\n```"
+        caption, table = rows(content["figures"])
+        yield f"{caption}\n\n{tabulate(table, headers='keys', tablefmt='github')}"
+
+
+def _milliseconds(seconds: Sequence[float]) -> str:
+    low, middle, high = min(seconds), statistics.median(seconds), max(seconds)
+    return f"{1e3 * middle:.3g} [{1e3 * low:.3g}, {1e3 * high:.3g}]"
+
+
+def _parity_rows(figures: Mapping[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+    caption = (
+        "Recorded networks in float32 against the published code in float64: "
+        "largest relative deviation of an alpha, its share of what rounding allows, "
+        "and largest deviation of a multiplier:"
+    )
+    rows = [
+        {"fit": fit, "network": name, **figure}
+        for fit, networks in figures.items()
+        for name, figure in networks.items()
+    ]
+    return caption, rows
+
+
+def _candidate_rows(figures: Mapping[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+    rows: dict[str, dict[str, Any]] = {}
+    for key, figure in figures.items():
+        case, _, way = key.rpartition(": ")
+        text = "-"
+        if "seconds" in figure:
+            text = f"{_milliseconds(figure['seconds'])}, {figure['error']:.0e}"
+        rows.setdefault(case, {"matrices": case})[way] = text
+    caption = (
+        "Milliseconds from matrices to the alpha of each, and the largest relative "
+        "error of an alpha against float64:"
+    )
+    return caption, list(rows.values())
+
+
+def _analysis_rows(figures: Mapping[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+    rows = []
+    for title, figure in figures.items():
+        seconds = figure["seconds"]
+        row = {"network": title}
+        row |= {way: _milliseconds(samples) for way, samples in seconds.items()}
+        if peers.TORCH in seconds:
+            pairs = zip(seconds["tb_optax"], seconds[peers.TORCH], strict=True)
+            ratio = statistics.median(ours / theirs for ours, theirs in pairs)
+            row["tb_optax / PyTorch"] = f"{ratio:.3g}"
+        rows.append(row)
+    return "Milliseconds from kernels to the alpha of every layer:", rows
+
+
+def _training_rows(figures: Mapping[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+    rows: dict[str, float] = {}
+    if "a step" in figures:
+        step = figures["a step"]
+        medians = {k: statistics.median(v) for k, v in step["seconds"].items()}
+        for name, seconds in medians.items():
+            rows[f"images per second, {name}"] = step["batch"] / seconds
+        rows["a step, plain / without"] = medians["plain"] / medians["without"]
+        if "a step with a refresh" in figures:
+            refresh = figures["a step with a refresh"]
+            extra = statistics.median(refresh["seconds"]) - medians["plain"]
+            rows["milliseconds of a refresh"] = 1e3 * extra
+            rows["refresh / epoch"] = extra / (refresh["interval"] * medians["plain"])
+    for name in ("without", "plain", "spread"):
+        if f"the slowest step: {name}" in figures:
+            figure = figures[f"the slowest step: {name}"]
+            rows[f"slowest step / median, {name}"] = (
+                figure["slowest"] / figure["median"]
+            )
+    table = [{"what": what, "figure": f"{value:.4g}"} for what, value in rows.items()]
+    return "A training step of ResNet-18, with TempBalance and without:", table
+
+
+_ROWS = {
+    "parity": _parity_rows,
+    "candidates": _candidate_rows,
+    "analyses": _analysis_rows,
+    "training": _training_rows,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
