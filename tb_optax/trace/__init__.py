@@ -127,7 +127,8 @@ def trace_layers(
         _complain(roles.unclear, shapes, strict)
     if not (roles.layers or roles.unclear or given):
         _complain_of_nothing(shapes)
-    return Layers(roles.layers, {**roles.notes, **program.notes})
+    unclear = {p: f"unclear: {'; '.join(u.reasons)}" for p, u in roles.unclear.items()}
+    return Layers(roles.layers, {**roles.notes, **unclear, **program.notes})
 
 
 def _check_norms(norms: str) -> None:
