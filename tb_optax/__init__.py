@@ -19,7 +19,7 @@ from tb_optax.state import (
     log_dict,
     set_multipliers,
 )
-from tb_optax.tracing import trace_layers
+from tb_optax.trace import trace_layers
 from tb_optax.transform import scale_by_temp_balance, temp_balance
 
 __all__ = [

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from tb_optax.find import Reading, read_leaves
-from tb_optax.layers import Layer, expand_stacks, layer_of_leaf
+from tb_optax.layers import Layer, Layers, expand_stacks, layer_of_leaf
 from tb_optax.leaves import Leaf, leaves_of, listing, shapes_of
 
 
@@ -20,7 +20,8 @@ def describe(
 ) -> list[dict[str, Any]]:
     """Describe every leaf: its layer, or why it has none.
 
-    A matrix that could be a layer and is in no list has a note in capitals.
+    A matrix that could be a layer and is in no list has a note in capitals.  What
+    `trace_layers` has found out of a leaf stands before what its name suggests.
 
     Args:
         params: the parameters, arrays or `jax.ShapeDtypeStruct`.
@@ -52,6 +53,7 @@ def describe(
     leaves = leaves_of(params)
     shapes = shapes_of(leaves)
     frozen = _frozen(params, trainable)
+    traced = layers.notes if isinstance(layers, Layers) else {}
     layers = expand_stacks(layers, shapes)
     owners = layer_of_leaf(layers, shapes)
     readings = read_leaves(leaves)
@@ -62,6 +64,8 @@ def describe(
             note = _note_in_list(own[0], leaf, min_eigenvalues, path in frozen)
         elif path in frozen:
             note = "frozen, and not in the list"
+        elif path in traced:
+            note = _note_traced(traced[path], leaf, readings[path])
         else:
             note = _note_outside(leaf, leaves, readings, layers)
         rows.append(
@@ -110,6 +114,18 @@ def _note_in_list(layer: Layer, leaf: Leaf, least: int, frozen: bool) -> str:
     if frozen:
         note += ", FROZEN BUT IN THE LIST: it is still ranked; leave it out of `layers`"
     return note
+
+
+def _note_traced(said: str, leaf: Leaf, reading: Reading) -> str:
+    """Say why a leaf belongs to no layer of the list, though it may to one outside."""
+    if said == "layer" and reading.axes is not None:
+        count = Layer(leaf.path, reading.axes).eigenvalue_count(leaf.shape)
+        return f"NOT IN THE LIST: a kernel with {count} eigenvalues keeps multiplier 1"
+    if said == "layer":
+        return "NOT IN THE LIST: a kernel keeps multiplier 1"
+    if said.startswith("unclear: "):
+        return f"NOT IN THE LIST, multiplier 1: {said.removeprefix('unclear: ')}"
+    return f"{said}, which is not in the list" if said.startswith("follows ") else said
 
 
 def _note_outside(

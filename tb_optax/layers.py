@@ -3,7 +3,8 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+import types
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -144,6 +145,38 @@ class Layer(_Compact):
         """Return N of the layer in a kernel of this shape, pooled over positions."""
         pooled = math.prod(shape[axis] for axis in self.axes.pooled)
         return pooled * min(self.matrix_shape(shape))
+
+
+class Layers(tuple[Layer, ...]):
+    """A tuple of layers that knows the verdict on every leaf of the parameters.
+
+    It is equal to the plain tuple, prints and hashes like it; slices keep the notes.
+
+    Attributes:
+        notes: what became of each leaf, by path: that it is a layer, which layer it
+            follows, or why it is neither.
+
+    >>> layers = Layers([Layer("w", MatrixAxes((0,), (1,)))], {"b": "not used"})
+    >>> layers[:0], layers[:0].notes["b"]
+    ((), 'not used')
+    """
+
+    notes: Mapping[str, str]
+
+    def __new__(cls, layers: Iterable[Layer] = (), notes: Mapping[str, str] = {}):
+        own = super().__new__(cls, layers)
+        own.notes = types.MappingProxyType(dict(notes))
+        return own
+
+    def __getnewargs__(self):
+        return tuple(self), dict(self.notes)
+
+    def __getstate__(self):
+        return None
+
+    def __getitem__(self, key):
+        found = super().__getitem__(key)
+        return Layers(found, self.notes) if isinstance(key, slice) else found
 
 
 def expand_stacks(

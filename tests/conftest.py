@@ -5,12 +5,51 @@ import logging
 import jax
 import pytest
 
+from tb_optax import trace
+
 
 @pytest.fixture(scope="module", autouse=True)
 def no_old_programs():
     """Frees what a module has compiled: a process can map only so many programs."""
     yield
     jax.clear_caches()
+
+
+# Why a matrix may be neither a layer nor a follower.
+STATED = (
+    "acts on",
+    "cannot be cut as",
+    "complex",
+    "embedding",
+    "enters a product in the place of data",
+    "is written into an array of data",
+    "left out by axes=",
+    "lies next to data in one array",
+    "look-up table",
+    "multiplies data as a vector",
+    "norm: follows no layer",
+)
+
+
+@pytest.fixture(autouse=True)
+def every_leaf_has_one_verdict(monkeypatch):
+    """Asserts the law of `trace_layers` on every model that a test traces."""
+    read = trace.roles_of
+
+    def lawful(record, norms, split):
+        roles = read(record, norms, split)
+        assert not roles.notes.keys() & roles.unclear.keys()
+        assert roles.notes.keys() | roles.unclear.keys() == record.shapes.keys()
+        layers = {layer.path for layer in roles.layers}
+        assert layers == {path for path, note in roles.notes.items() if note == "layer"}
+        owners = {f: layer.path for layer in roles.layers for f in layer.follows}
+        for path, note in roles.notes.items():
+            assert (note == f"follows {owners.get(path)}") == (path in owners), path
+            if path not in layers and path not in owners and record.is_matrix(path):
+                assert note.startswith(STATED), f"{path!r}: {note}"
+        return roles
+
+    monkeypatch.setattr(trace, "roles_of", lawful)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr
 
-from tb_optax.forward.dimensions import axes_of, fresh
-from tb_optax.forward.values import Constant, Data, Value, View, parameter
-from tb_optax.leaves import Leaf, is_array, leaves_of
+from tb_optax.leaves import is_array, leaves_of
+from tb_optax.trace.values import Constant, Data, Parameter, Trail, Value
+from tb_optax.trace.views import fresh
 
 
 class Program(NamedTuple):
@@ -18,20 +17,27 @@ class Program(NamedTuple):
 
     Attributes:
         jaxpr: its equations.
-        leaves: the leaves of its parameters, by path.
+        shapes: of the arrays among its parameters, by path.
+        unreal: the complex ones among them.
+        notes: why leaves are no parameters.
         values: what is known of its arguments.
     """
 
-    jaxpr: ClosedJaxpr
-    leaves: dict[str, Leaf]
+    jaxpr: Any
+    shapes: dict[str, tuple[int, ...]]
+    unreal: frozenset[str]
+    notes: dict[str, str]
     values: list[Value]
 
 
 def program_of(fn: Callable[..., Any], params: Any, inputs: Sequence[Any]) -> Program:
-    """Traces `fn(params, *inputs)`; nothing is computed.
+    """Trace `fn(params, *inputs)`; nothing is computed.
 
     An nnx module, as `fn` or as `params`, is taken apart into its parameters and the
     rest of its state; the rest is a constant.
+
+    Raises:
+        ValueError: if the forward pass needs the name of an axis.
     """
     state = None
     nnx = sys.modules.get("flax.nnx")
@@ -44,22 +50,47 @@ def program_of(fn: Callable[..., Any], params: Any, inputs: Sequence[Any]) -> Pr
     arrays, rebuild = _abstract((params, state, *inputs))
     # The arguments in the order of their flattening; those of params come first.
     own = [leaf for leaf in leaves.values() if leaf.is_array]
+    rest = len(own) + len(jax.tree.leaves(state))
     values: list[Value] = []
-    rest = len(jax.tree.leaves(state))
     for position, array in enumerate(arrays):
-        if position < len(own):
-            values.append(_value_of(own[position]))
-        elif position < len(own) + rest:
+        if position < len(own) and jnp.issubdtype(array.dtype, jnp.inexact):
+            path = own[position].path
+            values.append(Parameter(fresh(array.shape), frozenset([path]), path))
+        elif position < rest or jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
             values.append(Constant(fresh(array.shape)))
         else:
-            values.append(Data(fresh(array.shape)))
+            trail = Trail(rank=1 + len(array.shape))
+            values.append(Data(fresh(array.shape), trail))
 
     def forward(*arrays):
         params, state, *inputs = rebuild(arrays)
         out = fn(params, *inputs) if state is None else fn(params, state, *inputs)
         return [leaf for leaf in jax.tree.leaves(out) if is_array(leaf)]
 
-    return Program(jax.make_jaxpr(forward)(*arrays), leaves, values)
+    try:
+        jaxpr = jax.make_jaxpr(forward)(*arrays)
+    except NameError as error:
+        if "unbound axis name" not in str(error):
+            raise
+        msg = (
+            f"trace_layers: {error} A BatchNorm with axis_name needs that axis: bind "
+            f"it with jax.vmap(fn, ..., axis_name=...) around the forward pass, or "
+            f"trace the forward pass of evaluation (train=False)."
+        )
+        raise ValueError(msg) from error
+    shapes = {leaf.path: leaf.shape for leaf in own}
+    notes = {}
+    for path, leaf in leaves.items():
+        if not leaf.is_array:
+            notes[path] = "masked or None" if leaf.value is None else "not an array"
+        elif not jnp.issubdtype(leaf.value.dtype, jnp.inexact):
+            notes[path] = "not floating"
+    unreal = frozenset(
+        leaf.path
+        for leaf in own
+        if jnp.issubdtype(leaf.value.dtype, jnp.complexfloating)
+    )
+    return Program(jaxpr, shapes, unreal, notes, values)
 
 
 def _of_module(nnx: Any, module: Any, call: Callable[..., Any]):
@@ -71,18 +102,11 @@ def _of_module(nnx: Any, module: Any, call: Callable[..., Any]):
     return fn, params, state
 
 
-def _value_of(leaf: Leaf) -> Value:
-    """A floating array is a parameter; counters and keys are constants."""
-    if jnp.issubdtype(leaf.value.dtype, jnp.floating):
-        return parameter(View(leaf.path, axes_of(leaf.path, leaf.shape)))
-    return Constant(fresh(leaf.shape))
-
-
 def _abstract(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
     """The arrays of a tree without their values, and what puts arrays back in it."""
     flat, structure = jax.tree.flatten(tree)
     places = [i for i, leaf in enumerate(flat) if is_array(leaf)]
-    arrays = [_without_value(flat[i]) for i in places]
+    arrays = [jax.ShapeDtypeStruct(flat[i].shape, flat[i].dtype) for i in places]
 
     def rebuild(arrays: Sequence[Any]) -> Any:
         filled = list(flat)
@@ -91,7 +115,3 @@ def _abstract(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
         return jax.tree.unflatten(structure, filled)
 
     return arrays, rebuild
-
-
-def _without_value(array: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype)

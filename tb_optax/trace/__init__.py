@@ -1,18 +1,21 @@
-"""Layers read off the forward pass: order, axes and followers."""
+"""Layers read off the forward pass: order, axes and followers.
 
-import dataclasses
+`walk` goes through the equations of a jaxpr, `rules` say what each primitive does to the
+`values`, and write down in the `record` which parameter enters which product; `roles`
+reads layers from it, and a verdict on every leaf.
+"""
+
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tb_optax.forward.association import POLICIES, followers
-from tb_optax.forward.execution import slices_in_order
-from tb_optax.forward.interpreter import Interpreter
-from tb_optax.forward.program import program_of
-from tb_optax.forward.reading import read_kernels
-from tb_optax.forward.record import Record
-from tb_optax.layers import Layer, MatrixAxes, layer_of_leaf
+from tb_optax.layers import Layers, MatrixAxes
 from tb_optax.leaves import listing, match_paths
+from tb_optax.trace.program import program_of
+from tb_optax.trace.record import Record
+from tb_optax.trace.roles import NORMS, Roles, Unclear, roles_of
+from tb_optax.trace.rules import RULES
+from tb_optax.trace.walk import Walk
 
 Parts = int | Sequence[int]
 
@@ -25,8 +28,8 @@ def trace_layers(
     strict: bool = True,
     norms: str = "after",
     split: Mapping[str, tuple[int, Parts]] | None = None,
-) -> tuple[Layer, ...]:
-    r"""Finds the layers of a model by what its forward pass does with its parameters.
+) -> Layers:
+    r"""Find the layers of a model by what its forward pass does with its parameters.
 
     The forward pass is traced once, abstractly: nothing is computed, arrays may be
     `jax.ShapeDtypeStruct`.  A parameter that enters a product with data is a kernel;
@@ -104,37 +107,33 @@ def trace_layers(
         Zhou et al, `Temperature Balancing, Layer-wise Weight Analysis, and Neural
         Network Training <https://arxiv.org/abs/2312.00359>`_, 2023
     """
-    _check(norms)
+    _check_norms(norms)
     program = program_of(fn, params, inputs)
-    arrays = {path: leaf for path, leaf in program.leaves.items() if leaf.is_array}
-    shapes = {path: leaf.shape for path, leaf in arrays.items()}
-    given = match_paths("axes", axes, arrays)
-    parts = match_paths("split", split, arrays)
+    shapes = program.shapes
+    given = match_paths("axes", axes, shapes)
     _check_ranks(given, shapes)
-    record = Record(shapes, given)
-    Interpreter(record).run(program.jaxpr, program.values)
-    kernels = read_kernels(record)
-    _check_uses(given, kernels.axes)
-    if kernels.unclear:
-        _complain(kernels.unclear, shapes, strict)
-    follows: dict[str, list[str]] = {}
-    for path, kernel in followers(record, POLICIES[norms]).items():
-        if kernel in kernels.axes and path not in kernels.axes:
-            follows.setdefault(kernel, []).append(path)
-    layers = []
-    for path, index in slices_in_order(record, kernels.axes):
-        layer = Layer(path, kernels.axes[path], index=index)
-        for piece in _pieces(layer, shapes[path], parts.get(path)):
-            fitting = [f for f in follows.get(path, ()) if _fits(piece, f, shapes)]
-            layers.append(dataclasses.replace(piece, follows=tuple(fitting)))
-    if not layers and not kernels.unclear and not given:
+    parts = match_paths("split", split, shapes)
+
+    def read(assumed: frozenset[str] = frozenset()) -> Roles:
+        record = Record(shapes, given, assumed, program.unreal)
+        Walk(record, RULES).run(program.jaxpr, program.values)
+        return roles_of(record, norms, parts)
+
+    roles = read()
+    if roles.unclear:
+        roles = _with_assumptions(roles, read)
+    _check_given(given, roles)
+    if roles.unclear:
+        _complain(roles.unclear, shapes, strict)
+    if not (roles.layers or roles.unclear or given):
         _complain_of_nothing(shapes)
-    return tuple(layers)
+    unclear = {p: f"unclear: {'; '.join(u.reasons)}" for p, u in roles.unclear.items()}
+    return Layers(roles.layers, {**roles.notes, **unclear, **program.notes})
 
 
-def _check(norms: str) -> None:
-    if norms not in POLICIES:
-        allowed = ", ".join(map(repr, POLICIES))
+def _check_norms(norms: str) -> None:
+    if norms not in NORMS:
+        allowed = ", ".join(map(repr, NORMS))
         msg = f"norms must be one of {allowed}, got norms = {norms!r}."
         raise ValueError(msg)
 
@@ -151,33 +150,59 @@ def _check_ranks(
             raise ValueError(msg)
 
 
-def _check_uses(
-    given: Mapping[str, MatrixAxes | None], found: Mapping[str, MatrixAxes]
-) -> None:
+def _check_given(given: Mapping[str, MatrixAxes | None], roles: Roles) -> None:
+    found = {layer.path for layer in roles.layers}
     for path, axes in given.items():
         if axes is not None and path not in found:
             msg = (
                 f"axes: the forward pass multiplies no data with {path!r}, which "
                 f"therefore has no place among the layers; give None for it."
             )
+            if "complex" in roles.notes.get(path, ""):
+                msg = f"axes: {path!r} is complex, and no layer; give None for it."
             raise ValueError(msg)
 
 
+def _with_assumptions(first: Roles, read: Callable[[frozenset[str]], Roles]) -> Roles:
+    """Read again with the likely kernels of products without data taken for kernels.
+
+    The rest comes out right then, and the error can say how to read them.
+    """
+    roles, assumed = first, frozenset()
+    while likely := roles.likely - assumed:
+        assumed |= likely
+        roles = read(assumed)
+    unclear = dict(roles.unclear)
+    axes = {layer.path: layer.axes for layer in roles.layers}
+    for path in roles.assumed:
+        unclear[path] = first.unclear[path]._replace(likely=axes[path])
+    # What stands in the place of data for them may be a kernel as well.
+    reasons = {reason for path in roles.assumed for reason in unclear[path].reasons}
+    for path, why in first.unclear.items():
+        if any(repr(path) in reason for reason in reasons):
+            unclear.setdefault(path, why._replace(likely=None))
+    layers = [layer for layer in roles.layers if layer.path not in unclear]
+    return roles._replace(layers=tuple(layers), unclear=unclear)
+
+
 def _complain(
-    unclear: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], strict: bool
+    unclear: Mapping[str, Unclear], shapes: Mapping[str, tuple[int, ...]], strict: bool
 ) -> None:
-    """Raises for the leaves whose axes cannot be told, or warns and goes on."""
+    """Raise for the leaves whose axes cannot be told, or warn and go on."""
+    # Kernels come first, in the order of execution.
+    paths = sorted(unclear, key=lambda path: unclear[path].likely is None)
     listed = "\n".join(
-        f"  {path!r} of shape {shapes[path]}: {reason}"
-        for path, reason in unclear.items()
+        f"  {path!r} of shape {shapes[path]}: {'; '.join(unclear[path].reasons)}"
+        for path in paths
     )
-    first = next(iter(unclear))
+    proposed = {path: unclear[path].likely for path in paths}
     remedy = (
-        f"Pass axes={{{first!r}: MatrixAxes(reduction=..., output=..., pooled=..., "
-        f"stacked=...)}}, or None for a leaf that is no kernel; patterns such as "
+        f"Pass axes={proposed}: MatrixAxes(reduction, output, pooled=..., stacked=...) "
+        f"for a kernel, or None for a leaf that is no kernel; patterns such as "
         f"'*/kernel' settle many at once."
     )
-    what = f"trace_layers cannot tell how to read {len(unclear)} leaves"
+    count = "1 leaf" if len(paths) == 1 else f"{len(paths)} leaves"
+    what = f"trace_layers cannot tell how to read {count}"
     if strict:
         msg = f"{what}:\n{listed}\n{remedy}"
         raise ValueError(msg)
@@ -196,46 +221,3 @@ def _complain_of_nothing(shapes: Mapping[str, tuple[int, ...]]) -> None:
         why = f"none of the {len(shapes)} parameters has two axes"
     msg = f"trace_layers finds no layer: {why}."
     raise ValueError(msg)
-
-
-def _pieces(
-    layer: Layer, shape: tuple[int, ...], split: tuple[int, Parts] | None
-) -> list[Layer]:
-    """A layer cut along an output axis, or whole."""
-    if split is None:
-        return [layer]
-    axis, parts = split
-    if axis not in layer.axes.output:
-        msg = (
-            f"split: {layer.path!r} has the output axes {layer.axes.output}, got axis "
-            f"{axis}."
-        )
-        raise ValueError(msg)
-    size = shape[axis]
-    if isinstance(parts, int):
-        sizes = [size // parts] * parts if parts > 0 else []
-    else:
-        sizes = list(parts)
-    if sum(sizes) != size or any(part < 1 for part in sizes):
-        msg = (
-            f"split: axis {axis} of {layer.path!r} has {size} outputs, which do not "
-            f"fall into {parts} parts; give a divisor, or sizes that add up."
-        )
-        raise ValueError(msg)
-    pieces, start = [], 0
-    for part in sizes:
-        pieces.append(dataclasses.replace(layer, part=(axis, start, start + part)))
-        start += part
-    return pieces
-
-
-def _fits(layer: Layer, path: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether a leaf can be cut as the layer is: into the same slices and parts."""
-    index = layer.index or (0,) * len(layer.axes.stacked)
-    try:
-        layer_of_leaf(
-            [dataclasses.replace(layer, index=index, follows=(path,))], shapes
-        )
-    except ValueError:
-        return False
-    return True
