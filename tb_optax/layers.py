@@ -175,6 +175,7 @@ class Layers(tuple[Layer, ...]):
         return None
 
     def __getitem__(self, key):
+        """A layer, or the layers of a slice with the same notes."""
         found = super().__getitem__(key)
         return Layers(found, self.notes) if isinstance(key, slice) else found
 
@@ -338,3 +339,88 @@ def _output_axis_of_follower(layer, path, shape, kernel_shape) -> int:
         f"it out of the layer's `follows`."
     )
     raise ValueError(msg)
+
+
+def parts_of(
+    layer: Layer, shape: Sequence[int], split: tuple[int, int | Sequence[int]] | None
+) -> list[Layer]:
+    """Cut a layer along an output axis: `split` is the axis, and the parts' number or sizes.
+
+    Raises:
+        ValueError: if the axis is no output, or the parts do not add up to it.
+    """
+    if split is None:
+        return [layer]
+    axis, parts = split
+    if axis not in layer.axes.output:
+        msg = (
+            f"split: {layer.path!r} has the output axes {layer.axes.output}, got axis "
+            f"{axis}."
+        )
+        raise ValueError(msg)
+    size = shape[axis]
+    if isinstance(parts, int):
+        sizes = [size // parts] * parts if parts > 0 else []
+    else:
+        sizes = list(parts)
+    if sum(sizes) != size or any(part < 1 for part in sizes):
+        msg = (
+            f"split: axis {axis} of {layer.path!r} has {size} outputs, which do not "
+            f"fall into {parts} parts; give a divisor, or sizes that add up."
+        )
+        raise ValueError(msg)
+    stops = itertools.accumulate(sizes)
+    return [
+        dataclasses.replace(layer, part=(axis, stop - size, stop))
+        for size, stop in zip(sizes, stops, strict=True)
+    ]
+
+
+def with_followers(
+    layers: Sequence[Layer],
+    targets: Mapping[str, tuple[str, bool]],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> tuple[list[Layer], list[str]]:
+    """Attach followers to layers; each is cut into slices and parts as its kernel is.
+
+    Args:
+        layers: layers without followers.
+        targets: for every follower, the path of its kernel, and whether it may follow
+            the first slice or part alone, if it cannot be cut: as a norm does that
+            feeds all of them.
+        shapes: shape of every leaf by path.
+
+    Returns:
+        The layers, and the paths of the leaves that follow none.
+    """
+    follows: dict[str, list[str]] = {}
+    first: dict[str, list[str]] = {}
+    cannot = []
+    for path, (kernel, feeding) in targets.items():
+        own = [layer for layer in layers if layer.path == kernel]
+        if all(_fits(layer, path, shapes) for layer in own):
+            follows.setdefault(kernel, []).append(path)
+        elif feeding and len({layer.index for layer in own}) == 1:
+            first.setdefault(kernel, []).append(path)
+        else:
+            cannot.append(path)
+    found = []
+    for layer in layers:
+        alone = first.pop(layer.path, [])
+        own = expand_stacks([layer], shapes) if alone else [layer]
+        for one in own:
+            more = (*follows.get(layer.path, ()), *alone)
+            found.append(dataclasses.replace(one, follows=more))
+            alone = []
+    return found, cannot
+
+
+def _fits(layer: Layer, path: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a leaf can be cut as the layer is: into the same slices and parts."""
+    index = layer.index or (0,) * len(layer.axes.stacked)
+    alone = dataclasses.replace(layer, index=index, follows=(path,))
+    try:
+        layer_of_leaf([alone], {p: shapes[p] for p in (layer.path, path)})
+    except ValueError:
+        return False
+    return True

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from tb_optax.leaves import is_array, leaves_of
-from tb_optax.trace.values import Constant, Data, Parameter, Trail, Value
+from tb_optax.trace.record import DATA, PARAMETER, Value
 from tb_optax.trace.views import fresh
 
 
@@ -53,14 +53,13 @@ def program_of(fn: Callable[..., Any], params: Any, inputs: Sequence[Any]) -> Pr
     rest = len(own) + len(jax.tree.leaves(state))
     values: list[Value] = []
     for position, array in enumerate(arrays):
+        value = Value(fresh(array.shape))
         if position < len(own) and jnp.issubdtype(array.dtype, jnp.inexact):
             path = own[position].path
-            values.append(Parameter(fresh(array.shape), frozenset([path]), path))
-        elif position < rest or jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-            values.append(Constant(fresh(array.shape)))
-        else:
-            trail = Trail(rank=1 + len(array.shape))
-            values.append(Data(fresh(array.shape), trail))
+            value = value.but(kind=PARAMETER, path=path, leaves=frozenset([path]))
+        elif position >= rest and not jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+            value = value.but(kind=DATA, rank=1 + len(array.shape))
+        values.append(value)
 
     def forward(*arrays):
         params, state, *inputs = rebuild(arrays)

@@ -1,22 +1,100 @@
-"""The record of a forward pass: which parameter does what, in order of execution."""
+"""What is known of an array in a forward pass, and the record of what happens to it."""
 
+import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from tb_optax.layers import MatrixAxes
-from tb_optax.trace.values import Parameter
+from tb_optax.trace.views import Array
 
+T = TypeVar("T")
+CONSTANT, PARAMETER, DATA = range(3)
 REDUCTION, OUTPUT, POOLED, STACKED = "reduction", "output", "pooled", "stacked"
-# Why a matrix that is likely a kernel cannot be read.
+# What a product does with an axis of a kernel: names of fields of `MatrixAxes`, more
+# than one where its parts differ; or the only slice it has of it, None if unknown.
+Use = frozenset[str] | int | None
+# Why a matrix that is likely a kernel cannot be read, or is likely none.
 COMPUTED = "it is computed with before it enters a product: its axes are lost"
 BETWEEN_DATA = (
     "it is added to or multiplied with data and then enters a product of data with data"
 )
-SECOND = "it is combined with another of the same axes"  # and is likely none
-# What a product does with an axis of a kernel: names of fields of `MatrixAxes`, more
-# than one where its parts differ; or the only slice it has of it, None if unknown.
-Use = frozenset[str] | int | None
-T = TypeVar("T")
+SECOND = "it is combined with another of the same axes"
+
+
+def union(sets: Iterable[frozenset[T]]) -> frozenset[T]:
+    """All elements of several sets."""
+    return frozenset().union(*sets)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Value:
+    """An array: a constant, computed from parameters alone, or data.
+
+    Data depends on an input, or on a product with a parameter.
+    """
+
+    array: Array
+    kind: int = CONSTANT
+    literal: int | None = None  # the number that a constant is
+    # The leaf that a parameter is entry by entry, but for what acts on it elementwise:
+    # then `array` is a view on that leaf.
+    path: str | None = None
+    unknown: frozenset[int] = (
+        frozenset()
+    )  # axes of which there is one slice, but which?
+    # All parameters in a parameter; those that were added to data or multiplied in.
+    leaves: frozenset[str] = frozenset()
+    looked_up: bool = False  # whether constants have picked the rows of a parameter
+    scaled: bool = (
+        False  # whether a parameter was multiplied with an array of constants
+    )
+    # Numbers of the newest products that data came through; several where their kernels
+    # lay side by side.
+    last: tuple[int, ...] = ()
+    through: int = 0  # bits of all products that it depends on
+    rank: int = 0  # 1 + the most axes of an input it depends on; 0 if on none
+    normalized: bool = False  # whether statistics were taken out of it since
+    reduced: bool = False  # whether it is a statistic, summed over some dimension since
+    mixed: bool = False  # whether it is a product of data with data since
+    learned: bool = False  # whether it is a parameter in the place of data
+    pending: frozenset[str] = frozenset()  # norm parameters that acted on it since
+    coefficients: frozenset[str] = frozenset()  # what scaled it before it met a layer
+
+    def but(self, **changes: Any) -> "Value":
+        """The same with changes."""
+        return dataclasses.replace(self, **changes)
+
+    def lost(self, array: Array, **changes: Any) -> "Value":
+        """What is no longer its leaf, entry by entry, nor its number."""
+        return self.but(array=array, path=None, literal=None, **changes)
+
+
+def joined(values: Iterable[Value], array: Array) -> Value:
+    """What comes of several values: data, if any is data."""
+    values = list(values)
+    kind = max((value.kind for value in values), default=CONSTANT)
+    own = [value for value in values if value.kind == kind != CONSTANT]
+    return Value(
+        array,
+        kind,
+        leaves=union(value.leaves for value in own),
+        looked_up=any(value.looked_up for value in own),
+        scaled=any(value.scaled for value in own),
+        last=newest(own).last if own else (),
+        through=functools.reduce(int.__or__, (value.through for value in own), 0),
+        rank=max((value.rank for value in own), default=0),
+        normalized=any(value.normalized for value in own),
+        reduced=bool(own) and all(value.reduced for value in own),
+        mixed=any(value.mixed for value in own),
+        pending=union(value.pending for value in own),
+        coefficients=union(value.coefficients for value in own),
+    )
+
+
+def newest(values: Iterable[Value]) -> Value:
+    """The value that came through the newest product."""
+    return max(values, key=lambda value: max(value.last, default=-1))
 
 
 class Product(NamedTuple):
@@ -46,11 +124,11 @@ class Feed(NamedTuple):
 
 
 class Said(NamedTuple):
-    """What else a parameter does."""
+    """What else a parameter does, and whether that is a use that cannot be read."""
 
     path: str
     reason: str
-    failed: bool  # whether it is a use that cannot be read
+    failed: bool
 
 
 class Apart(NamedTuple):
@@ -68,23 +146,21 @@ class Record:
         self,
         shapes: Mapping[str, tuple[int, ...]],
         given: Mapping[str, MatrixAxes | None],
-        assumed: Iterable[str] = (),
-        unreal: Iterable[str] = (),
+        assumed: frozenset[str] = frozenset(),
+        unreal: frozenset[str] = frozenset(),
     ):
-        self.shapes, self.given = dict(shapes), dict(given)
-        self.unreal = frozenset(unreal)  # complex parameters
+        self.shapes, self.given, self.unreal = dict(shapes), dict(given), unreal
         # Parameters that are taken for kernels in products of parameters alone, and
         # those that may be.
-        self.assumed, self.likely = frozenset(assumed), set[str]()
-        self.events: list[Any] = []
+        self.assumed, self.likely = assumed, set[str]()
+        self.events, self.seen = list[Any](), set[str]()
         self.products: dict[int, Product] = {}
         self.apart: dict[int, list[Apart]] = {}
         # Products that only compute their own kernel, as in spectral norm; and those
         # of constants, whose outputs constants are multiplied with again.
         self.auxiliary, self.resampled = set[int](), set[int]()
-        self.seen = set[str]()
         # Parameters that were put side by side: the dimension, and where each begins.
-        self.bundles: dict[str, tuple[int, list[tuple[int, Parameter]]]] = {}
+        self.bundles: dict[str | None, tuple[int, list[tuple[int, Value]]]] = {}
 
     def product(self, path: str, uses: Mapping[int, Use] | None, **more: Any) -> int:
         """Write a product down; return its number."""
@@ -106,7 +182,7 @@ class Record:
         paths = sorted(filter(self.is_matrix, paths))
         self.events += [Said(path, reason, True) for path in paths]
 
-    def bundle(self, dimension: int, parts: Sequence[Parameter]) -> str:
+    def bundle(self, dimension: int, parts: Sequence[Value]) -> str:
         """Give parameters that lie side by side a name; there are bundles of these."""
         path, start = f"<{len(self.bundles)}>", 0
         self.bundles[path] = dimension, []
@@ -115,7 +191,7 @@ class Record:
             start += part.array.shape[dimension]
         return path
 
-    def own(self, value: Parameter) -> frozenset[str]:
+    def own(self, value: Value) -> frozenset[str]:
         """The leaf that a value is, or else all that are in it."""
         return frozenset([value.path]) if value.path in self.shapes else value.leaves
 
@@ -129,8 +205,7 @@ class Record:
 
     def is_left_out(self, path: str) -> bool:
         """Whether a parameter is said to be no kernel, or cannot be one."""
-        said = path in self.given and self.given[path] is None
-        return said or path in self.unreal
+        return path in self.unreal or self.given.get(path, self) is None
 
     def of_type(self, kind: type[T]) -> list[T]:
         """All events of one type."""

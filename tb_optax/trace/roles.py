@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from tb_optax.layers import Layer, MatrixAxes, layer_of_leaf
+from tb_optax.layers import Layer, MatrixAxes, parts_of, with_followers
 from tb_optax.trace.record import (
     BETWEEN_DATA,
     COMPUTED,
@@ -22,7 +22,6 @@ from tb_optax.trace.record import (
 )
 
 NORMS = ("after", "before", "none")
-Parts = int | Sequence[int]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -52,7 +51,7 @@ class Roles(NamedTuple):
 
 
 def roles_of(
-    record: Record, norms: str, split: Mapping[str, tuple[int, Parts]]
+    record: Record, norms: str, split: Mapping[str, tuple[int, int | Sequence[int]]]
 ) -> Roles:
     """Read a record."""
     products = [
@@ -65,9 +64,17 @@ def roles_of(
     layers = []
     for path, index in _in_order(products, axes, record.shapes):
         layer = Layer(path, axes[path], index=index)
-        layers += _parts(layer, record.shapes[path], split.get(path))
+        layers += parts_of(layer, record.shapes[path], split.get(path))
     targets, notes = _targets(record, products, turned, norms)
-    layers = _with_followers(layers, targets, notes, record)
+    own = axes.keys() | set(filter(record.is_left_out, record.shapes))
+    targets = {
+        path: targets[path] for path in record.shapes if path in targets.keys() - own
+    }
+    layers, cannot = with_followers(layers, targets, record.shapes)
+    notes |= {
+        path: f"cannot be cut as {targets[path][0]!r} is, which it acts on"
+        for path in cannot
+    }
     notes, unclear = _verdicts(record, layers, notes, unclear)
     assumed = {p.path for p in products if p.learned} & record.assumed
     likely = frozenset(record.likely & unclear.keys())
@@ -251,37 +258,6 @@ def _in_order(
     return list(found)
 
 
-def _parts(
-    layer: Layer, shape: Sequence[int], split: tuple[int, Parts] | None
-) -> list[Layer]:
-    """A layer cut along an output axis, or whole."""
-    if split is None:
-        return [layer]
-    axis, parts = split
-    if axis not in layer.axes.output:
-        msg = (
-            f"split: {layer.path!r} has the output axes {layer.axes.output}, got axis "
-            f"{axis}."
-        )
-        raise ValueError(msg)
-    size = shape[axis]
-    if isinstance(parts, int):
-        sizes = [size // parts] * parts if parts > 0 else []
-    else:
-        sizes = list(parts)
-    if sum(sizes) != size or any(part < 1 for part in sizes):
-        msg = (
-            f"split: axis {axis} of {layer.path!r} has {size} outputs, which do not "
-            f"fall into {parts} parts; give a divisor, or sizes that add up."
-        )
-        raise ValueError(msg)
-    stops = itertools.accumulate(sizes)
-    return [
-        dataclasses.replace(layer, part=(axis, stop - size, stop))
-        for size, stop in zip(sizes, stops, strict=True)
-    ]
-
-
 # ---- Followers ----------------------------------------------------------------------
 
 
@@ -320,56 +296,6 @@ def _targets(
     return found, why
 
 
-def _with_followers(
-    layers: Sequence[Layer],
-    targets: Mapping[str, tuple[str, bool]],
-    why: dict[str, str],
-    record: Record,
-) -> list[Layer]:
-    """Layers with those that follow them, which are cut as their kernel is.
-
-    A norm that feeds all slices or parts at once follows the first of them.
-    """
-    kernels = {layer.path for layer in layers}
-    follows: dict[str, list[str]] = {}
-    first: dict[str, list[str]] = {}
-    for path in [path for path in record.shapes if path in targets]:
-        kernel, feeding = targets[path]
-        if path in kernels or record.is_left_out(path):
-            continue
-        own = [layer for layer in layers if layer.path == kernel]
-        if all(_fits(layer, path, record.shapes) for layer in own):
-            follows.setdefault(kernel, []).append(path)
-        elif feeding and len({layer.index for layer in own}) == 1:
-            first.setdefault(kernel, []).append(path)
-        else:
-            why[path] = f"cannot be cut as {kernel!r} is, which it acts on"
-    found = []
-    for layer in layers:
-        fed = first.pop(layer.path, [])
-        own = [layer]
-        if fed and layer.axes.stacked and not layer.index:
-            sizes = [range(record.shapes[layer.path][i]) for i in layer.axes.stacked]
-            indices = itertools.product(*sizes)
-            own = [dataclasses.replace(layer, index=index) for index in indices]
-        for one in own:
-            more = (*follows.get(layer.path, ()), *fed)
-            found.append(dataclasses.replace(one, follows=tuple(more)))
-            fed = []
-    return found
-
-
-def _fits(layer: Layer, path: str, shapes: Shapes) -> bool:
-    """Whether a leaf can be cut as the layer is: into the same slices and parts."""
-    index = layer.index or (0,) * len(layer.axes.stacked)
-    alone = dataclasses.replace(layer, index=index, follows=(path,))
-    try:
-        layer_of_leaf([alone], {p: shapes[p] for p in (layer.path, path)})
-    except ValueError:
-        return False
-    return True
-
-
 # ---- Verdicts -----------------------------------------------------------------------
 
 
@@ -379,48 +305,39 @@ def _verdicts(
     why: Mapping[str, str],
     unclear: Mapping[str, Unclear],
 ) -> tuple[dict[str, str], dict[str, Unclear]]:
-    """The verdict on every leaf, and the leaves that have none."""
-    kernels = {layer.path for layer in layers}
-    followed = {path: layer.path for layer in layers for path in layer.follows}
+    """The verdict on every leaf, and the leaves that have none.
+
+    What is found later stands before what was found earlier.
+    """
     failed: dict[str, dict[str, None]] = {}
-    notes: dict[str, str] = {}
     for event in record.of_type(Said):
         if event.failed:
             failed.setdefault(event.path, {})[event.reason] = None
-        else:
-            notes.setdefault(event.path, event.reason)
+    vectors = [path for path in record.shapes if not record.is_matrix(path)]
+    notes = {path: "after no layer" for path in vectors}
+    notes |= {path: "not used" for path in vectors if path not in record.seen}
+    made = record.of_type(Product)
+    vector = "multiplies data as a vector, or as one for each slice"
+    notes |= {product.path: vector for product in made if product.kernel}
+    notes |= {e.path: e.reason for e in record.of_type(Said)[::-1] if not e.failed}
     notes |= why
-    for product in record.of_type(Product):
-        vector = "multiplies data as a vector, or as one for each slice"
-        if product.kernel:
-            notes.setdefault(product.path, vector)
-        else:
-            notes[product.path] = "embedding: data looks up its rows"
-    said: dict[str, str] = {}
-    found: dict[str, Unclear] = {}
-    for path in record.shapes:
-        if path in record.unreal:
-            said[path] = "complex: only real matrices are read"
-        elif record.is_left_out(path):
-            said[path] = "left out by axes="
-        elif path in kernels:
-            said[path] = "layer"
-        elif path in unclear:
-            found[path] = unclear[path]
-        elif path in followed:
-            said[path] = f"follows {followed[path]}"
-        elif record.is_matrix(path) and path in failed:
-            dense = MatrixAxes((0,), (1,)) if len(record.shapes[path]) == 2 else None
-            computed = not {COMPUTED, BETWEEN_DATA}.isdisjoint(failed[path])
-            second = any(reason.startswith(SECOND) for reason in failed[path])
-            likely = dense if computed and not second else None
-            found[path] = Unclear(tuple(failed[path]), likely)
-        elif path in notes:
-            said[path] = notes[path]
-        elif not record.is_matrix(path):
-            said[path] = "after no layer" if path in record.seen else "not used"
-        else:
-            used = path in record.seen
-            reason = "it meets no data" if used else "the forward pass does not use it"
-            found[path] = Unclear((reason,))
-    return said, found
+    looked_up = "embedding: data looks up its rows"
+    notes |= {product.path: looked_up for product in made if not product.kernel}
+    notes = {path: note for path, note in notes.items() if path not in failed}
+    notes |= {path: f"follows {e.path}" for e in layers for path in e.follows}
+    notes = {path: note for path, note in notes.items() if path not in unclear}
+    notes |= {layer.path: "layer" for layer in layers}
+    left_out = [path for path in record.shapes if record.is_left_out(path)]
+    notes |= dict.fromkeys(left_out, "left out by axes=")
+    notes |= dict.fromkeys(record.unreal, "complex: only real matrices are read")
+    found = dict(unclear)
+    for path in [path for path in record.shapes if path not in {*notes, *unclear}]:
+        used = path in record.seen
+        idle = "it meets no data" if used else "the forward pass does not use it"
+        reasons = tuple(failed.get(path, [idle]))
+        computed = COMPUTED in reasons or BETWEEN_DATA in reasons
+        second = any(reason.startswith(SECOND) for reason in reasons)
+        flat = len(record.shapes[path]) == 2 and computed and not second
+        found[path] = Unclear(reasons, MatrixAxes((0,), (1,)) if flat else None)
+    in_order = [path for path in record.shapes if path in found]
+    return notes, {path: found[path] for path in in_order if path not in notes}

@@ -40,6 +40,24 @@ NORMED, DISTINCT, ONE_HOT = Label(-1), Label(-2), Label(-3)
 Labels: TypeAlias = frozenset[Label]
 
 
+class Factor(NamedTuple):
+    """A factor of a dimension, which runs along one axis or along none."""
+
+    size: int
+    axis: int | None = 0  # of the source; None if all entries along it are equal
+    whole: bool = True  # whether it covers the axis from end to end
+    labels: Labels = frozenset()  # of what it covers
+
+    @property
+    def varies(self) -> bool:
+        """Whether entries may differ along the factor."""
+        return self.size > 1 and self.axis is not None
+
+
+Dimension: TypeAlias = Sequence[Factor]
+Pairs: TypeAlias = Sequence[Sequence[tuple[int, int]]]
+
+
 class Source:
     """A leaf, or the array that a computation has put out, with labels of its axes."""
 
@@ -49,32 +67,16 @@ class Source:
         self.steps = [math.prod(rooms[i + 1 :]) for i in range(len(rooms))]
         self._ascending = self.steps[::-1]
 
-    def axis_of(self, stride: int) -> int:
-        """The axis that steps of this length run along."""
-        return len(self.steps) - bisect.bisect_right(self._ascending, stride)
-
-
-class Factor(NamedTuple):
-    """A factor of a dimension, which runs along one axis or along none."""
-
-    size: int
-    axis: int | None = 0  # of the source; None if all entries along it are equal
-    whole: bool = True  # whether it covers the axis from end to end
-    labels: Labels = frozenset()  # of the axis
-
-    @property
-    def varies(self) -> bool:
-        """Whether entries may differ along the factor."""
-        return self.size > 1 and self.axis is not None
-
-    def own_labels(self) -> Labels:
-        """Labels of what it covers of the axis."""
-        if self.whole:
-            return self.labels
-        return frozenset(label._replace(whole=False) for label in self.labels)
-
-
-Dimension: TypeAlias = Sequence[Factor]
+    def factor(self, size: int, stride: int) -> Factor:
+        """What a dimension with this stride runs along."""
+        if stride == 0:
+            return Factor(size, None, False)
+        axis = len(self.steps) - bisect.bisect_right(self._ascending, abs(stride))
+        whole = (size, abs(stride)) == (self.shape[axis], self.steps[axis])
+        labels = self.labels[axis]
+        if labels and not whole:
+            labels = frozenset(label._replace(whole=False) for label in labels)
+        return Factor(size, axis, whole, labels)
 
 
 class Array:
@@ -94,24 +96,12 @@ class Array:
 
     def dims(self) -> list[list[Factor]]:
         """Factors of each dimension, from major to minor."""
-        source = self.source
-
-        def factor(size: int, stride: int) -> Factor:
-            if stride == 0:
-                return Factor(size, None, False)
-            axis = source.axis_of(abs(stride))
-            full = (source.shape[axis], source.steps[axis])
-            return Factor(size, axis, full == (size, abs(stride)), source.labels[axis])
-
-        return [[factor(*pair) for pair in dim] for dim in self.pairs()]
+        return [[self.source.factor(*pair) for pair in dim] for dim in self.pairs()]
 
     def varying(self) -> frozenset[int]:
         """Dimensions along which entries may differ."""
-        return frozenset(
-            i
-            for i, dim in enumerate(self.pairs())
-            if any(size > 1 and stride for size, stride in dim)
-        )
+        pairs = enumerate(self.pairs())
+        return frozenset(i for i, dim in pairs if any(n > 1 and s for n, s in dim))
 
     def start(self) -> list[int]:
         """Index of the first entry along every axis of the source."""
@@ -127,22 +117,25 @@ class Array:
         """Equal for equal views on one source."""
         return self.start(), self.pairs()
 
+    def strided(self, dims: Pairs) -> "Array":
+        """The same first entry, with these factors."""
+        flat = [pair for dim in dims for pair in dim]
+        sizes, strides = [size for size, _ in flat], [stride for _, stride in flat]
+        view = as_strided(self.view, sizes, strides, writeable=False)
+        return Array(self.source, view, [len(dim) for dim in dims])
 
-def _strided(array: Array, dims: Sequence[Sequence[tuple[int, int]]]) -> Array:
-    """The same first entry, with these factors."""
-    flat = [pair for dim in dims for pair in dim]
-    sizes, strides = [size for size, _ in flat], [stride for _, stride in flat]
-    view = as_strided(array.view, sizes, strides, writeable=False)
-    return Array(array.source, view, [len(dim) for dim in dims])
+    def indexed(self, key: Sequence[Any], gone: int = 0) -> "Array":
+        """NumPy's indexing; integers make the first dimensions vanish."""
+        return Array(self.source, self.view[(*key, ...)], self.cuts[gone:])
 
 
 def of_factors(dims: Sequence[Dimension]) -> Array:
     """A new array whose dimensions have these factors, with their labels."""
     flat = [factor for dim in dims for factor in dim]
-    source = Source([f.size for f in flat], [f.own_labels() for f in flat])
+    source = Source([f.size for f in flat], [f.labels for f in flat])
     step = iter(source.steps)
     pairs = [[(f.size, next(step) * (f.axis is not None)) for f in d] for d in dims]
-    return _strided(Array(source, _BYTE, ()), pairs)
+    return Array(source, _BYTE, ()).strided(pairs)
 
 
 def fresh(shape: Iterable[int]) -> Array:
@@ -167,7 +160,7 @@ def same(array: Array, _: Sequence[int]) -> Array:
 def transpose(order: Iterable[Any]) -> Move:
     """Permute dimensions; those that are not named vanish, their first entry stays."""
     order = list(map(int, order))
-    return lambda array, _: _strided(array, [array.pairs()[i] for i in order])
+    return lambda array, _: array.strided([array.pairs()[i] for i in order])
 
 
 def without(gone: Iterable[Any]) -> Move:
@@ -197,7 +190,7 @@ def reshape(array: Array, shape: Sequence[int]) -> Array:
             missing //= size
     if dims:
         dims[-1] += reversed(rest)
-    return _strided(array, dims)
+    return array.strided(dims)
 
 
 def broadcast(positions: Iterable[Any]) -> Move:
@@ -207,9 +200,8 @@ def broadcast(positions: Iterable[Any]) -> Move:
     def move(array, shape):
         dims = [[(size, 0)] for size in shape]
         for dim, own, i in zip(array.pairs(), array.shape, positions, strict=True):
-            if own == shape[i]:
-                dims[i] = dim
-        return _strided(array, dims)
+            dims[i] = dim if own == shape[i] else dims[i]
+        return array.strided(dims)
 
     return move
 
@@ -223,23 +215,20 @@ def tile(array: Array, shape: Sequence[int]) -> Array:
     """Put copies side by side: a new major factor of a dimension."""
     sized = zip(array.pairs(), array.shape, shape, strict=True)
     more = [([] if n == own else [(n // own, 0)], dim) for dim, own, n in sized]
-    return _strided(array, [[*copies, *dim] for copies, dim in more])
+    return array.strided([[*copies, *dim] for copies, dim in more])
 
 
 def take(index: int) -> Move:
     """Take one entry along the first dimension, which vanishes."""
-    return lambda a, _: Array(a.source, a.view[index, ...], a.cuts[1:])
+    return lambda array, _: array.indexed([index], gone=1)
 
 
 def flip(positions: Iterable[int]) -> Move:
     """Reverse dimensions."""
-
-    def move(array, _):
-        owners = [i for i, n in enumerate(array.cuts) for _ in range(n)]
-        axes = [axis for axis, i in enumerate(owners) if i in positions]
-        return Array(array.source, np.flip(array.view, axes), array.cuts)
-
-    return move
+    backwards = {True: slice(None, None, -1), False: slice(None)}
+    return lambda array, _: array.indexed(
+        [backwards[i in positions] for i, n in enumerate(array.cuts) for _ in range(n)]
+    )
 
 
 def cut(starts: Sequence[int], steps: Sequence[int] | None = None) -> Move:
@@ -257,7 +246,7 @@ def cut(starts: Sequence[int], steps: Sequence[int] | None = None) -> Move:
                 key.append(slice(low, low + (count - 1) * step + 1, step))
                 dim = dim[1:]
             key += [slice(None)] * len(dim)
-        return Array(array.source, array.view[(*key, ...)], array.cuts)
+        return array.indexed(key)
 
     return move
 
@@ -273,4 +262,4 @@ def resize(array: Array, shape: Sequence[int]) -> Array:
             if not dim or not inner or size % inner or size > _ROOM * max(own, 1):
                 raise Unfollowed
             dim[0] = (size // inner, dim[0][1])
-    return _strided(array, dims)
+    return array.strided(dims)

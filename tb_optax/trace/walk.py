@@ -1,6 +1,5 @@
 """The walk through a jaxpr: its equations, calls, branches and loops."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,16 +9,15 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import Literal
 
-from tb_optax.trace.record import Product, Record
-from tb_optax.trace.values import Constant, Data, Parameter, Trail, Value, joined, moved
-from tb_optax.trace.views import (
-    ONE_HOT,
-    Factor,
-    fresh,
-    of_factors,
-    resize,
-    take,
-    without,
+from tb_optax.trace import views
+from tb_optax.trace.record import (
+    DATA,
+    PARAMETER,
+    Product,
+    Record,
+    Value,
+    joined,
+    newest,
 )
 
 # Constants with more entries are not searched for one-hot vectors.
@@ -67,25 +65,21 @@ class Walk:
         """Values of the outputs of a jaxpr, closed or not, from those of its inputs."""
         entries = list(getattr(jaxpr, "consts", ()))
         jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-        known: dict[Any, Value] = {
-            variable: Constant(fresh(_shape(variable))) for variable in jaxpr.constvars
-        }
-        for variable, array in zip(jaxpr.constvars, entries, strict=False):
-            known[variable] = _closed_over(array)
+        known = {v: Value(views.fresh(_shape(v))) for v in jaxpr.constvars}
+        known.update(zip(jaxpr.constvars, map(_constant, entries), strict=False))
         known.update(zip(jaxpr.invars, values, strict=True))
 
         def read(atom: Any) -> Value:
-            return _closed_over(atom.val) if isinstance(atom, Literal) else known[atom]
+            return _constant(atom.val) if isinstance(atom, Literal) else known[atom]
 
         for equation in jaxpr.eqns:
             name = equation.primitive.name
             operands = [read(atom) for atom in equation.invars]
-            for value in operands:
-                if isinstance(value, Parameter):
-                    self.record.seen |= value.leaves
-            rule = self.rules.get(name, self.rules["unknown"])
+            parameters = [v.leaves for v in operands if v.kind == PARAMETER]
+            self.record.seen = self.record.seen.union(*parameters)
             shapes = [_shape(variable) for variable in equation.outvars]
             fields = Fields(name, equation.params)
+            rule = self.rules.get(name, self.rules["unknown"])
             found = rule(Op(self, self.record, name, fields, operands, shapes))
             results = found if isinstance(found, list) else [found]
             known.update(zip(equation.outvars, results, strict=True))
@@ -96,21 +90,41 @@ def _shape(variable: Any) -> tuple[int, ...]:
     return tuple(map(int, getattr(variable.aval, "shape", ())))
 
 
-def _closed_over(entries: Any) -> Constant:
+def _constant(entries: Any) -> Value:
     """A constant, with the dimensions along which it is one-hot."""
     shape = np.shape(entries)
-    array = fresh(shape)
     if not shape and isinstance(entries, (int, np.integer)):
-        return Constant(array, int(entries))
+        return Value(views.fresh(shape), literal=int(entries))
     few = 1 < math.prod(shape) <= _MOST_ENTRIES and not isinstance(entries, Tracer)
+    labels = [frozenset[views.Label]() for _ in shape]
     if few and jax.dtypes.issubdtype(entries.dtype, np.generic):
-        values = np.asarray(entries)
-        if np.isin(values, (0, 1)).all():
-            hot = [n > 1 and (values.sum(i) == 1).all() for i, n in enumerate(shape)]
-            labels = [frozenset([ONE_HOT] if one else ()) for one in hot]
-            pairs = zip(shape, labels, strict=True)
-            array = of_factors([[Factor(n, labels=label)] for n, label in pairs])
-    return Constant(array)
+        entries = np.asarray(entries)
+        for i in range(len(shape) if np.isin(entries, (0, 1)).all() else 0):
+            if shape[i] > 1 and (entries.sum(i) == 1).all():
+                labels[i] = frozenset([views.ONE_HOT])
+    pairs = zip(shape, labels, strict=True)
+    return Value(views.of_factors([[views.Factor(n, labels=own)] for n, own in pairs]))
+
+
+def moved(value: Value, move: views.Move, shape: Sequence[int]) -> Value:
+    """A value with its entries moved; no leaf any more if that cannot be followed."""
+    try:
+        return value.but(array=move(value.array, shape))
+    except views.Unfollowed:
+        return value.lost(views.fresh(shape))
+
+
+def picked(value: Value, before: Value, gone: Iterable[int] | None = None) -> Value:
+    """A value with one slice along some dimensions of what it was, unknown which.
+
+    They are those that are of size 1 and were longer, if none are given.
+    """
+    if gone is None:
+        pairs = zip(value.array.shape, before.array.shape, strict=True)
+        gone = [i for i, (size, old) in enumerate(pairs) if size == 1 != old]
+    dims = before.array.dims()
+    axes = frozenset(f.axis for i in gone for f in dims[i] if f.axis is not None)
+    return value.but(unknown=value.unknown | axes)
 
 
 def _call(op: Op) -> list[Value]:
@@ -122,27 +136,10 @@ def _call(op: Op) -> list[Value]:
 def _shard_map(op: Op) -> list[Value]:
     """`shard_map`: the function inside, with the sizes of one shard."""
     body = op.fields["jaxpr"]
-    shards = [
-        picked(moved(value, resize, _shape(variable)), value)
-        for value, variable in zip(op.values, body.invars, strict=True)
-    ]
-    results = op.walk.run(body, shards)
-    return [moved(v, resize, s) for v, s in zip(results, op.shapes, strict=True)]
-
-
-def picked(value: Value, before: Value, gone: Iterable[int] | None = None) -> Value:
-    """A value with one slice along some dimensions of what it was, unknown which.
-
-    They are those that are of size 1 and were longer, if none are given.
-    """
-    if not isinstance(value, Parameter):
-        return value
-    if gone is None:
-        pairs = zip(value.array.shape, before.array.shape, strict=True)
-        gone = [i for i, (size, old) in enumerate(pairs) if size == 1 != old]
-    dims = before.array.dims()
-    axes = frozenset(f.axis for i in gone for f in dims[i] if f.axis is not None)
-    return dataclasses.replace(value, unknown=value.unknown | axes)
+    pairs = zip(op.values, map(_shape, body.invars), strict=True)
+    shards = [picked(moved(v, views.resize, shape), v) for v, shape in pairs]
+    results = zip(op.walk.run(body, shards), op.shapes, strict=True)
+    return [moved(value, views.resize, shape) for value, shape in results]
 
 
 def _cond(op: Op) -> list[Value]:
@@ -157,7 +154,7 @@ def _while(op: Op) -> list[Value]:
     stop = start + op.fields["body_nconsts"]
     body, fixed = op.fields["body_jaxpr"], op.values[start:stop]
 
-    def once(carry: list[Value], _: int = 0) -> list[Value]:
+    def once(carry: list[Value]) -> list[Value]:
         return op.walk.run(body, [*fixed, *carry])
 
     carry = _stable(op.record, once, list(op.values[stop:]))
@@ -187,8 +184,8 @@ def _scan(op: Op) -> list[Value]:
         return op.walk.run(body, [*fixed, *carry, *own])
 
     carry = _stable(op.record, once, carry)
-    stacks = {p for v in slices if isinstance(v, Parameter) for p in v.leaves}
-    results: list[Value] = [Constant(fresh(shape)) for shape in op.shapes]
+    stacks = {path for v in slices if v.kind == PARAMETER for path in v.leaves}
+    results = [Value(views.fresh(shape)) for shape in op.shapes]
     turns = range(length)
     for turn in reversed(turns) if op.fields["reverse"] else turns:
         mark = len(op.record.events)
@@ -197,39 +194,35 @@ def _scan(op: Op) -> list[Value]:
         # A loop that slices no kernel does the same in every iteration.
         if stacks.isdisjoint(e.path for e in made if isinstance(e, Product)):
             break
-    outs = [_stacked(value, length) for value in results[count:]] if length else []
-    return _joined(carry, results[:count]) + (outs or results[count:])
+    first = [views.Factor(length)]
+    return _joined(carry, results[:count]) + [
+        value.lost(views.of_factors([first, *value.array.dims()])) if length else value
+        for value in results[count:]
+    ]
 
 
 def _slice_of(record: Record, value: Value, turn: int) -> Value:
     """One iteration's slice of what is scanned."""
     shape = value.array.shape[1:]
-    if not isinstance(value, Parameter) or value.array.cuts[0] != 1:
-        return moved(value, without([0]), shape)
-    dimension, parts = record.bundles.get(value.path or "", (0, []))
-    if (
-        parts
-        and dimension == 0
-        and value.array.layout() == fresh(value.array.shape).layout()
-    ):
-        start, part = [pair for pair in parts if pair[0] <= turn][-1]
-        return moved(part, take(turn - start), shape)
-    return moved(value, take(turn), shape)
+    if value.kind != PARAMETER or value.array.cuts[0] != 1:
+        return moved(value, views.without([0]), shape)
+    dimension, parts = record.bundles.get(value.path, (0, []))
+    whole = value.array.layout() == views.fresh(value.array.shape).layout()
+    if parts and dimension == 0 and whole:
+        start, value = [pair for pair in parts if pair[0] <= turn][-1]
+        turn -= start
+    return moved(value, views.take(turn), shape)
 
 
 def _stable(
     record: Record, once: Callable[[list[Value]], list[Value]], carry: list[Value]
 ) -> list[Value]:
     """What a loop carries, once constants that become data have become so."""
-
-    def kinds(values: list[Value]) -> list[Any]:
-        return [(type(v), isinstance(v, Parameter) and v.path) for v in values]
-
     mark = len(record.events)
     while True:
         after = _joined(carry, once(_entering(carry)))
         del record.events[mark:]  # They are to be found again.
-        if kinds(after) == kinds(carry):
+        if [(v.kind, v.path) for v in after] == [(v.kind, v.path) for v in carry]:
             return after
         carry = after
 
@@ -237,11 +230,9 @@ def _stable(
 def _entering(carry: list[Value]) -> list[Value]:
     """What a loop carries, inside: its history belongs to an earlier iteration."""
 
-    def enter(value: Value) -> Value:
-        if isinstance(value, Data):
-            trail = Trail(through=value.trail.through, rank=value.trail.rank)
-            return Data(value.array, trail)
-        return Constant(value.array) if isinstance(value, Constant) else value
+    def enter(v: Value) -> Value:
+        data = Value(v.array, DATA, through=v.through, rank=v.rank)
+        return data if v.kind == DATA else v.but(literal=None)
 
     return [enter(value) for value in carry]
 
@@ -252,30 +243,13 @@ def _joined(before: Sequence[Value], after: Sequence[Value]) -> list[Value]:
 
 def _either(values: Sequence[Value]) -> Value:
     """A value that is one of several."""
-    first = values[0]
-    data = [value for value in values if isinstance(value, Data)]
-    parameters = [value for value in values if isinstance(value, Parameter)]
-    if data:
-        newest = max(data, key=lambda value: max(value.trail.last, default=-1))
-        pending = newest.trail.pending
-        return Data(
-            newest.array, joined(v.trail for v in data)._replace(pending=pending)
-        )
-    if not parameters:
-        return Constant(first.array)
-    layouts = [(value.path, value.array.layout()) for value in parameters]
-    if len(parameters) == len(values) and layouts.count(layouts[0]) == len(layouts):
-        return first
-    leaves = frozenset().union(*(value.leaves for value in parameters))
-    return Parameter(fresh(first.array.shape), leaves)
-
-
-def _stacked(value: Value, length: int) -> Value:
-    """What a loop puts out, an entry per iteration."""
-    array = of_factors([[Factor(length)], *value.array.dims()])
-    if isinstance(value, Parameter):
-        return value.lost(array)
-    return dataclasses.replace(value, array=array)
+    found = joined(values, views.fresh(values[0].array.shape))
+    if found.kind == DATA:
+        main = newest(value for value in values if value.kind == DATA)
+        return found.but(array=main.array, pending=main.pending)
+    layouts = [(value.kind, value.path, value.array.layout()) for value in values]
+    alike = layouts.count(layouts[0]) == len(layouts)
+    return values[0].but(literal=None) if alike else found
 
 
 CONTROL: Mapping[str, Rule] = {
