@@ -237,16 +237,19 @@ class Operator:
         high = jnp.max(self.kernel, axis=matrix_axes, keepdims=True)
         low = jnp.min(self.kernel, axis=matrix_axes, keepdims=True)
         top = jnp.maximum(high, -low).astype(self.dtype)
-        finite = jnp.isfinite(top)
-        exponent = jnp.frexp(jnp.where(finite & (top > 0), top, 1))[1] - 1
+        usable = jnp.isfinite(top) & (top > 0)
+        exponent = jnp.frexp(jnp.where(usable, top, 1))[1] - 1
         half, rest = _powers(exponent, self.dtype)
         squares = (self.kernel.astype(self.dtype) * half * rest) ** 2
+        # First along all axes but that of the part: what is left is a vector.
+        kept = () if self.part is None else (self.part[0],)
+        others = tuple(axis for axis in matrix_axes if axis not in kept)
+        squares = jnp.sum(squares, axis=others, keepdims=True)
+        # XLA's maximum on CPU may pass over NaN; a sum does not.
+        finite = jnp.isfinite(jnp.sum(squares, axis=kept, keepdims=True))
         if self.part is not None:
-            # The axis of the part last: what is summed over it is as small as a vector.
-            others = [axis for axis in matrix_axes if axis != self.part[0]]
-            squares = jnp.sum(squares, axis=others, keepdims=True)
             squares = jnp.where(self._inside(range(squares.ndim)), squares, 0)
-        square_sum = jnp.sum(squares, axis=matrix_axes, keepdims=True)
+        square_sum = jnp.sum(squares, axis=kept, keepdims=True)
         square_sum = jnp.where(finite, square_sum, 0)
         order = self.axes.stacked + self.axes.pooled + matrix_axes
         columns = (exponent, finite, square_sum)
@@ -269,7 +272,8 @@ class Operator:
         vectors = vectors.reshape(*self.batch, number, *self._sizes(near))
         vectors = times(self._padded(vectors, near), near, far)
         if self.part is not None and self.part[0] in far:
-            vectors = jnp.where(self._inside(far), vectors, 0)
+            inside = self._inside(far)[(None,) * (vectors.ndim - len(far))]
+            vectors = jnp.where(inside, vectors, 0)
         vectors = self._cut(times(vectors, far, near), near)
         return vectors.reshape(self.count, number, self.n)
 
@@ -678,8 +682,8 @@ def gauss_quadrature(
     [[1. 4.]] [[0.5 0.5]]
     """
     steps = diagonal.shape[-1]
-    above = beside[:, :, None] * jnp.eye(steps, k=1, dtype=beside.dtype)
-    whole = diagonal[:, :, None] * jnp.eye(steps, dtype=beside.dtype)
+    above = beside[:, :, None] * jnp.eye(steps, k=1, dtype=beside.dtype)[None]
+    whole = diagonal[:, :, None] * jnp.eye(steps, dtype=beside.dtype)[None]
     matrices = whole + above + above.swapaxes(1, 2)
     return over_devices(_eigenpairs, [matrices])[0]
 

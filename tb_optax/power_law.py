@@ -279,24 +279,22 @@ class _Cells(NamedTuple):
         self, probabilities: Float[Array, "k layers"]
     ) -> Float[Array, "k layers"]:
         """The ln λ with so much below them, by bisection; -inf among the zeros."""
-        some = self.mass > 0
-        low = jnp.min(self.lower, axis=-1, initial=jnp.inf, where=some)
-        high = jnp.max(self.upper, axis=-1, initial=-jnp.inf, where=some)
-        known = (high > -jnp.inf) & (probabilities > self.at_zero)
+        lower, upper, mass, at_zero = (column[None] for column in self)
+        low = jnp.min(lower, axis=-1, initial=jnp.inf, where=mass > 0)
+        high = jnp.max(upper, axis=-1, initial=-jnp.inf, where=mass > 0)
+        known = (high > -jnp.inf) & (probabilities > at_zero)
         low, high = jnp.where(known, low, 0), jnp.where(known, high, 0)
-        length = self.upper - self.lower
-        length = jnp.where(length > 0, length, 1)
+        length = jnp.where(upper > lower, upper - lower, 1)
 
         def halve(_, ends):
             low, high = ends
             middle = (low + high) / 2
-            inside = jnp.clip((middle[..., None] - self.lower) / length, 0, 1)
-            inside = jnp.where(self.upper <= middle[..., None], 1, inside)
-            below = self.at_zero + jnp.sum(self.mass * inside, axis=-1)
-            enough = below >= probabilities
+            inside = jnp.clip((middle[..., None] - lower) / length, 0, 1)
+            inside = jnp.where(upper <= middle[..., None], 1, inside)
+            enough = at_zero + jnp.sum(mass * inside, axis=-1) >= probabilities
             return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
 
-        steps = jnp.finfo(self.mass.dtype).nmant + 8
+        steps = jnp.finfo(mass.dtype).nmant + 8
         _, high = jax.lax.fori_loop(0, steps, halve, (low, high))
         return jnp.where(known, high, -jnp.inf)
 

@@ -249,6 +249,17 @@ def test_what_is_not_finite_is_known_slice_by_slice(value):
     np.testing.assert_array_equal(square_sum[0], operator.measure().square_sum[0])
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+def test_one_number_that_is_not_finite_is_found_anywhere(dtype):
+    """Maxima of XLA may pass over NaN."""
+    kernels = np.tile(np.float32(0.5), (40, 33, 50))
+    for i in range(39):
+        kernels[i].flat[41 * i + i // 3] = (math.nan, math.inf, -math.inf)[i % 3]
+    stack = Operator(jnp.asarray(kernels, TYPES[dtype]), CASES["stack"][1])
+    finite = np.asarray(jax.jit(stack.measure)().finite)
+    assert finite.tolist() == [False] * 39 + [True]
+
+
 def test_probes_are_signs_that_stay():
     """Equal at each call; almost orthogonal, those of each pooled matrix too."""
     probes = np.asarray(sign_probes(9, 8, 64))
