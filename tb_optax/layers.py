@@ -5,7 +5,7 @@ import itertools
 import math
 import types
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex, overload
 
 import numpy as np
 from jaxtyping import Int
@@ -164,6 +164,7 @@ class Layers(tuple[Layer, ...]):
     notes: Mapping[str, str]
 
     def __new__(cls, layers: Iterable[Layer] = (), notes: Mapping[str, str] = {}):
+        """Make a tuple of layers with notes on leaves."""
         own = super().__new__(cls, layers)
         own.notes = types.MappingProxyType(dict(notes))
         return own
@@ -174,8 +175,14 @@ class Layers(tuple[Layer, ...]):
     def __getstate__(self):
         return None
 
-    def __getitem__(self, key):
-        """A layer, or the layers of a slice with the same notes."""
+    @overload
+    def __getitem__(self, key: SupportsIndex, /) -> Layer: ...
+
+    @overload
+    def __getitem__(self, key: slice, /) -> "Layers": ...
+
+    def __getitem__(self, key, /):
+        """Return a layer, or the layers of a slice with the same notes."""
         found = super().__getitem__(key)
         return Layers(found, self.notes) if isinstance(key, slice) else found
 
@@ -344,7 +351,12 @@ def _output_axis_of_follower(layer, path, shape, kernel_shape) -> int:
 def parts_of(
     layer: Layer, shape: Sequence[int], split: tuple[int, int | Sequence[int]] | None
 ) -> list[Layer]:
-    """Cut a layer along an output axis: `split` is the axis, and the parts' number or sizes.
+    """Cut a layer along an output axis.
+
+    Args:
+        layer: the layer.
+        shape: of its kernel.
+        split: the axis, and the number or the sizes of the parts; None leaves it whole.
 
     Raises:
         ValueError: if the axis is no output, or the parts do not add up to it.
