@@ -1,8 +1,8 @@
 """Layers read off the forward pass: order, axes and followers.
 
-`walk` goes through the equations of a jaxpr, `rules` say what each primitive does to the
-`values`, and write down in the `record` which parameter enters which product; `roles`
-reads layers from it, and a verdict on every leaf.
+`walk` goes through the equations of a jaxpr; `rules` say what each primitive does to
+the values, which are `views`, and write down in the `record` which parameter enters
+which product; `roles` reads layers from it, and a verdict on every leaf.
 """
 
 import warnings

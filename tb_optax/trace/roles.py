@@ -165,7 +165,8 @@ def _read(
         roles = use if isinstance(use, frozenset) else {STACKED}
         if len(roles) > 1:
             return f"its axis {axis} is partly {' and partly '.join(sorted(roles))}"
-        (fields.setdefault(*roles, []) if roles else spare).append(axis)
+        own = fields.setdefault(next(iter(roles)), []) if roles else spare
+        own.append(axis)
     for role, other in ((REDUCTION, OUTPUT), (OUTPUT, REDUCTION)):
         single = [axis for axis in fields.get(other, ()) if shape[axis] == 1]
         if role not in fields and not spare and single and len(fields[other]) > 1:
@@ -314,7 +315,7 @@ def _verdicts(
         if event.failed:
             failed.setdefault(event.path, {})[event.reason] = None
     vectors = [path for path in record.shapes if not record.is_matrix(path)]
-    notes = {path: "after no layer" for path in vectors}
+    notes = dict.fromkeys(vectors, "after no layer")
     notes |= {path: "not used" for path in vectors if path not in record.seen}
     made = record.of_type(Product)
     vector = "multiplies data as a vector, or as one for each slice"
