@@ -152,28 +152,29 @@ class Layers(tuple[Layer, ...]):
 
     It is equal to the plain tuple, prints and hashes like it; slices keep the notes.
 
-    Attributes:
-        notes: what became of each leaf, by path: that it is a layer, which layer it
-            follows, or why it is neither.
+    The notes say of each leaf that it is a layer, which layer it follows, or why it is
+    neither.
 
     >>> layers = Layers([Layer("w", MatrixAxes((0,), (1,)))], {"b": "not used"})
     >>> layers[:0], layers[:0].notes["b"]
     ((), 'not used')
     """
 
-    notes: Mapping[str, str]
+    _notes: dict[str, str]
 
     def __new__(cls, layers: Iterable[Layer] = (), notes: Mapping[str, str] = {}):
-        """Make a tuple of layers with notes on leaves."""
+        """Make a list of some layers, with the verdict on every leaf."""
         own = super().__new__(cls, layers)
-        own.notes = types.MappingProxyType(dict(notes))
+        own._notes = dict(notes)
         return own
 
     def __getnewargs__(self):
-        return tuple(self), dict(self.notes)
+        return (tuple(self),)
 
-    def __getstate__(self):
-        return None
+    @property
+    def notes(self) -> Mapping[str, str]:
+        """The verdict on every leaf, by path."""
+        return types.MappingProxyType(self._notes)
 
     @overload
     def __getitem__(self, key: SupportsIndex, /) -> Layer: ...
@@ -184,7 +185,7 @@ class Layers(tuple[Layer, ...]):
     def __getitem__(self, key, /):
         """Return a layer, or the layers of a slice with the same notes."""
         found = super().__getitem__(key)
-        return Layers(found, self.notes) if isinstance(key, slice) else found
+        return Layers(found, self._notes) if isinstance(key, slice) else found
 
 
 def expand_stacks(

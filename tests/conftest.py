@@ -5,8 +5,6 @@ import logging
 import jax
 import pytest
 
-from tb_optax import trace
-
 
 @pytest.fixture(scope="module", autouse=True)
 def no_old_programs():
@@ -34,6 +32,8 @@ STATED = (
 @pytest.fixture(autouse=True)
 def every_leaf_has_one_verdict(monkeypatch):
     """Asserts the law of `trace_layers` on every model that a test traces."""
+    from tb_optax import trace
+
     read = trace.roles_of
 
     def lawful(record, norms, split):

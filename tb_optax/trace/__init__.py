@@ -1,8 +1,8 @@
 """Layers read off the forward pass: order, axes and followers.
 
-`walk` goes through the equations of a jaxpr. `rules` say what each primitive does to the
-`values`, and write down in the `record` which parameter enters which product. `roles`
-reads layers from the record, and a verdict on every leaf.
+`walk` goes through the equations of a jaxpr; `rules` say what each primitive does to
+the values, which are `views`, and write down in the `record` which parameter enters
+which product; `roles` reads layers from it, and a verdict on every leaf.
 """
 
 import warnings
@@ -34,37 +34,32 @@ def trace_layers(
     The forward pass is traced once, abstractly: nothing is computed, arrays may be
     `jax.ShapeDtypeStruct`.  A parameter that enters a product with data is a kernel;
     the product says which of its axes are inputs, outputs, positions of a convolution
-    or a stack.  Kernels are followed through transposes, reshapes, slices, casts,
-    loops, branches and sharding; through what scales or shifts them (weight norm,
-    spectral norm, LoRA), where the layer is still the kernel's own leaf.
+    or a stack.  Kernels are followed through transposes, reshapes, slices, loops,
+    branches and sharding, and through what scales or shifts them.  Whatever is no
+    parameter is data, constants too.
 
     | the parameter | is |
     |---|---|
     | in a matrix product or a convolution with data | a kernel |
     | scanned, or batched in a product | a kernel with `stacked` axes |
-    | looked up by indices (an embedding) | no layer; one if it is a head too |
+    | used both ways, as in a gradient | one layer; the first use names the outputs |
+    | looked up, by data or by constants | no layer; one if it is a head too |
+    | a vector that a kernel is applied to (a learned query) | no layer |
     | added to or multiplied with a kernel's output | its follower: bias, layer scale |
     | the scale or offset of a norm | a follower as `norms` says |
     | what a kernel is computed from (gain, LoRA factors) | the kernel's follower |
-    | acting on the outputs of several kernels | no follower of any |
+    | acting on the outputs of several kernels, or along positions | no follower |
 
     Layers come in order of execution.  A loop's stacks are listed slice by slice, as
-    they run, so that `[1:-1]` leaves out the first and the last layer and not whole
-    stacks; slices that run side by side (experts, ensembles), or in an order that
+    they run; slices that run side by side (experts, ensembles), or in an order that
     the program does not say, are one entry, which `layer_analysis` expands.
 
-    Norms (`L` is a layer, `N` a norm, the arrow points from a norm to its layer):
-
-        x -> L1 -> N1 -> relu -> L2 -> N2 -> ...       norms="after":  N1 => L1
-        x -> N1 -> L1 -> gelu -> L2 -> (+x) -> N2 ->   norms="before": N1 => L1
-
-    `"after"` is the published rule for convolutional networks: a norm follows the
-    newest layer that its input came through.  At the start of a scanned block and
-    behind a scan that layer is one slice, of another iteration: there it follows none.
-    `"before"` is for pre-norm blocks: a norm follows the first layer that it feeds
-    (query, of query, key and value), or the one before it where it feeds none, as in
-    post-norm.  `"none"`: norms follow no layer and keep multiplier 1.  A norm whose
-    parameters are used in several places follows none in any case.
+    A norm follows the newest layer that its input came through (`norms="after"`), the
+    first layer or part that it feeds, if any (`"before"`), or none (`"none"`); none if
+    its parameters are used in several places.  In a sum the branch that varies along
+    more dimensions counts, then the newer one.  At the start of a scanned block and
+    after a scan the newest layer is another iteration's slice: a norm there follows
+    none.
 
     Args:
         fn: the forward pass, `fn(params, *inputs)`; or an nnx module, called as
@@ -73,7 +68,8 @@ def trace_layers(
         params: any pytree of arrays; an nnx module stands for its `nnx.Param` leaves.
         *inputs: pytrees; leaves that are no arrays are static.
         axes: fnmatch patterns on paths, each with the axes of the kernels it matches,
-            or None for leaves that are no kernels; the first match wins.
+            or None for leaves that are neither kernels nor followers; the first match
+            wins.
         strict: False leaves out what is unclear, with one warning that lists it.
         norms: "after", "before" or "none".
         split: fnmatch patterns on paths, each with `(axis, parts)`: kernels that hold
@@ -81,14 +77,16 @@ def trace_layers(
             `parts` is their number or their sizes.  Without it a kernel stays whole.
 
     Returns:
-        Layers in order of execution.
+        Layers in order of execution, a tuple whose `notes` say what became of every
+        leaf.
 
     Raises:
-        ValueError: if the axes of a leaf cannot be told, naming each such leaf and why:
-            output axes that are apart (`einsum("td,edf->tef")`: experts or heads?),
-            uses that disagree, a kernel that is computed beyond recognition, a
-            primitive that is not known, a leaf with two axes that is never used; if no
-            layer is found at all; or if an option does not fit.
+        ValueError: if a leaf with two axes longer than 1 has no place, naming each such
+            leaf, what was tried, and the `axes` to paste: output axes that are apart
+            (`einsum("td,edf->tef")`: experts or heads?), uses that disagree, products
+            of parameters alone (learned queries, or factors of one kernel?), a
+            primitive that is not known, a leaf that meets no data; if no layer is found
+            at all; or if an option does not fit.
         NotImplementedError: if this JAX names the parameters of a loop differently.
 
     >>> import jax, jax.numpy as jnp
@@ -110,12 +108,13 @@ def trace_layers(
     _check_norms(norms)
     program = program_of(fn, params, inputs)
     shapes = program.shapes
+    floating = {p: shape for p, shape in shapes.items() if p not in program.notes}
     given = match_paths("axes", axes, shapes)
     _check_ranks(given, shapes)
     parts = match_paths("split", split, shapes)
 
     def read(assumed: frozenset[str] = frozenset()) -> Roles:
-        record = Record(shapes, given, assumed, program.unreal)
+        record = Record(floating, given, assumed, program.unreal)
         Walk(record, RULES).run(program.jaxpr, program.values)
         return roles_of(record, norms, parts)
 

@@ -165,8 +165,8 @@ def _read(
         roles = use if isinstance(use, frozenset) else {STACKED}
         if len(roles) > 1:
             return f"its axis {axis} is partly {' and partly '.join(sorted(roles))}"
-        where = fields.setdefault(next(iter(roles)), []) if roles else spare
-        where.append(axis)
+        own = fields.setdefault(next(iter(roles)), []) if roles else spare
+        own.append(axis)
     for role, other in ((REDUCTION, OUTPUT), (OUTPUT, REDUCTION)):
         single = [axis for axis in fields.get(other, ()) if shape[axis] == 1]
         if role not in fields and not spare and single and len(fields[other]) > 1:

@@ -5,8 +5,17 @@ from typing import Any, NamedTuple
 
 from tb_optax.trace import record as records
 from tb_optax.trace import views
-from tb_optax.trace.record import CONSTANT, DATA, PARAMETER, Record, Use, Value
-from tb_optax.trace.record import joined, newest, union
+from tb_optax.trace.record import (
+    CONSTANT,
+    DATA,
+    PARAMETER,
+    Record,
+    Use,
+    Value,
+    joined,
+    newest,
+    union,
+)
 from tb_optax.trace.views import Array, Factor, Label
 from tb_optax.trace.walk import CONTROL, Fields, Op, Rule, moved, picked
 
@@ -102,7 +111,7 @@ def _of_constants(name: str, values: Sequence[Value], shape: Shape) -> Array:
     for value in full:
         own = value.array.dims()
         for i in _varying(value) - _varying(*(v for v in full if v is not value)):
-            if len(dims[i]) == 1 and views.DISTINCT in own[i][0].labels:
+            if kept and len(dims[i]) == 1 and views.DISTINCT in own[i][0].labels:
                 dims[i] = [Factor(shape[i], labels=frozenset([kept]))]
     return views.of_factors(dims)
 
@@ -734,17 +743,16 @@ def _unknown(op: Op) -> list[Value]:
 
 _NAMES: Mapping[str, Rule] = {
     """
-    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt
-    ceil clamp clz complex conj cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2
-    expm1 floor ge gt igamma igamma_grad_a igammac imag integer_pow is_finite le le_to lgamma log log1p log2
-    logistic lt lt_to max min mul mulhi ne neg nextafter not one_minus_square or polygamma population_count pow real
-    regularized_incomplete_beta rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical
-    sign sin sinh sqrt square sub tan tanh xor zeta
+    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
+    cbrt ceil clamp clz complex conj cos cosh digamma div eq eq_to erf erf_inv erfc exp
+    exp2 expm1 floor ge gt igamma igamma_grad_a igammac imag integer_pow is_finite le
+    le_to lgamma log log1p log2 logistic lt lt_to max min mul mulhi ne neg nextafter not
+    one_minus_square or polygamma population_count pow real regularized_incomplete_beta
+    rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign
+    sin sinh sqrt square sub tan tanh xor zeta
     """: _elementwise,
-    """
-    argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum
-    reduce_xor
-    """: _reduce,
+    "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod": _reduce,
+    "reduce_sum reduce_xor": _reduce,
     """
     all_gather all_gather_invariant all_to_all pad reduce_scatter reduce_window
     reduce_window_max reduce_window_min reduce_window_sum

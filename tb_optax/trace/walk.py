@@ -252,22 +252,11 @@ def _either(values: Sequence[Value]) -> Value:
     return values[0].but(literal=None) if alike else found
 
 
+_CALLS = """
+    call checkpoint closed_call composite core_call custom_jvp_call custom_vjp_call
+    custom_vjp_call_jaxpr eval_jaxpr jit pjit remat remat2
+"""
 CONTROL: Mapping[str, Rule] = {
-    "call": _call,
-    "checkpoint": _call,
-    "closed_call": _call,
-    "composite": _call,
-    "cond": _cond,
-    "core_call": _call,
-    "custom_jvp_call": _call,
-    "custom_vjp_call": _call,
-    "custom_vjp_call_jaxpr": _call,
-    "eval_jaxpr": _call,
-    "jit": _call,
-    "pjit": _call,
-    "remat": _call,
-    "remat2": _call,
-    "scan": _scan,
-    "shard_map": _shard_map,
-    "while": _while,
+    **dict.fromkeys(_CALLS.split(), _call),
+    **{"cond": _cond, "scan": _scan, "shard_map": _shard_map, "while": _while},
 }
