@@ -133,9 +133,17 @@ def find_scale(buckets: Sequence[Bucket]) -> Scale:
     >>> print(scale.unit, scale.finite)
     [2. 0. 0.] [ True  True False]
     """
-    # NaN is told as infinity: XLA's maxima on CPU (JAX 0.10.2 to 0.12) pass over NaN.
-    magnitudes = [jnp.where(jnp.isnan(w), jnp.inf, jnp.abs(w)) for w in buckets]
-    top = jnp.concatenate([jnp.max(w, axis=(1, 2)) for w in magnitudes])
+
+    def largest(matrix):
+        # NaN is told as infinity: on CPU XLA's maxima (JAX 0.10.2 to 0.12) skip NaN.
+        return jnp.max(jnp.where(jnp.isnan(matrix), jnp.inf, jnp.abs(matrix)))
+
+    top = jax.lax.platform_dependent(
+        list(buckets),
+        # One by one there is no copy of all magnitudes.
+        cpu=lambda own: jnp.concatenate([jax.lax.map(largest, w) for w in own]),
+        default=lambda own: jnp.concatenate([jax.vmap(largest)(w) for w in own]),
+    )
     tiny = jnp.finfo(top.dtype).tiny
     finite = jnp.isfinite(top)
     usable = finite & (top >= tiny)

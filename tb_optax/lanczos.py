@@ -152,7 +152,7 @@ class WeightedSpectra(NamedTuple):
     finite: Bool[Array, " layers"]
     log_top: Float[Array, " layers"]
     square_sum: Float[Array, " layers"]
-    log_noise: float
+    log_noise: Float[np.ndarray, " layers"]
 
     def log_unit(self) -> Float[Array, " layers"]:
         """Natural logarithm of the unit of each row."""
@@ -394,15 +394,17 @@ def quadrature_spectra(
 
     # The number of the first matrix of each layer, and how many it has.
     first, pooled, n = np.zeros((3, len(layers)), int)
+    eps = np.zeros(len(layers))
     start = 0
     for i in np.concatenate(groups):
         members = list(families.values())[i]
         pooled[members] = operators[i].pooled
         n[members] = operators[i].n
+        eps[members] = jnp.finfo(operators[i].dtype).eps
         first[members] = start + places[i] * operators[i].pooled
         start += operators[i].count
     factor = [conv_norm if layer.axes.pooled else 1.0 for layer in layers]
-    return _pooled(read, first, pooled, n, np.asarray(factor, read.diagonal.dtype))
+    return _pooled(read, first, pooled, n, eps, factor)
 
 
 def estimate_key(kernels: Mapping[str, Any], layer: Layer) -> tuple:
@@ -445,9 +447,10 @@ def estimate_one_of(
             [Operator(kernels[x.path], x.axes, x.part) for x in layers], place
         )
     read = _read([operator], method)
-    factor = np.asarray([conv_norm if like.axes.pooled else 1.0], read.diagonal.dtype)
+    factor = [conv_norm if like.axes.pooled else 1.0]
     first, pooled, n = np.asarray([[0], [operator.pooled], [operator.n]])
-    return _pooled(read, first, pooled, n, factor)
+    eps = np.asarray([jnp.finfo(read.diagonal.dtype).eps])
+    return _pooled(read, first, pooled, n, eps, factor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -486,14 +489,14 @@ def _slice(kernel, layer: Layer):
 
 def _groups(operators: Sequence[Operator], method: quadrature) -> list[list[int]]:
     """Numbers of the operators that are read together: of one size, in few bytes."""
+    kinds = [(own.n, own.dtype.itemsize) for own in operators]
     groups: list[list[int]] = []
-    room, n = 0, -1
-    for i in sorted(range(len(operators)), key=lambda i: operators[i].n):
-        own = operators[i]
-        size = own.count * method.probes * method.steps * own.n * own.dtype.itemsize
-        if own.n != n or size > room:
+    room, kind = 0, None
+    for i in sorted(range(len(operators)), key=kinds.__getitem__):
+        size = operators[i].count * method.probes * method.steps * math.prod(kinds[i])
+        if kinds[i] != kind or size > room:
             groups.append([])
-            room, n = _BASIS_BYTES, own.n
+            room, kind = _BASIS_BYTES, kinds[i]
         groups[-1].append(i)
         room -= size
     return groups
@@ -538,13 +541,12 @@ def sign_probes(pooled: int, probes: int, n: int) -> Float[Array, "pooled probes
     return jax.random.rademacher(key, (pooled, probes, n), float) / math.sqrt(n)
 
 
-def _pooled(read: Reading, first, pooled, n, factor) -> WeightedSpectra:
+def _pooled(read: Reading, first, pooled, n, eps, factor) -> WeightedSpectra:
     """From matrices to layers, the matrices of each in one unit."""
     dtype, shape = read.diagonal.dtype, read.diagonal.shape
     rows = [row.reshape(-1, shape[-1]) for row in (read.diagonal, read.beside)]
     with jax.named_scope("finish"):
         nodes, weights = (x.reshape(shape) for x in gauss_quadrature(*rows))
-    weighty = weights > jnp.finfo(dtype).eps
     # Layers with fewer matrices repeat their last one, with weight 0.
     slots = np.arange(pooled.max())
     members = first[:, None] + np.minimum(slots, pooled[:, None] - 1)
@@ -557,23 +559,25 @@ def _pooled(read: Reading, first, pooled, n, factor) -> WeightedSpectra:
     logs = jnp.where(nodes > 0, logs, -jnp.inf)[members] + offset[..., None, None]
     logs = jnp.where(own & finite[:, None, None, None], logs, -jnp.inf)
     log_top = logs.max(axis=(1, 2, 3))
-    log_noise = math.log(8 * jnp.finfo(dtype).eps)
+    log_noise = np.log(8 * eps).astype(dtype)
+    weights = weights[members]
     # Past an invariant subspace, what rounding left of a residual can lead to nodes of
     # no weight between the others.
-    hidden = (logs <= (log_top + log_noise)[:, None, None, None]) | ~weighty[members]
+    hidden = weights <= eps.astype(dtype)[:, None, None, None]
+    hidden |= logs <= (log_top + log_noise)[:, None, None, None]
     # Between fewer distinct eigenvalues than steps there is no density to estimate.
     hidden |= read.ended[members].all(axis=1)[:, None, None, None]
     samples = (len(members), -1, shape[-1])
     share = own / (pooled * shape[1])[:, None, None, None].astype(dtype)
     square_sum = jnp.where(own[..., 0, 0], square_sum * jnp.exp(offset), 0)
     logs, weights = jax.lax.sort(
-        (jnp.where(hidden, -jnp.inf, logs), weights[members] * share), num_keys=1
+        (jnp.where(hidden, -jnp.inf, logs), weights * share), num_keys=1
     )
     return WeightedSpectra(
         log_nodes=logs.reshape(samples),
         weights=weights.reshape(samples),
         count=pooled * n,
-        factor=factor,
+        factor=np.asarray(factor, dtype),
         exponent=unit,
         finite=finite,
         log_top=log_top,
