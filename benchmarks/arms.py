@@ -1,41 +1,47 @@
-"""The arms of a comparison: each one Optax chain; see `benchmarks.published`."""
+"""The arms of a comparison: each is one Optax chain; see `benchmarks.published`.
+
+Two arms are controls, which keep what TempBalance does to the learning rate on average
+and drop what it does layer by layer: `mean` and `shuffled`.
+"""
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
 import tb_optax
-from benchmarks.baselines import add_spectral_norm_gradient, scale_by_sgdp
-from benchmarks.configs import Config
-from benchmarks.controls import (
-    Analyze,
-    Seed,
-    averaged,
-    scale_by_one_multiplier,
-    shuffled,
-)
-from benchmarks.lookahead import lookahead
+from benchmarks.baselines import add_spectral_norm_gradient, lookahead, scale_by_sgdp
+from benchmarks.configs import ArmName, Config, Fit, Metric
 from benchmarks.published import Settings, settings
 
+Analyze = Callable[[optax.Params], tb_optax.Analysis]
+Seed = int | Array
+
 # Published: the spectral norm is λ_max; the column of that name is its square root.
-METRICS: dict[str, str | Callable[[tb_optax.Analysis], Array]] = {
+METRICS: dict[Metric, str | Callable[[tb_optax.Analysis], Array]] = {
     "alpha": "alpha",
     "alpha_hat": "alpha_hat",
     "spectral_norm": lambda analysis: analysis.spectral_norm**2,
 }
 
-FITS = {
+FITS: dict[Fit, Callable[..., tb_optax.PowerLaw]] = {
     "median": tb_optax.fit_median(),
     "min_ks": tb_optax.fit_min_ks(),
     "peak": tb_optax.fit_peak(),
 }
 
-Optimizer = Callable[
-    [Config, Settings, optax.Schedule, Seed], optax.GradientTransformation
-]
+
+class Recipe(NamedTuple):
+    """What an optimizer is built from."""
+
+    config: Config
+    numbers: Settings
+    schedule: optax.Schedule
+    seed: Seed
 
 
 def cosine(rate: float, epochs: int) -> optax.Schedule:
@@ -49,10 +55,71 @@ def cosine_with_a_restart(rate: float, epochs: int) -> optax.Schedule:
     return optax.join_schedules([cosine(rate, half) for half in halves], halves[:1])
 
 
-def as_it_is(analyze: Analyze, seed: Seed) -> Analyze:
-    """Return the analysis: TempBalance itself, no control."""
+def averaged(analyze: Analyze, seed: Seed) -> Analyze:
+    """Give every layer the mean multiplier of the tuned layers; 1 if none is tuned."""
     del seed
-    return analyze
+
+    def averaging(params: optax.Params) -> tb_optax.Analysis:
+        analysis = analyze(params)
+        count = jnp.sum(analysis.tuned)
+        total = jnp.sum(jnp.where(analysis.tuned, analysis.multipliers, 0))
+        mean = jnp.where(count > 0, total / jnp.maximum(count, 1), 1)
+        multipliers = jnp.full_like(analysis.multipliers, mean)
+        return dataclasses.replace(analysis, multipliers=multipliers)
+
+    return averaging
+
+
+def shuffled(analyze: Analyze, seed: Seed) -> Analyze:
+    """Permute the multipliers of the tuned layers, the same way at every refresh."""
+
+    def shuffling(params: optax.Params) -> tb_optax.Analysis:
+        analysis = analyze(params)
+        place = jnp.arange(len(analysis.layers))
+        drawn = jax.random.permutation(jax.random.key(seed), place)
+        # Tuned layers first, in the order of the network and in the drawn order.
+        after = len(analysis.layers) + place
+        givers = jnp.argsort(jnp.where(analysis.tuned, drawn, after))
+        takers = jnp.argsort(jnp.where(analysis.tuned, place, after))
+        multipliers = analysis.multipliers
+        multipliers = multipliers.at[takers].set(multipliers[givers])
+        return dataclasses.replace(analysis, multipliers=multipliers)
+
+    return shuffling
+
+
+def scale_by_one_multiplier(analyze: Analyze) -> optax.GradientTransformation:
+    """Scale all updates, including those of the ends, by an averaged multiplier.
+
+        u <- m u  for every leaf
+
+    Args:
+        analyze: an analysis that gives all layers the same multiplier.
+
+    Returns:
+        A transform with the state of `tb_optax.scale_by_temp_balance`, refreshed by
+        `tb_optax.set_multipliers`.
+    """
+    balance = scale_by_multipliers(analyze)
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, Any]:
+        _, following = balance.update(updates, state, params)
+        scaled = jax.tree.map(
+            lambda leaf: (state.multipliers[0] * leaf).astype(leaf.dtype), updates
+        )
+        return scaled, following
+
+    return optax.GradientTransformation(balance.init, update_fn)
+
+
+def scale_by_multipliers(analyze: Analyze) -> optax.GradientTransformation:
+    """Scale updates by the multipliers that the start of an epoch has set.
+
+    The refresh is a call of its own, so that its time is known.
+    """
+    return tb_optax.scale_by_temp_balance(analyze, interval=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,22 +127,21 @@ class Arm:
     """One way to train.
 
     Attributes:
-        name: what the command line calls it.
-        title: what tables and pictures call it.
-        optimizer: from experiment, numbers, schedule and seed to what moves the
-            weights.
-        by_epoch: from the first rate and the epochs to the rate of each epoch.
-        scale: from the analysis to what scales the updates by its multipliers, and
-            holds them in its state; None for an arm without.
-        control: what becomes of the analysis before its multipliers are used.
+        name: its name on the command line.
+        title: its name in tables and pictures.
+        optimizer: builds the part that moves the weights.
+        by_epoch: turns the first rate and the number of epochs into the rate of each.
+        scale: builds the part that scales the updates by the multipliers of an
+            analysis, and holds them in its state; None for an arm without.
+        control: changes the multipliers of an analysis before they are used.
     """
 
-    name: str
+    name: ArmName
     title: str
-    optimizer: Optimizer
+    optimizer: Callable[[Recipe], optax.GradientTransformation]
     by_epoch: Callable[[float, int], optax.Schedule] = cosine
     scale: Callable[[Analyze], optax.GradientTransformation] | None = None
-    control: Callable[[Analyze, Seed], Analyze] = as_it_is
+    control: Callable[[Analyze, Seed], Analyze] | None = None
 
     @property
     def balanced(self) -> bool:
@@ -90,118 +156,85 @@ class Arm:
 
     def analysis(
         self, config: Config, layers: tuple[tb_optax.Layer, ...], seed: Seed
-    ) -> Callable[[optax.Params], tb_optax.Analysis]:
-        """Return the analysis whose multipliers the arm has."""
+    ) -> Analyze:
+        """Return the analysis that sets the multipliers of the arm."""
         numbers = settings(config, self.name)
-        assign = tb_optax.linear(numbers.low, numbers.high)
         analyze = tb_optax.layer_analysis(
-            layers, fit=FITS[config.fit], metric=METRICS[config.metric], assign=assign
+            layers,
+            fit=FITS[config.fit],
+            metric=METRICS[config.metric],
+            assign=tb_optax.linear(numbers.low, numbers.high),
         )
-        return self.control(analyze, seed)
+        return analyze if self.control is None else self.control(analyze, seed)
 
     def build(
         self, config: Config, analyze: Analyze, steps_per_epoch: int, seed: Seed
     ) -> optax.GradientTransformation:
         """Return the optimizer."""
         schedule = self.schedule(config, steps_per_epoch)
-        numbers = settings(config, self.name)
-        optimizer = self.optimizer(config, numbers, schedule, seed)
+        recipe = Recipe(config, settings(config, self.name), schedule, seed)
+        optimizer = self.optimizer(recipe)
         if self.scale is None:
             return optimizer
         return optax.chain(optimizer, self.scale(analyze))
 
 
-def _temp_balance(analyze: Analyze) -> optax.GradientTransformation:
-    # Refreshed from outside, at the start of an epoch, so that its time is known.
-    return tb_optax.scale_by_temp_balance(analyze, interval=None)
-
-
-def _sgd(
-    config: Config, numbers: Settings, schedule: optax.Schedule, seed: Seed
-) -> optax.GradientTransformation:
-    del numbers, seed
+def _sgd(recipe: Recipe) -> optax.GradientTransformation:
     return optax.chain(
-        optax.add_decayed_weights(config.weight_decay),
-        optax.sgd(schedule, config.momentum),
+        optax.add_decayed_weights(recipe.config.weight_decay),
+        optax.sgd(recipe.schedule, recipe.config.momentum),
     )
 
 
-def _snr(
-    config: Config, numbers: Settings, schedule: optax.Schedule, seed: Seed
-) -> optax.GradientTransformation:
-    return optax.chain(
-        add_spectral_norm_gradient(numbers.snr, seed=seed),
-        _sgd(config, numbers, schedule, seed),
-    )
+def _snr(recipe: Recipe) -> optax.GradientTransformation:
+    penalty = add_spectral_norm_gradient(recipe.numbers.snr, seed=recipe.seed)
+    return optax.chain(penalty, _sgd(recipe))
 
 
-def _lars(
-    config: Config, numbers: Settings, schedule: optax.Schedule, seed: Seed
-) -> optax.GradientTransformation:
-    del numbers, seed
+def _lars(recipe: Recipe) -> optax.GradientTransformation:
     # Published without momentum, and with this addend to the norm of the gradient.
-    return optax.lars(schedule, config.weight_decay, eps=1e-5, momentum=0.0)
+    decay = recipe.config.weight_decay
+    return optax.lars(recipe.schedule, decay, eps=1e-5, momentum=0.0)
 
 
-def _lamb(
-    config: Config, numbers: Settings, schedule: optax.Schedule, seed: Seed
-) -> optax.GradientTransformation:
-    del numbers, seed
+def _lamb(recipe: Recipe) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(1.0),
-        optax.lamb(schedule, weight_decay=config.weight_decay),
+        optax.lamb(recipe.schedule, weight_decay=recipe.config.weight_decay),
     )
 
 
-def _lookahead(
-    config: Config, numbers: Settings, schedule: optax.Schedule, seed: Seed
-) -> optax.GradientTransformation:
-    return lookahead(_sgd(config, numbers, schedule, seed), period=10, step_size=0.8)
+def _lookahead(recipe: Recipe) -> optax.GradientTransformation:
+    return lookahead(_sgd(recipe), period=10, step_size=0.8)
 
 
-def _sgdp(
-    config: Config, numbers: Settings, schedule: optax.Schedule, seed: Seed
-) -> optax.GradientTransformation:
-    del numbers, seed
+def _sgdp(recipe: Recipe) -> optax.GradientTransformation:
     return optax.chain(
-        scale_by_sgdp(config.momentum, config.weight_decay),
-        optax.scale_by_learning_rate(schedule),
+        scale_by_sgdp(recipe.config.momentum, recipe.config.weight_decay),
+        optax.scale_by_learning_rate(recipe.schedule),
     )
 
 
-def _adamw(
-    config: Config, numbers: Settings, schedule: optax.Schedule, seed: Seed
-) -> optax.GradientTransformation:
-    del numbers, seed
-    return optax.adamw(schedule, weight_decay=100 * config.weight_decay)
+def _adamw(recipe: Recipe) -> optax.GradientTransformation:
+    return optax.adamw(recipe.schedule, weight_decay=100 * recipe.config.weight_decay)
 
+
+_tb, _one = scale_by_multipliers, scale_by_one_multiplier
 
 _ALL = (
     Arm("cal", "cosine SGD", _sgd),
-    Arm("tb", "TempBalance", _sgd, scale=_temp_balance),
+    Arm("tb", "TempBalance", _sgd, scale=_tb),
     Arm("snr", "SNR", _snr),
-    Arm("tb_snr", "TempBalance + SNR", _snr, scale=_temp_balance),
+    Arm("tb_snr", "TempBalance + SNR", _snr, scale=_tb),
     Arm("sgdr", "SGDR", _sgd, by_epoch=cosine_with_a_restart),
     Arm("lars", "LARS", _lars),
     Arm("lamb", "LAMB", _lamb),
     Arm("lookahead", "Lookahead", _lookahead),
     Arm("sgdp", "SGDP", _sgdp),
-    Arm("tb_sgdp", "TempBalance + SGDP", _sgdp, scale=_temp_balance),
+    Arm("tb_sgdp", "TempBalance + SGDP", _sgdp, scale=_tb),
     Arm("adamw", "AdamW", _adamw),
-    Arm(
-        "mean",
-        "cosine SGD, mean-matched",
-        _sgd,
-        scale=scale_by_one_multiplier,
-        control=averaged,
-    ),
-    Arm(
-        "shuffled",
-        "TempBalance, shuffled",
-        _sgd,
-        scale=_temp_balance,
-        control=shuffled,
-    ),
+    Arm("mean", "cosine SGD, mean-matched", _sgd, scale=_one, control=averaged),
+    Arm("shuffled", "TempBalance, shuffled", _sgd, scale=_tb, control=shuffled),
 )
 
-ARMS = {arm.name: arm for arm in _ALL}
+ARMS: dict[str, Arm] = {arm.name: arm for arm in _ALL}

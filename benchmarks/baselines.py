@@ -1,6 +1,6 @@
-"""Baselines that Optax does not have: spectral norm regularisation and SGDP.
+"""Baselines that Optax does not have: SNR, SGDP, and Lookahead on plain parameters.
 
-Kernels have their outputs on the last axis, as in Flax; as a matrix, a kernel is
+Kernels have their outputs on the last axis, as in Flax. As a matrix, a kernel is
 (outputs, everything else).
 """
 
@@ -25,22 +25,22 @@ def add_spectral_norm_gradient(
 ) -> optax.GradientTransformation:
     """Add the gradient of a penalty on the squared spectral norm of each kernel (SNR).
 
-    With W the matrix of a kernel, and sigma, u, v its largest singular value and the
-    vectors to it,
+    With W the matrix of a kernel, sigma its largest singular value, and u and v the
+    singular vectors,
 
         g <- g + coefficient * sigma u v^T,
 
-    the gradient of coefficient / 2 * sigma(W)^2.  The three come from a few power
-    iterations, at each update from a new Gaussian vector.  Leaves of rank 0 and 1 are
-    left alone.
+    which is the gradient of coefficient / 2 * sigma(W)^2. The three come from a few
+    power iterations, which start from a new Gaussian vector at each update. Leaves of
+    rank 0 and 1 are left alone.
 
     Args:
         coefficient: strength of the penalty.
         iterations: power iterations of an update.
-        seed: of the vectors that they start from.
+        seed: seed of the starting vectors.
 
     Returns:
-        A transform whose `update` needs `params`; it stands before momentum.
+        A transform whose `update` needs `params`; it belongs before momentum.
 
     Raises:
         ValueError: in `update`, if params is None.
@@ -63,7 +63,7 @@ def add_spectral_norm_gradient(
         key = jax.random.fold_in(jax.random.key(seed), state.count)
         keys = jax.random.split(key, len(gradients))
 
-        def regularised(gradient: Array, kernel: Array, key: Array) -> Array:
+        def regularized(gradient: Array, kernel: Array, key: Array) -> Array:
             if kernel.ndim < 2:
                 return gradient
             matrix = kernel.reshape(-1, kernel.shape[-1]).T
@@ -74,7 +74,7 @@ def add_spectral_norm_gradient(
 
         rows = zip(gradients, tree.flatten_up_to(params), keys, strict=True)
         count = jnp.asarray(optax.safe_increment(state.count))
-        return tree.unflatten([regularised(*row) for row in rows]), SpectralNormState(
+        return tree.unflatten([regularized(*row) for row in rows]), SpectralNormState(
             count
         )
 
@@ -84,19 +84,19 @@ def add_spectral_norm_gradient(
 def power_iteration(
     matrix: Array, start: Array, iterations: int
 ) -> tuple[Array, Array, Array]:
-    """Estimate the largest singular value of a matrix and the vectors to it.
+    """Estimate the largest singular value of a matrix and its singular vectors.
 
-    From u = start / |start|, so many times:
+    Start from u = start / |start|, and repeat:
 
         v <- W^T u / |W^T u|,    u <- W v / |W v|,    and then sigma = u^T W v.
 
     Args:
         matrix: W, of shape (rows, columns).
         start: a vector of shape (rows,).
-        iterations: how often, at least 1.
+        iterations: number of repetitions, at least 1.
 
     Returns:
-        sigma, u and v; all of them 0 for a matrix of zeros.
+        sigma, u, and v; all of them are 0 for a matrix of zeros.
     """
     precise = jax.lax.Precision.HIGHEST
 
@@ -122,11 +122,11 @@ def scale_by_sgdp(
     decay_ratio: float = 0.1,
     eps: float = 1e-8,
 ) -> optax.GradientTransformation:
-    """Take the part along a kernel out of its momentum where it only adds norm (SGDP).
+    """Remove the part along a kernel from its momentum where it only adds norm (SGDP).
 
-    With g the gradient and d <- momentum * d + g, a kernel w is looked at first by
-    output channel, then as a whole.  In the first of these views of n entries each
-    where all pieces are nearly orthogonal to their gradients,
+    With g the gradient and d <- momentum * d + g, a kernel w is taken apart by output
+    channel first, then taken as a whole. In the first of these views, of n entries per
+    piece, in which all pieces are nearly orthogonal to their gradients,
 
         max |cos(g, w)| < delta / sqrt(n),
 
@@ -134,18 +134,18 @@ def scale_by_sgdp(
 
         u = d - (w / |w|) <w / |w|, d> + decay_ratio * decay * w,
 
-    else u = d + decay * w; decay = weight_decay / (1 - momentum).  Leaves of rank 0
-    and 1 have u = d + decay * w.
+    else u = d + decay * w, where decay = weight_decay / (1 - momentum). Leaves of rank
+    0 and 1 have u = d + decay * w.
 
     Args:
         momentum: decay of d, below 1, without Nesterov's correction.
         weight_decay: coefficient of w.
         delta: factor on the threshold of the cosine.
         decay_ratio: factor on the decay of a projected kernel.
-        eps: smallest product of norms, and what is added to the norm of w.
+        eps: smallest product of norms, and the addend to the norm of w.
 
     Returns:
-        A transform whose `update` needs `params`; the learning rate follows it.
+        A transform whose `update` needs `params`; the learning rate comes after it.
 
     Raises:
         ValueError: in `update`, if params is None.
@@ -202,3 +202,59 @@ def _without_part_along(
 
 def _norm(array: Array, axes: tuple[int, ...]) -> Array:
     return jnp.sqrt(jnp.sum(array**2, axes, keepdims=True))
+
+
+class LookaheadState(NamedTuple):
+    """State of `lookahead`.
+
+    Attributes:
+        slow: the slow parameters.
+        fast: the state of `optax.lookahead`.
+    """
+
+    slow: Any
+    fast: Any
+
+
+def lookahead(
+    optimizer: optax.GradientTransformation, *, period: int, step_size: float
+) -> optax.GradientTransformation:
+    """Pull the parameters towards their past after every `period` updates.
+
+    The parameters that are trained are the fast ones; the slow ones are part of the
+    state, where `optax.lookahead` wants pairs. After the last update of a period
+
+        slow <- slow + step_size * (fast - slow),    fast <- slow.
+
+    Args:
+        optimizer: moves the fast parameters.
+        period: updates from one pull to the next.
+        step_size: 1 leaves the optimizer as it is.
+
+    Returns:
+        A transform whose `update` needs `params`; nothing may follow it in a chain.
+
+    Raises:
+        ValueError: in `update`, if params is None.
+
+    References:
+        Zhang et al, `Lookahead Optimizer: k steps forward, 1 step back
+        <https://arxiv.org/abs/1907.08610>`_, 2019
+    """
+    pairwise: Any = optax.lookahead(optimizer, period, step_size)
+
+    def init_fn(params: optax.Params) -> LookaheadState:
+        slow = jax.tree.map(jnp.copy, params)  # Distinct arrays can both be donated.
+        return LookaheadState(slow, pairwise.init(optax.LookaheadParams(params, slow)))
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, LookaheadState]:
+        if params is None:
+            raise ValueError(_NEEDS_PARAMS)
+        pair = optax.LookaheadParams(params, state.slow)
+        moves, fast = pairwise.update(updates, state.fast, pair)
+        slow = optax.apply_updates(state.slow, moves.slow)
+        return moves.fast, LookaheadState(slow, fast)
+
+    return optax.GradientTransformation(init_fn, update_fn)

@@ -3,112 +3,145 @@
     python -m benchmarks.compare digits
     python -m benchmarks.compare cifar10-check --seeds 3 --data-dir DIRECTORY
 
-CONFIG is a name in `benchmarks.grids`.  The seeds are consecutive, from that of its
-base on: 43, 44, 45, ...  All arms of a seed come before the next seed, and have its
-initial weights, order of the rows and augmentation.  What a run leaves in
-`DIR/VARIANT/seedSEED` is described in `benchmarks.train`; behind every run the
-comparison so far is written to `DIR/report.md`, `DIR/summary.json` and pictures.
+The name is one of `benchmarks.grids`. The seeds are consecutive, from that of its base
+on: 43, 44, 45, ... All arms of a seed come before the next seed, and have the same
+initial weights, order of the rows, and augmentation. `benchmarks.runs` describes the
+directory of a run, `runs/NAME/VARIANT/seedSEED/ARM`. After each run, `report.md`,
+`summary.json`, and the pictures of the comparison are regenerated.
 
-`--resume` continues after a kill, on a CPU to the same bits, and leaves alone what is
-finished; more seeds and more arms may be asked for then.  SIGTERM ends the command
-behind the epoch that runs.  Each arm of a variant is compiled once for all seeds.
+`--resume` continues after a kill, on a CPU to the same bits, and leaves finished runs
+alone; more seeds and more arms may be asked for then. SIGTERM ends the command after
+the current epoch. Each arm of a variant is compiled once for all seeds.
 
-`--at-once K` trains K seeds in one vectorised program: as one at a time up to rounding,
-and each with the K-th part of the seconds.  It pays where one seed does not fill an
-accelerator, that is for small networks; on a CPU it is slower than one at a time.
+`--at-once K` trains K seeds in one vectorized program: as one at a time up to rounding,
+and with one K-th of the seconds each. It pays where one seed does not fill an
+accelerator, that is, for small networks; on a CPU it is slower than one at a time.
 
-With its files copied to `compare_NAME.json` and `compare_NAME_*.png` in
-`benchmarks/results`, a comparison is a section of `benchmarks/README.md`.
+A comparison becomes a section of `benchmarks/README.md` once its files are copied to
+`compare_NAME.json` and `compare_NAME_*.png` in `benchmarks/results`.
 
-Faults of arguments, data or directory are one line on stderr and exit code 2.
+Faults of arguments, data, or directory end with exit code 2.
 """
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import commandline
+import tyro
+from tqdm import tqdm
+
+from benchmarks import data, report
+from benchmarks.commandline import check_names
+from benchmarks.configs import ArmName
+from benchmarks.errors import UserError
+from benchmarks.experiments import Experiment, Trainer, unfinished
+from benchmarks.grids import GRIDS
+from benchmarks.models import Compute
 from benchmarks.preemption import resumable
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command line. Numbers that are not given come from the grid.
+
+    Attributes:
+        config: name in benchmarks/grids.py.
+        seeds: how many.
+        arms: what is compared with the first of them.
+        data_dir: directory of the hub's SPLIT-*.parquet files; default: the hub.
+        validation: hold out VALIDATION training rows.
+        epochs: passes over the training rows.
+        compute: type that training computes in.
+        at_once: seeds that are trained at once.
+        out: directory; default: runs/CONFIG.
+        resume: continue what is in the directory, or add to it.
+        plots: draw pictures, too.
+    """
+
+    config: tyro.conf.Positional[str]
+    seeds: int = 5
+    arms: tuple[ArmName, ...] | None = None
+    data_dir: str | None = None
+    validation: int | None = None
+    epochs: int | None = None
+    compute: Compute | None = None
+    at_once: int = 1
+    out: Path | None = None
+    resume: bool = False
+    plots: bool = True
+
+    def __post_init__(self):
+        check_names("CONFIG", [self.config], list(GRIDS))
+        for name, value in (("--seeds", self.seeds), ("--at-once", self.at_once)):
+            if value < 1:
+                msg = f"{name} is {value}; allowed: at least 1"
+                raise UserError(msg)
+
+    def experiment(self) -> Experiment:
+        """Return what is asked for."""
+        grid = GRIDS[self.config]
+        fields = ("arms", "data_dir", "validation", "epochs", "compute")
+        given = {name: getattr(self, name) for name in fields}
+        given = {name: value for name, value in given.items() if value is not None}
+        configs = {
+            variant: dataclasses.replace(config, **given)
+            for variant, config in grid.configs().items()
+        }
+        first = grid.base.seed
+        return Experiment(
+            self.out or Path("runs", self.config),
+            self.config,
+            configs,
+            given.get("arms", grid.base.arms),
+            tuple(range(first, first + self.seeds)),
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    given = sys.argv[1:] if arguments is None else arguments
+    given = sys.argv[1:] if arguments is None else list(arguments)
     return resumable(lambda stopping: _run(given, stopping))
 
 
 def _run(arguments: Sequence[str], stopping: Callable[[], bool]) -> None:
-    # Imported here, so that a package that is not installed is one clear line.
-    from benchmarks import outcomes, schedule
-    from benchmarks.comparison import Comparison
-    from benchmarks.grids import GRIDS
-
-    given = vars(_parser().parse_args(arguments))
-    name, count, at_once = given.pop("config"), given.pop("seeds"), given.pop("at_once")
-    out, resume = given.pop("out", Path("runs", name)), given.pop("resume")
-    draw = None
-    if given.pop("plots"):
-        from benchmarks.curves import write as draw
-    grid = GRIDS[name]
-    if "arms" not in given:
-        given["arms"] = grid.base.arms
-    asked = Comparison(
-        out,
-        name,
-        {
-            variant: dataclasses.replace(config, **given)
-            for variant, config in grid.configs().items()
-        },
-        tuple(given["arms"]),
-        tuple(range(grid.base.seed, grid.base.seed + count)),
+    command = tyro.cli(
+        Command,
+        prog="python -m benchmarks.compare",
+        description="Train a grid of experiments from several seeds.",
+        args=arguments,
     )
-    known = asked.joined(resume=resume)
-    groups = schedule.groups(asked, at_once)
-    datasets = schedule.load(asked, groups)
-    known.rewind()
-    known = known.save(arguments) if groups else known
-
-    def report() -> None:
-        if draw is not None:
-            draw(known)
-        outcomes.write(known)
-
+    asked = command.experiment()
+    known, runs = asked.joined(resume=command.resume), asked.runs()
+    groups = unfinished(runs, command.at_once)
+    datasets = data.load_all([run for group in groups for run in group])
     if groups:
-        schedule.train(asked, groups, datasets, stopping, report)
-    else:
-        report()
-    print((known.path / outcomes.REPORT).read_text(encoding="utf-8"))
+        known = known.save("benchmarks.compare", arguments)
+    trainers = {}
+    done = sum(run.done() for run in runs)
+    total = sum(run.config.epochs for run in runs)
+    with tqdm(total=total, initial=done, unit="epoch") as progress:
+        for group in groups:
+            first = group[0]
+            dataset, place = datasets[first.variant], (first.variant, first.arm)
+            for run in group:
+                run.open(dataset)
+            if place not in trainers:
+                trainers[place] = Trainer(first.config, first.arm, dataset)
+            trainers[place].train(group, progress, stopping)
+            _report(known, plots=command.plots)
+    if not groups:
+        _report(known, plots=command.plots)
+    print((known.path / report.REPORT).read_text(encoding="utf-8"))
     print(known.path)
 
 
-def _parser() -> commandline.Parser:
-    # Heavy imports, not for the import of this module.
-    from benchmarks.arms import ARMS
-    from benchmarks.configs import COMPUTE
-    from benchmarks.grids import GRIDS
+def _report(experiment: Experiment, *, plots: bool) -> None:
+    if plots:
+        from benchmarks.plots import write_comparison  # Matplotlib is an extra.
 
-    parser = commandline.Parser(
-        prog="python -m benchmarks.compare",
-        description="Train a grid of experiments from several seeds.",
-        epilog="Numbers that are not given come from the grid.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    add, number = parser.add_argument, commandline.whole_number
-    add("config", metavar="CONFIG", choices=tuple(GRIDS), help=", ".join(GRIDS))
-    add("--seeds", type=number, metavar="N", default=5, help="how many; default: 5")
-    add("--arms", nargs="+", choices=tuple(ARMS), help="compared with the first")
-    add("--data-dir", help="the hub's SPLIT-*.parquet files; default: the hub")
-    add("--validation", type=int, help="hold out VALIDATION training rows")
-    add("--epochs", type=int, help="passes over the training rows")
-    add("--compute", choices=COMPUTE, help="type that training computes in")
-    add("--at-once", type=number, metavar="K", default=1, help="seeds at once")
-    add("--out", type=Path, metavar="DIR", help="default: runs/CONFIG")
-    add("--resume", action="store_true", default=False, help="continue, or add to it")
-    add("--no-plots", dest="plots", action="store_false", default=True, help="no PNGs")
-    return parser
+        write_comparison(experiment)
+    report.write(experiment)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Grids of experiments by name: what `python -m benchmarks.compare` runs.
 
-`digits` and `cifar10-check` are quick, and show that everything works.  `cifar10` and
-the names of a data set with a model are the published comparisons.  `cifar10-60` is the
+`digits` and `cifar10-check` are quick, and show that everything works. `cifar10` and
+the names of a data set with a model are the published comparisons. `cifar10-60` is the
 first of them in 60 epochs, with the control that tells a larger rate from a better one.
 
 The others are ablations, each of one choice of the method, with ResNet-18 on CIFAR-100
-as published.  The choices that only TempBalance makes leave cosine SGD as it is, so
-that their variants train TempBalance alone.
+as published. Choices that only TempBalance makes do not change cosine SGD, so their
+variants train TempBalance alone.
 
 References:
     Zhou et al, `Temperature Balancing, Layer-wise Weight Analysis, and Neural Network
@@ -17,7 +17,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.configs import CIFAR10, DIGITS, Config
+from benchmarks.configs import CIFAR10, DIGITS, Config, DatasetName
+from benchmarks.models import Name
 from benchmarks.published import PAIRS
 
 Variants = Mapping[str, Mapping[str, Any]]
@@ -28,9 +29,9 @@ class Grid:
     """A base experiment and what is varied in it.
 
     Attributes:
-        base: the experiment that the others are held against.
-        variants: from a name, which a directory can have, to the fields of `base` that
-            it sets otherwise; none for the base itself.
+        base: the experiment that the others are compared with.
+        variants: for each name of a variant, which is also that of its directory, the
+            fields of `base` that it sets otherwise.
     """
 
     base: Config
@@ -44,14 +45,14 @@ class Grid:
         }
 
 
-# The published weights start by the rules of PyTorch.
+# The published weights have PyTorch's initialization.
 _PUBLISHED = dataclasses.replace(
     CIFAR10, init="torch", arms=("cal", "tb", "snr", "tb_snr")
 )
 _CIFAR100 = dataclasses.replace(_PUBLISHED, dataset="cifar100", arms=("cal", "tb"))
 
 
-def _comparison(dataset: str, model: str) -> Grid:
+def _comparison(dataset: DatasetName, model: Name) -> Grid:
     return Grid(dataclasses.replace(_PUBLISHED, dataset=dataset, model=model))
 
 
@@ -98,7 +99,7 @@ GRIDS: dict[str, Grid] = {
         {"median": {}, "min_ks": {"fit": "min_ks"}, "peak": {"fit": "peak"}}
     ),
     "bounds": _ablation(
-        # As published and by its relatives, and reversed.
+        # As published, wider and narrower, and reversed.
         {
             "low0.1-high1.9": {"low": 0.1, "high": 1.9},
             "low0.3-high1.7": {"low": 0.3, "high": 1.7},
@@ -117,7 +118,7 @@ GRIDS: dict[str, Grid] = {
     ),
     "norms": _ablation({"follow": {}, "alone": {"norms": False}}),
     "ends": _ablation(
-        # The stem has 27 eigenvalues, too few to be tuned: it is the head that differs.
+        # The stem has 27 eigenvalues, too few to be tuned: only the head differs.
         {"left-out": {}, "kept-in": {"ends": True}}
     ),
 }

@@ -1,6 +1,8 @@
-"""The compiled parts of training: an epoch, an evaluation, a refresh.
+"""The compiled parts of training: a step, an epoch of steps, an evaluation, a refresh.
 
-The seed is part of the state, so that one compiled program serves all seeds.
+The seed is part of the state, so that one compiled program serves all seeds, and the
+random numbers of an epoch depend on seed and epoch alone, so that a resumed run draws
+the same ones.
 """
 
 import dataclasses
@@ -10,18 +12,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax import Array
 
 import tb_optax
 from benchmarks import models
-from benchmarks.arms import Arm
+from benchmarks.arms import Analyze, Arm, Seed
 from benchmarks.configs import Config
-from benchmarks.controls import Analyze, Seed
-from benchmarks.data import Dataset
-from benchmarks.data.augment import Preparation
+from benchmarks.images import Dataset, Preparation
 
 
 class TrainState(NamedTuple):
@@ -40,12 +39,16 @@ class Scores(NamedTuple):
     accuracy: Array  # shape (), from 0 to 1
 
 
+# From parameters, running averages, and a batch to (loss, (running averages, scores)).
+LossFn = Callable[..., tuple[Array, tuple[Any, Scores]]]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """What an arm runs, jitted.
+    """What a run of an arm calls, jitted.
 
     Attributes:
-        layers: the layers that are analysed, in the order of execution.
+        layers: the layers that are analyzed, in the order of execution.
         abstract: shapes and placement of the state.
         start: `(seed) -> state`, before the first step.
         train: `(states, images, labels, epoch) -> [(state, scores), ...]`, for a tuple
@@ -63,18 +66,13 @@ class Program:
     refresh: Any
 
     def compiled(self, data: Dataset, count: int) -> "Program":
-        """Compile what is timed, for the shapes of a data set.
-
-        Args:
-            data: the rows.
-            count: how many states are trained at once.
-        """
-        states = (self.abstract,) * count
-        rows = _abstract(data.train_images), _abstract(data.train_labels)
+        """Compile what is timed, for `count` states at once and these rows."""
+        images, labels = jax.eval_shape(lambda rows: rows, data.parts()["train"])
         epoch = jax.ShapeDtypeStruct((), jnp.int32)
+        states = (self.abstract,) * count
         return dataclasses.replace(
             self,
-            train=self.train.lower(states, *rows, epoch).compile(),
+            train=self.train.lower(states, images, labels, epoch).compile(),
             refresh=self.refresh.lower(self.abstract).compile(),
         )
 
@@ -89,7 +87,7 @@ def make_program(config: Config, arm: Arm, data: Dataset) -> Program:
         config.init,
         config.compute,
     )
-    # Evaluated in full precision, whatever the training computes in.
+    # Evaluation is in full precision, whatever the training computes in.
     plain = nnx.eval_shape(lambda: shape._replace(compute="float32").build(0))
     model = nnx.eval_shape(lambda: shape.build(0))
     layers = balanced_layers(plain, config)
@@ -106,14 +104,21 @@ def make_program(config: Config, arm: Arm, data: Dataset) -> Program:
         params, batch_stats = _initial(shape, own)
         return TrainState(own, params, batch_stats, optimizer(own).init(params))
 
+    def refresh(state: TrainState) -> tuple[TrainState, tb_optax.Analysis]:
+        analyzed = analysis(state.seed)(state.params)
+        if arm.balanced:
+            opt_state = tb_optax.set_multipliers(state.opt_state, analyzed)
+            state = state._replace(opt_state=opt_state)
+        return state, analyzed
+
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         jax.eval_shape(start, 0),
     )
-    train = _epoch(nnx.graphdef(model), optimizer, data.preparation, config.batch_size)
+    step = training_step(image_loss(nnx.graphdef(model)), optimizer)
+    train = _epoch(step, data.preparation, config.batch_size)
     evaluate = _evaluation(nnx.graphdef(plain), data.preparation, config.batch_size)
-    refresh = _refresh(analysis, balanced=arm.balanced)
     return Program(
         layers,
         abstract,
@@ -125,13 +130,51 @@ def make_program(config: Config, arm: Arm, data: Dataset) -> Program:
 
 
 def balanced_layers(model: models.Model, config: Config) -> tuple[tb_optax.Layer, ...]:
-    """Return the layers to analyse; as published, not the first and the last."""
+    """Return the layers to analyze: as published, without the first and the last."""
     layers = models.layers_in_order(model, norms=config.norms)
     return layers if config.ends else layers[1:-1]
 
 
+def training_step(
+    loss_fn: LossFn, optimizer: Callable[[Array], optax.GradientTransformation]
+) -> Callable[..., tuple[TrainState, Scores]]:
+    """Return `(state, *batch) -> state, scores`: gradients, updates, new parameters.
+
+    Args:
+        loss_fn: `(params, batch_stats, *batch) -> loss, (batch_stats, scores)`.
+        optimizer: builds the optimizer of a seed.
+    """
+
+    def step(state: TrainState, *batch: Array) -> tuple[TrainState, Scores]:
+        gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (_, (batch_stats, scores)), gradients = gradient_fn(
+            state.params, state.batch_stats, *batch
+        )
+        updates, opt_state = optimizer(state.seed).update(
+            gradients, state.opt_state, state.params
+        )
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.seed, params, batch_stats, opt_state), scores
+
+    return step
+
+
+def image_loss(graph: nnx.GraphDef) -> LossFn:
+    """Return the mean cross-entropy of a model of images, in training mode."""
+
+    def loss_fn(params: Any, batch_stats: Any, images: Array, labels: Array):
+        model = nnx.merge(graph, params, batch_stats)
+        logits = model(images, train=True)
+        loss = _cross_entropy(logits, labels).mean()
+        accuracy = jnp.mean(logits.argmax(-1) == labels)
+        stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+        return loss, (stats, Scores(loss, accuracy))
+
+    return loss_fn
+
+
 class _Shape(NamedTuple):
-    """The arguments of `models.build` but for the random numbers."""
+    """The arguments of `models.build` without the random numbers."""
 
     name: str
     num_classes: int
@@ -153,21 +196,20 @@ def _initial(shape: _Shape, seed: Array) -> tuple[Any, Any]:
 
 
 def _keys(seed: Seed) -> tuple[Array, Array]:
-    """Return the keys of the initial weights, and of row order and augmentation."""
+    """Return the key of the initial weights, and that of row order and augmentation."""
     init_key, order_key = jax.random.split(jax.random.key(seed))
     return init_key, order_key
 
 
 def _at_once(function: Callable[..., Any]) -> Callable[..., list[Any]]:
-    """Return the function of a tuple of states, vectorised; of one it is the same."""
+    """Return the function of a tuple of states, vectorized if there are several."""
 
     @functools.wraps(function)
     def at_once(states: tuple[TrainState, ...], *shared: Array) -> list[Any]:
         if len(states) == 1:
             return [function(states[0], *shared)]
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-        vectorised = jax.vmap(lambda state: function(state, *shared))
-        results = vectorised(stacked)
+        results = jax.vmap(lambda state: function(state, *shared))(stacked)
         return [
             jax.tree.map(lambda leaf, place=place: leaf[place], results)
             for place in range(len(states))
@@ -176,38 +218,12 @@ def _at_once(function: Callable[..., Any]) -> Callable[..., list[Any]]:
     return at_once
 
 
-def _abstract(array: np.ndarray) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype)
-
-
 def _epoch(
-    graph: nnx.GraphDef,
-    optimizer: Callable[[Seed], optax.GradientTransformation],
+    step: Callable[..., tuple[TrainState, Scores]],
     preparation: Preparation,
     batch_size: int,
 ) -> Callable[..., tuple[TrainState, Scores]]:
-    """Return one pass over the training rows, in an order of (seed, epoch) alone."""
-
-    def step(
-        state: TrainState, images: Array, labels: Array, augment_key: Array
-    ) -> tuple[TrainState, Scores]:
-        inputs = preparation.augment(augment_key, images)
-
-        def loss_fn(params: Any) -> tuple[Array, tuple[Any, Array]]:
-            model = nnx.merge(graph, params, state.batch_stats)
-            logits = model(inputs, train=True)
-            losses = _cross_entropy(logits, labels)
-            stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-            return losses.mean(), (stats, jnp.mean(logits.argmax(-1) == labels))
-
-        gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (stats, accuracy)), gradients = gradient_fn(state.params)
-        updates, opt_state = optimizer(state.seed).update(
-            gradients, state.opt_state, state.params
-        )
-        params = optax.apply_updates(state.params, updates)
-        following = TrainState(state.seed, params, stats, opt_state)
-        return following, Scores(loss, accuracy)
+    """Return one pass over the training rows; see `Program.train`."""
 
     def train(
         state: TrainState, images: Array, labels: Array, epoch: Array
@@ -219,7 +235,7 @@ def _epoch(
 
         def body(state: TrainState, batch: tuple[Array, Array]):
             rows, key = batch
-            return step(state, images[rows], labels[rows], key)
+            return step(state, preparation.augment(key, images[rows]), labels[rows])
 
         batches = order.reshape(steps, batch_size), jax.random.split(augment_key, steps)
         state, scores = jax.lax.scan(body, state, batches)
@@ -241,7 +257,7 @@ def _evaluation(
 
         def body(_: None, row: Array) -> tuple[None, Scores]:
             label = labels[row % rows]
-            logits = model(preparation.normalise(images[row % rows]), train=False)
+            logits = model(preparation.normalize(images[row % rows]), train=False)
             loss = _cross_entropy(logits, label)
             right = logits.argmax(-1) == label
             return None, Scores(
@@ -257,16 +273,3 @@ def _evaluation(
 def _cross_entropy(logits: Array, labels: Array) -> Array:
     logits = logits.astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-
-
-def _refresh(
-    analysis: Callable[[Seed], Analyze], *, balanced: bool
-) -> Callable[[TrainState], tuple[TrainState, tb_optax.Analysis]]:
-    def refresh(state: TrainState) -> tuple[TrainState, tb_optax.Analysis]:
-        analyzed = analysis(state.seed)(state.params)
-        if balanced:
-            opt_state = tb_optax.set_multipliers(state.opt_state, analyzed)
-            state = state._replace(opt_state=opt_state)
-        return state, analyzed
-
-    return refresh

@@ -168,6 +168,6 @@ def networks() -> Mapping[str, Network]:
         "resnet152": Network("ResNet-152", bottleneck_resnet((3, 8, 36, 3))),
         "tiny": Network(
             "three layers",
-            {"conv1": (3, 3, 3, 8), "conv2": (3, 3, 8, 16), "linear": (16, 10)},
+            {"conv1": (3, 3, 8, 8), "conv2": (3, 3, 8, 16), "linear": (16, 10)},
         ),
     }

@@ -1,159 +1,208 @@
-"""Pictures of a run, from its records and final spectra."""
+"""Pictures of runs, from their records and final spectra."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import LogFormatter, MaxNLocator, NullFormatter
 
 from benchmarks.arms import ARMS
-from benchmarks.experiment import Spectrum
-from benchmarks.records import Row
+from benchmarks.experiments import Experiment
+from benchmarks.report import read
+from benchmarks.runs import LAYERS, METRICS, Run
 
 DPI = 150
 PANELS = 4
 
-Spectra = Mapping[str, Sequence[Spectrum]]
+# The ascending eigenvalues of each layer, by arm and layer.
+Spectra = Mapping[str, Mapping[str, np.ndarray]]
 
 
-def write(rows: Sequence[Row], spectra: Spectra, directory: Path) -> list[Path]:
-    """Write every picture that the rows of `layers.jsonl` allow; return their paths."""
-    figures = {
-        "alpha.png": alpha_figure(rows, list(spectra)),
-        "esd.png": esd_figure(rows, spectra),
-    }
-    balanced = [arm for arm in spectra if ARMS[arm].balanced]
-    if balanced:
-        figures["multipliers.png"] = multiplier_figure(rows, balanced)
-        figures["overview.png"] = overview_figure(rows, spectra, balanced[0])
-    paths = []
-    for name, figure in sorted(figures.items()):
-        paths.append(directory / name)
-        figure.savefig(paths[-1], dpi=DPI)
-    return paths
+def write_run(runs: Sequence[Run], spectra: Spectra, directory: Path) -> list[Path]:
+    """Write the pictures of `benchmarks.train`; return their paths."""
+    layers, arms = read(runs, LAYERS), [run.arm for run in runs]
+    figures = {"alpha.png": alpha_figure(layers, arms)}
+    for arm in arms:
+        figures[f"{arm}.png"] = overview_figure(layers, spectra[arm], arm)
+    return _save(figures, directory)
 
 
-def alpha_figure(rows: Sequence[Row], arms: Sequence[str]) -> Figure:
-    """Return alpha of each tuned layer over the epochs, one panel per arm."""
-    figure, panels = _panels(arms)
-    figure.suptitle("Power-law exponent of each layer while training")
-    for axes, arm in zip(panels, arms, strict=True):
-        draw_alpha(axes, rows, arm)
-        axes.set_title(ARMS[arm].title)
-    for axes in panels[1:]:
-        axes.set_ylabel("")
-    legend(figure, panels[0])
-    return figure
+def write_comparison(experiment: Experiment) -> list[Path]:
+    """Write the pictures that the runs so far allow; return their paths."""
+    runs, arms = experiment.runs(), experiment.arms
+    metrics, layers = read(runs, METRICS), read(runs, LAYERS)
+    shown = dict.fromkeys([arms[0], *(arm for arm in arms if ARMS[arm].balanced)])
+    figures = {}
+    if not metrics.empty:
+        figures["learning.png"] = learning_figure(metrics, arms)
+    if not layers.empty:
+        figures["alpha.png"] = alpha_figure(average(layers), list(shown)[:2])
+    return _save(figures, experiment.path)
 
 
-def multiplier_figure(rows: Sequence[Row], arms: Sequence[str]) -> Figure:
-    """Return the multiplier of each tuned layer over the epochs that used it."""
-    figure, panels = _panels(arms)
-    figure.suptitle("Learning-rate multiplier of each layer while training")
-    for axes, arm in zip(panels, arms, strict=True):
-        _draw_multipliers(axes, rows, arm)
-        axes.set_title(ARMS[arm].title)
-    for axes in panels[1:]:
-        axes.set_ylabel("")
-    legend(figure, panels[0])
-    return figure
+def average(layers: pd.DataFrame) -> pd.DataFrame:
+    """Average the rows of `LAYERS` over the seeds of an arm that are furthest.
+
+    A layer is tuned if it is for one of them, and its alpha is the mean of those that
+    it is tuned for.
+    """
+    reached = layers.groupby(["variant", "arm", "seed"])["epoch"].transform("max")
+    furthest = layers.groupby(["variant", "arm"])["epoch"].transform("max")
+    whole = layers[reached == furthest]
+    whole = whole.assign(alpha=whole["alpha"].astype(float).where(whole["tuned"]))
+    keys = ["variant", "arm", "epoch", "layer"]
+    averaged = whole.groupby(keys, sort=False)[["alpha"]].mean().reset_index()
+    averaged["tuned"] = averaged["alpha"].notna()
+    return averaged.sort_values("epoch", kind="stable", ignore_index=True)
 
 
-def esd_figure(rows: Sequence[Row], spectra: Spectra) -> Figure:
-    """Return the final spectra of four layers with their fits, one line per arm."""
-    figure = Figure(
-        figsize=(3.4 * PANELS, 3.2 * len(spectra) + 0.4), layout="constrained"
-    )
-    grid = figure.subplots(
-        len(spectra), PANELS, sharex=True, sharey=True, squeeze=False
-    )
-    figure.suptitle("Eigenvalues of four layers after training, and the fitted tails")
-    for line, (arm, own) in zip(grid, spectra.items(), strict=True):
-        _draw_spectra(line, rows, arm, own)
+def learning_figure(metrics: pd.DataFrame, arms: Sequence[str]) -> Figure:
+    """Return test accuracy and training loss, a line of panels per variant.
+
+    A line is the mean of an arm over its seeds, in a band from the lowest to the
+    highest. A seed that is not yet as far as the first of them is a thin line.
+    """
+    variants = list(dict.fromkeys(metrics["variant"]))
+    figure, grid = _panels(len(variants), 2, sharey="col")
+    figure.suptitle("Learning curves: mean, lowest and highest over seeds")
+    for line, variant in zip(grid, variants, strict=True):
+        own = metrics[metrics["variant"] == variant]
+        for number, arm in enumerate(arms):
+            for axes, column in zip(line, ("test_accuracy", "train_loss"), strict=True):
+                rows = own[own["arm"] == arm].astype({column: float})
+                curves = rows.pivot(index="epoch", columns="seed", values=column)
+                lengths = rows.groupby("seed")["epoch"].max()
+                _draw_curves(axes, curves, lengths, ARMS[arm].title, f"C{number}")
+        line[0].set_ylabel("test accuracy")
+        line[1].set_ylabel("training loss")
+        line[1].set_yscale("log")
+        line[1].yaxis.set_major_formatter("{x:g}")
+        line[1].yaxis.set_minor_formatter(LogFormatter())
         for axes in line:
-            axes.set_title(f"{ARMS[arm].title}: {axes.get_title()}", fontsize="medium")
-    for axes in grid[-1]:
-        axes.set_xlabel("eigenvalue λ = σ²")
+            _finish(axes)
+            if len(variants) > 1:
+                axes.set_title(variant)
+    figure.legend(
+        *grid[0][0].get_legend_handles_labels(),
+        loc="outside right center",
+        fontsize="small",
+        frameon=False,
+    )
     return figure
 
 
-def overview_figure(rows: Sequence[Row], spectra: Spectra, arm: str) -> Figure:
-    """Return one arm on one page: exponents, multipliers, four spectra."""
+def _draw_curves(
+    axes: Axes, curves: pd.DataFrame, lengths: pd.Series, title: str, color: str
+) -> None:
+    """Draw the curves of an arm: a line per epoch, a column per seed."""
+    if curves.empty:
+        return
+    shorter = lengths.index[lengths < lengths.max()]
+    for seed in shorter:
+        axes.plot(curves.index, curves[seed], color=color, linewidth=0.7)
+    # A loss that is not finite leaves a gap.
+    whole = curves.drop(columns=shorter).to_numpy()
+    low, high = whole.min(axis=1), whole.max(axis=1)
+    axes.fill_between(curves.index, low, high, color=color, alpha=0.2, linewidth=0)
+    axes.plot(curves.index, whole.mean(axis=1), color=color, label=title)
+
+
+def alpha_figure(layers: pd.DataFrame, arms: Sequence[str]) -> Figure:
+    """Return alpha of each tuned layer: a line of panels per variant, one per arm."""
+    variants = list(dict.fromkeys(layers["variant"]))
+    figure, grid = _panels(len(variants), len(arms), sharey="all")
+    mean = "" if "seed" in layers else ", mean over seeds"
+    figure.suptitle(f"Power-law exponent of each layer while training{mean}")
+    for line, variant in zip(grid, variants, strict=True):
+        for axes, arm in zip(line, arms, strict=True):
+            _draw_alpha(axes, layers[layers["variant"] == variant], arm)
+            name = ARMS[arm].title
+            axes.set_title(f"{variant}: {name}" if len(variants) > 1 else name)
+        for axes in line[1:]:
+            axes.set_ylabel("")
+    every = [axes for line in grid for axes in line]
+    _legend(figure, max(every, key=lambda axes: len(axes.lines)))
+    return figure
+
+
+def overview_figure(
+    layers: pd.DataFrame, spectra: Mapping[str, np.ndarray], arm: str
+) -> Figure:
+    """Return one arm on one page: exponents, multipliers, and four spectra."""
     figure = Figure(figsize=(3.4 * PANELS, 7.6), layout="constrained")
     figure.suptitle(ARMS[arm].title)
     parts: Any = figure.subfigures(2, 1, height_ratios=[4.2, 3.4])
     top, bottom = parts
     left, right = top.subplots(1, 2)
-    draw_alpha(left, rows, arm)
-    _draw_multipliers(right, rows, arm)
+    _draw_alpha(left, layers, arm)
+    _draw_multipliers(right, layers, arm)
     left.set_title("Exponent of each layer while training", fontsize="medium")
     right.set_title("Its learning-rate multiplier", fontsize="medium")
-    legend(top, left)
+    _legend(top, left)
     line = bottom.subplots(1, PANELS, sharex=True, sharey=True)
-    _draw_spectra(line, rows, arm, spectra[arm])
+    _draw_spectra(line, layers, arm, spectra)
     for axes in line:
         axes.set_xlabel("eigenvalue λ = σ²")
     return figure
 
 
-def draw_alpha(axes: Axes, rows: Sequence[Row], arm: str) -> None:
-    """Draw alpha of each tuned layer of an arm."""
-    epochs, curves = _curves(rows, arm, "alpha")
-    marker = "." if len(epochs) <= 50 else ""
-    for (layer, values), color in zip(curves.items(), _by_depth(curves), strict=True):
-        axes.plot(epochs, values, color=color, label=layer, marker=marker)
+def _draw_alpha(axes: Axes, layers: pd.DataFrame, arm: str) -> None:
+    curves = _curves(layers, arm, "alpha")
+    marker = "." if len(curves) <= 50 else ""
+    for layer, color in zip(curves, _by_depth(curves), strict=True):
+        axes.plot(curves.index, curves[layer], color=color, label=layer, marker=marker)
     axes.set_ylabel("alpha")
-    finish(axes)
+    _finish(axes)
 
 
-def _draw_multipliers(axes: Axes, rows: Sequence[Row], arm: str) -> None:
-    epochs, curves = _curves(rows, arm, "multiplier")
-    for (layer, values), color in zip(curves.items(), _by_depth(curves), strict=True):
-        # The last analysis is of the final weights: no epoch follows it.
+def _draw_multipliers(axes: Axes, layers: pd.DataFrame, arm: str) -> None:
+    curves = _curves(layers, arm, "multiplier")
+    for layer, color in zip(curves, _by_depth(curves), strict=True):
+        values = curves[layer].to_numpy()
+        # The last analysis is of the final weights: no epoch comes after it.
         used = [*values[:-1], values[-2]]
-        axes.plot(epochs, used, color=color, label=layer, drawstyle="steps-post")
+        axes.plot(curves.index, used, color=color, label=layer, drawstyle="steps-post")
     axes.axhline(1, color="0.6", linestyle=":", zorder=0)
     axes.set_ylabel("multiplier of the learning rate")
-    finish(axes)
+    _finish(axes)
 
 
 def _draw_spectra(
-    line: Sequence[Axes], rows: Sequence[Row], arm: str, spectra: Sequence[Spectrum]
+    line: Sequence[Axes],
+    layers: pd.DataFrame,
+    arm: str,
+    spectra: Mapping[str, np.ndarray],
 ) -> None:
     """Draw as many tuned layers as there are axes, from the first to the last."""
-    own = [row for row in rows if row["arm"] == arm]
-    fits = {
-        row["layer"]: row
-        for row in own
-        if row["tuned"] and row["epoch"] == own[-1]["epoch"]
-    }
-    tuned = [spectrum for spectrum in spectra if spectrum.layer in fits]
-    picks = np.linspace(0, len(tuned) - 1, min(len(line), len(tuned))).round()
+    own = layers[(layers["arm"] == arm) & layers["tuned"]]
+    last = own[own["epoch"] == layers["epoch"].max()].to_dict("records")
+    picks = np.linspace(0, len(last) - 1, min(len(line), len(last))).round()
     for axes, pick in zip(line, picks, strict=False):
-        spectrum = tuned[int(pick)]
-        _draw_spectrum(axes, spectrum, fits[spectrum.layer])
-        axes.set_title(spectrum.layer, fontsize="medium")
+        fit = last[int(pick)]
+        _draw_spectrum(axes, spectra[fit["layer"]], fit)
+        axes.set_title(fit["layer"], fontsize="medium")
     for axes in line[len(picks) :]:
         axes.set_axis_off()
     line[0].set_ylabel("density")
 
 
-def _draw_spectrum(axes: Axes, spectrum: Spectrum, fit: Row) -> None:
-    values = spectrum.eigenvalues[spectrum.eigenvalues > 0]
-    count = len(spectrum.eigenvalues)
+def _draw_spectrum(axes: Axes, spectrum: np.ndarray, fit: Mapping[Any, Any]) -> None:
+    values = spectrum[spectrum > 0]
     # The smallest spread over decades, one to a bin: they would squeeze the rest.
     bins = np.geomspace(np.quantile(values, 0.05), values[-1], 31)
     numbers, edges = np.histogram(values, bins)
-    density = numbers / (count * np.diff(edges))
-    centres = np.sqrt(edges[1:] * edges[:-1])
+    density = numbers / (len(spectrum) * np.diff(edges))
+    centers = np.sqrt(edges[1:] * edges[:-1])
     shown = numbers > 0
-    axes.loglog(centres[shown], density[shown], "o", color="C0", markersize=3.5)
-    alpha, xmin, share = fit["alpha"], fit["xmin"], fit["tail_size"] / count
+    axes.loglog(centers[shown], density[shown], "o", color="C0", markersize=3.5)
+    alpha, xmin = fit["alpha"], fit["xmin"]
     tail = np.geomspace(xmin, values[-1], 50)
+    share = fit["tail_size"] / len(spectrum)
     line = share * (alpha - 1) / xmin * (tail / xmin) ** -alpha
     axes.loglog(tail, line, color="C1", label=f"alpha = {alpha:.2f}")
     axes.axvline(xmin, color="0.6", linestyle=":", label="xmin")
@@ -163,41 +212,40 @@ def _draw_spectrum(axes: Axes, spectrum: Spectrum, fit: Row) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _curves(
-    rows: Sequence[Row], arm: str, column: str
-) -> tuple[list[int], dict[str, list[float]]]:
-    """Return the epochs and the layers ever tuned; NaN where one is not."""
-    own = [row for row in rows if row["arm"] == arm]
-    epochs = list(dict.fromkeys(row["epoch"] for row in own))
-    tuned = {row["layer"] for row in own if row["tuned"]}
-    curves: dict[str, list[float]] = {}
-    for row in own:
-        if row["layer"] in tuned:
-            value = row[column] if row["tuned"] else np.nan
-            curves.setdefault(row["layer"], []).append(value)
-    return epochs, curves
+def _curves(layers: pd.DataFrame, arm: str, column: str) -> pd.DataFrame:
+    """Return a line per epoch and a column per layer ever tuned; NaN where it isn't."""
+    own = layers[layers["arm"] == arm]
+    order = list(dict.fromkeys(own["layer"][own["tuned"]]))
+    values = own[column].astype(float).where(own["tuned"])
+    table = own.assign(value=values).pivot(
+        index="epoch", columns="layer", values="value"
+    )
+    return table[sorted(order, key=list(dict.fromkeys(own["layer"])).index)]
 
 
-def _by_depth(layers: Mapping[str, object]) -> np.ndarray:
-    return colormaps["viridis"](np.linspace(0, 0.93, len(layers)))
+def _by_depth(curves: pd.DataFrame) -> np.ndarray:
+    return colormaps["viridis"](np.linspace(0, 0.93, curves.shape[1]))
 
 
-def _panels(arms: Sequence[str]) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(5 * len(arms) + 2.4, 4.8), layout="constrained")
-    grid = figure.subplots(1, len(arms), sharey=True, squeeze=False)
-    return figure, list(grid[0])
+def _panels(
+    lines: int, columns: int, *, sharey: Literal["col", "all"]
+) -> tuple[Figure, list[list[Axes]]]:
+    size = 5 * columns + 2.4, 3.8 * lines + 1
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(lines, columns, sharey=sharey, squeeze=False)
+    return figure, [list(line) for line in grid]
 
 
-def finish(axes: Axes) -> None:
-    """Make the axis of epochs what it is in all pictures."""
+def _finish(axes: Axes) -> None:
+    """Give all pictures the same axis of epochs."""
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.grid(alpha=0.3)
     axes.margins(x=0.02)
 
 
-def legend(figure: FigureBase, axes: Axes) -> None:
-    """Name the layers beside the panels."""
+def _legend(figure: FigureBase, axes: Axes) -> None:
+    """Name the layers to the right of the panels."""
     handles, names = axes.get_legend_handles_labels()
     figure.legend(
         handles,
@@ -208,3 +256,11 @@ def legend(figure: FigureBase, axes: Axes) -> None:
         frameon=False,
         ncols=1 + len(names) // 26,
     )
+
+
+def _save(figures: Mapping[str, Figure], directory: Path) -> list[Path]:
+    paths = []
+    for name, figure in sorted(figures.items()):
+        paths.append(directory / name)
+        figure.savefig(paths[-1], dpi=DPI)
+    return paths

@@ -1,4 +1,4 @@
-"""SIGTERM, as schedulers send it before they kill: stop behind the epoch that runs."""
+"""SIGTERM, as schedulers send it before they kill: stop after the epoch that runs."""
 
 import contextlib
 import signal
@@ -13,7 +13,7 @@ class Preempted(Exception):
 
 @contextlib.contextmanager
 def watched() -> Generator[Callable[[], bool], None, None]:
-    """Give a function that says whether SIGTERM has come, which kills nothing here."""
+    """Give a function that says whether SIGTERM has come; nothing else happens then."""
     received = []
 
     def receive(number: int, frame: object) -> None:
@@ -31,10 +31,10 @@ def resumable(run: Callable[[Callable[[], bool]], None]) -> int:
     """Run a command that SIGTERM stops early and `--resume` continues.
 
     Args:
-        run: what to do; it is given what says whether SIGTERM has come.
+        run: what to do; it is given a function that says whether SIGTERM has come.
 
     Returns:
-        The exit code: 0 also where SIGTERM has stopped it.
+        The exit code: 0 if SIGTERM has stopped it, too.
     """
     try:
         with watched() as stopping:

@@ -1,20 +1,20 @@
 """The numbers of each arm, as published where they are.
 
-The published configurations, for 200 epochs of batches of 128, give learning rates
-and coefficients by data set and network.  What they leave out is taken from CIFAR-10
-with ResNet-18, and for the other optimizers from CIFAR-100.  Where an arm departs from
-the published runs:
+The published configurations, for 200 epochs of batches of 128, give learning rates and
+coefficients by data set and network. Numbers that they leave out are those of CIFAR-10
+with ResNet-18, and for the other optimizers those of CIFAR-100. Departures from the
+published runs:
 
-- SNR on SVHN has the learning rate of CAL; TB + SNR has that of TempBalance.  The
-  published SNR term did nothing beside weight decay until it was mended in 2025; here
-  it acts.
+- SNR on SVHN has the learning rate of CAL, and TB + SNR has that of TempBalance. The
+  published SNR term did nothing besides weight decay until it was corrected in 2025;
+  here it acts.
 - SGDR restarts once, at half of the epochs: the published period at 200 epochs.
 - LARS adds the weight decay before it takes the norm of the gradient, and clips
   neither gradients nor trust ratios.
 - LAMB corrects the bias of its moments.
 - AdamW is not among the published runs: learning rate 0.001, and a hundred times the
   weight decay, so that their product is that of SGD.
-- The controls have the learning rate of TempBalance, also where CAL's is another.
+- The controls have the learning rate of TempBalance, even where CAL has another.
 
 References:
     Zhou et al, `Temperature Balancing, Layer-wise Weight Analysis, and Neural Network
@@ -24,7 +24,8 @@ References:
 import dataclasses
 from typing import NamedTuple
 
-from benchmarks.configs import Config
+from benchmarks.configs import Config, DatasetName
+from benchmarks.models import Name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Settings:
 
     Attributes:
         learning_rate: rate of the first epoch.
-        snr: coefficient of spectral norm regularisation.
+        snr: coefficient of spectral norm regularization.
         low: smallest multiplier.
         high: largest multiplier.
     """
@@ -54,7 +55,7 @@ class _Row(NamedTuple):
 
 _USUAL = _Row(0.1, 0.1, 0.1, 0.001, 0.001)
 
-_ROWS = {
+_ROWS: dict[tuple[DatasetName, Name], _Row] = {
     ("cifar100", "resnet18"): _Row(0.1, 0.1, 0.1, 0.01, 0.001),
     ("cifar100", "resnet34"): _Row(0.05, 0.1, 0.1, 0.015, 0.005),
     ("cifar100", "vgg16"): _Row(0.05, 0.05, 0.05, 0.005, 0.005),
@@ -71,7 +72,7 @@ _ROWS = {
 
 PAIRS = tuple(_ROWS)
 
-# On CIFAR-100: ResNet-18, which stands for all others, and ResNet-34.
+# On CIFAR-100: of ResNet-18, which stands for all others, and of ResNet-34.
 _OTHER_RATES = {
     "sgdr": (0.1, 0.05),
     "lars": (28.0, 32.0),
@@ -84,15 +85,7 @@ _OTHER_RATES = {
 
 
 def settings(config: Config, arm: str) -> Settings:
-    """Return the numbers of an arm; what the config gives goes before the published.
-
-    Args:
-        config: the experiment.
-        arm: name in `benchmarks.arms`.
-
-    Returns:
-        All numbers, those too that this arm does not need.
-    """
+    """Return all numbers of an arm; those that the config gives take precedence."""
     row = _ROWS.get((config.dataset, config.model), _USUAL)
     narrow = arm == "tb_snr" or config.dataset == "tiny_imagenet"
     low, high = (0.6, 1.4) if narrow else (0.5, 1.5)

@@ -1,21 +1,21 @@
-"""This directory's README: every figure from `results/*.json`, next to its bound.
+"""The README of this directory: every figure from `results/*.json`, with its bound.
 
     python -m benchmarks.tables
     python -m benchmarks.tables --check
 
 writes `benchmarks/README.md`, or says whether it is what would be written. Files named
 `spectral*.json`, `step_cost*.json` and `compare_*.json` have a section each, in the
-order of their names; those of a comparison show the pictures of their name.
+order of their names, and so do directories named `accelerator*`; those of a comparison
+show the pictures of their name.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks import commandline, outcome_tables, speed_tables
-from benchmarks.errors import UserError, first_line
+from benchmarks import accelerator, commandline, report, speed_tables
+from benchmarks.errors import UserError
+from benchmarks.files import read_json
 
 README = Path(__file__).parent / "README.md"
 
@@ -58,22 +58,22 @@ def render(directory: Path) -> str:
     for name, section in sections:
         paths = sorted(directory.glob(f"{name}*.json"))
         for path in paths:
-            parts += section(_read(path))
+            parts += section(read_json(path))
         if not paths:
             parts += [f"Not measured: `python -m benchmarks.{name}`."]
+    cards = sorted(path for path in directory.glob("accelerator*") if path.is_dir())
+    for path in cards:
+        parts += accelerator.sections(path)
+    if not cards:
+        parts += [
+            "Not measured on an accelerator: `python -m benchmarks.accelerator "
+            "--minutes 7 --out benchmarks/results/accelerator_NAME`."
+        ]
     for path in sorted(directory.glob("compare_*.json")):
         pictures = sorted(directory.glob(f"{path.stem}_*.png"))
         links = [f"{commandline.RESULTS.name}/{picture.name}" for picture in pictures]
-        parts += outcome_tables.section(_read(path), links)
+        parts += report.section(read_json(path), links)
     return "\n\n".join(parts) + "\n"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        msg = f"{path} is damaged ({first_line(error)})"
-        raise UserError(msg) from error
 
 
 if __name__ == "__main__":

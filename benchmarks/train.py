@@ -3,60 +3,113 @@
     python -m benchmarks.train
     python -m benchmarks.train --dataset cifar10 --data-dir DIRECTORY --validation 5000
 
-The first takes about a minute on two CPU cores and needs no network.  A run has a
-directory of its own, `runs/DATASET-MODEL-seedSEED`, with `config.json`,
-`metrics.jsonl`, `layers.jsonl`, checkpoints, `table.md` and pictures.  `--resume`
-continues it after a kill, on a CPU to the same bits.  SIGTERM ends it behind the epoch
-that runs, with its checkpoint written, one line and exit code 0.
+The first command takes about a minute on two CPU cores and needs no network. Numbers
+that are not given come from the recipe of the data set. The arms are in
+`runs/DATASET-MODEL-seedSEED`, each in a directory of its own, which `benchmarks.runs`
+describes, with `table.md` and pictures next to them. `--resume` continues after a kill,
+on a CPU to the same bits. SIGTERM ends training after the current epoch: its state is
+saved, and the exit code is 0.
 
-Faults of arguments, data or run directory are one line on stderr and exit code 2.
+Faults of arguments, data, or run directory end with exit code 2.
 """
 
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import tyro
+from tqdm import tqdm
+
+import tb_optax
+from benchmarks import data, report
+from benchmarks.configs import RECIPES, Config, DatasetName
+from benchmarks.experiments import Experiment, Trainer, label, unfinished
+from benchmarks.files import write_text
 from benchmarks.preemption import resumable
+
+_PROGRAM = "python -m benchmarks.train"
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command line: the experiment, and what to do with its directory.
+
+    Attributes:
+        config: the experiment.
+        out: directory; default: runs/DATASET-MODEL-seedSEED.
+        resume: continue what is in the directory.
+        plots: draw pictures, too.
+    """
+
+    config: Config
+    out: Path | None = None
+    resume: bool = False
+    plots: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recipe:
+    dataset: DatasetName = "digits"
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """Read the command line; what it leaves out comes from the data set's recipe."""
+    recipe, _ = tyro.cli(
+        _Recipe, prog=_PROGRAM, args=arguments, return_unknown_args=True, add_help=False
+    )
+    return tyro.cli(
+        Command,
+        prog=_PROGRAM,
+        description="Train one network plainly, with TempBalance, or otherwise.",
+        args=arguments,
+        default=Command(RECIPES[recipe.dataset]),
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    return resumable(lambda stopping: _run(arguments, stopping))
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    return resumable(lambda stopping: _run(given, stopping))
 
 
-def _run(arguments: Sequence[str] | None, stopping: Callable[[], bool]) -> None:
-    # Imported here, so that a package that is not installed is one clear line.
-    from tqdm import tqdm
-
-    from benchmarks import configs, data, experiment, records, report
-
-    command = configs.parse(arguments)
+def _run(arguments: Sequence[str], stopping: Callable[[], bool]) -> None:
+    command = parse(arguments)
     config = command.config
-    draw = None
-    if command.plots:
-        from benchmarks.plots import write as draw
-    directory = records.RunDirectory(command.out)
-    directory.check(config, resume=command.resume)
-    dataset = data.load(config)
-    directory.open(config, dataset)
-    done = experiment.newest_epochs(config, directory)
-    directory.rewind(done, config)
-    trained = {}
-    total, behind = len(config.arms) * config.epochs, sum(done.values())
-    with tqdm(total=total, initial=behind, unit="epoch") as progress:
-        for arm in config.arms:
-            training = experiment.Training(arm, config, dataset)
-            [trained[arm]] = training.run(
-                arm, {config.seed: directory}, progress, stopping
-            )
-    metrics, layers = records.read(directory.metrics), records.read(directory.layers)
-    tables = report.write(metrics, layers)
-    table = directory.path / "table.md"
-    records.replace(table, tables)
+    name = f"{config.dataset}-{config.model}-seed{config.seed}"
+    asked = Experiment(
+        command.out or Path("runs", name),
+        "train",
+        {"base": config},
+        config.arms,
+        (config.seed,),
+        flat=True,
+    )
+    known, runs = asked.joined(resume=command.resume), asked.runs()
+    dataset = data.load_all(runs)["base"]
+    if unfinished(runs):
+        known.save("benchmarks.train", arguments)
+    spectra = {}
+    done = sum(run.done() for run in runs)
+    total = len(runs) * config.epochs
+    with tqdm(total=total, initial=done, unit="epoch") as progress:
+        for run in runs:
+            run.open(dataset)
+            trainer = Trainer(config, run.arm, dataset)
+            [state] = trainer.train([run], progress, stopping)
+            layers = trainer.program.layers
+            names = [label(layer.path) for layer in layers]
+            eigenvalues = tb_optax.esd(state.params, layers)
+            spectra[run.arm] = dict(zip(names, eigenvalues, strict=True))
+    tables = report.run_tables(runs)
+    write_text(asked.path / "table.md", tables)
     print(tables)
-    print(table)
-    if draw is not None:
-        spectra = {arm: result.spectra() for arm, result in trained.items()}
-        for path in draw(layers, spectra, directory.path):
+    print(asked.path / "table.md")
+    if command.plots:
+        from benchmarks import plots  # Matplotlib is an extra of its own.
+
+        for path in plots.write_run(runs, spectra, asked.path):
             print(path)
 
 

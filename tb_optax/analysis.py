@@ -88,7 +88,7 @@ class Analysis:
     tuned: Bool[Array, " layers"]
 
     def leaf_multipliers(self, params: Any) -> Any:
-        """The multiplier of every leaf, as a tree like `params`.
+        """Return the multiplier of every leaf, as a tree like `params`.
 
         Args:
             params: the parameters, or any tree with their paths and shapes.
@@ -105,7 +105,7 @@ class Analysis:
         )
 
     def rows(self) -> list[dict[str, Any]]:
-        """The table as plain dicts, one per layer: for pandas, csv or a logger."""
+        """Return the table as plain dicts, one per layer, for pandas or a logger."""
         columns = jax.device_get({name: getattr(self, name) for name in COLUMNS})
         plain = {name: column.tolist() for name, column in columns.items()}
         return [
@@ -227,7 +227,7 @@ def layer_analysis(
     mesh: Mesh | AbstractMesh | None = None,
     spectrum: Spectrum = exact(),
 ) -> LayerAnalysis:
-    r"""A spectral analysis: a pure jitted function from parameters to `Analysis`.
+    r"""Make a spectral analysis: a pure jitted function from parameters to `Analysis`.
 
     For each layer: the eigenvalues λ = σ² of its matrices, pooled over positions
     and scaled by `conv_norm` there; a power law p(λ) ∝ λ^-alpha fitted to their
@@ -322,7 +322,7 @@ def layer_analysis(
 def esd(
     params: Any, layers: Sequence[Layer], *, conv_norm: int | float = 0.5
 ) -> list[Float[np.ndarray, " n"]]:
-    """Empirical spectral densities: all eigenvalues of each layer.
+    """Compute empirical spectral densities: all eigenvalues of each layer.
 
     They are squared singular values, exact to the smallest, for plots and studies.
 
@@ -481,7 +481,7 @@ def _eigenvalues(
 def layer_table(
     kernels: Mapping[str, Any], layers: tuple[Layer, ...], options: Options
 ) -> Analysis:
-    """The table of the layers, before any multiplier is assigned.
+    """Make the table of the layers, before any multiplier is assigned.
 
     Large layers are estimated, the others decomposed.
     """
@@ -503,7 +503,7 @@ def layer_table(
 
 
 def is_large(layer: Layer, shape: tuple[int, ...], options: Options) -> bool:
-    """Whether the spectrum of a layer is estimated from products alone."""
+    """Return whether a layer's spectrum is estimated from products alone."""
     return min(layer.matrix_shape(shape)) > options.spectrum.above
 
 
@@ -520,7 +520,7 @@ def _estimated_table(kernels, layers, options):
 def estimated_table(
     spectra: WeightedSpectra, layers: tuple[Layer, ...], options: Options
 ) -> Analysis:
-    """As `fitted_table`, from weighted nodes."""
+    """Make the same table as `fitted_table`, from weighted nodes."""
     fit: Any = options.fit
     with jax.named_scope("fit"):
         law = fit.fit_weighted(spectra.log_nodes, spectra.weights, spectra.count)
@@ -530,9 +530,9 @@ def estimated_table(
 
 
 def route_of(options: Options) -> Route:
-    """Singular values where small eigenvalues decide, else Gram matrices.
+    """Choose singular values where small eigenvalues decide, else Gram matrices.
 
-    They decide in a fit of the whole spectrum, behind a floor, and for `ks_distance`,
+    They decide in a fit of the whole spectrum, above a floor, and for `ks_distance`,
     a small difference whose error near xmin no later step averages out.
     """
     whole = getattr(options.fit, "whole_spectrum", False)
@@ -543,7 +543,7 @@ def route_of(options: Options) -> Route:
 def fitted_table(
     spectra: Spectra, layers: tuple[Layer, ...], options: Options
 ) -> Analysis:
-    """The table of the layers, before any multiplier is assigned."""
+    """Fit every layer, and make the table before any multiplier is assigned."""
     fit, floor = options.fit, options.eigenvalue_floor
     absolute = getattr(fit, "absolute", False)
     with jax.named_scope("fit"):
@@ -560,7 +560,7 @@ def fitted_table(
 
 
 def assigned_table(table: Analysis, options: Options) -> Analysis:
-    """The table with the multipliers that the map gives to its metric."""
+    """Fill in the multipliers that the map gives to the metric."""
     metric = options.metric
     scores = getattr(table, metric) if isinstance(metric, str) else metric(table)
     _check_shape("metric", scores, table.alpha.shape)
@@ -576,7 +576,7 @@ def assign_multipliers(
     eigenvalue_count: Int[Array, " layers"],
     options: Options,
 ) -> tuple[Float[Array, " layers"], Bool[Array, " layers"]]:
-    """Multipliers, and which layers are tuned: the others have 1."""
+    """Compute multipliers, and which layers are tuned: the others have 1."""
     tuned = fitted & (eigenvalue_count >= options.min_eigenvalues)
     tuned = tuned & jnp.isfinite(scores)
     with jax.named_scope("assign"):
@@ -589,7 +589,7 @@ def assign_multipliers(
 def layer_matrices(
     kernels: Mapping[str, Any], layer: Layer
 ) -> Float[Array, "pooled rows columns"]:
-    """The matrices of one layer."""
+    """Read a kernel as the matrices of one layer."""
     kernel = _part_of(kernels[layer.path], layer.part)
     stack = as_matrices(kernel, layer.axes)
     return stack[_slices(kernel, layer.axes)[layer.index]]
@@ -601,7 +601,7 @@ def layer_spectra(
     conv_norm: int | float,
     route: Route,
 ) -> Spectra:
-    """Spectra of the layers, those of one kernel read as one stack."""
+    """Compute spectra of the layers, those of one kernel read as one stack."""
     groups: dict[tuple, list[int]] = {}
     for position, layer in enumerate(layers):
         groups.setdefault((layer.path, layer.axes, layer.part), []).append(position)
@@ -630,7 +630,7 @@ def _part_of(kernel, part):
 
 
 def _slices(kernel, axes: MatrixAxes) -> np.ndarray:
-    """Number of each slice of the stacked axes, by index."""
+    """Number the slices of the stacked axes, by index."""
     sizes = [kernel.shape[axis] for axis in axes.stacked]
     return np.arange(math.prod(sizes)).reshape(sizes)
 
@@ -650,7 +650,7 @@ def metrics_table(
     *,
     absolute: bool,
 ) -> Analysis:
-    """The table of an analysis, before any multiplier is assigned.
+    """Derive the columns of the table, before any multiplier is assigned.
 
     Args:
         layers: the layers, one per row.
@@ -702,7 +702,7 @@ def _stable_rank(spectra: Spectra) -> Float[Array, " layers"]:
 
 
 def _log_first(law: PowerLaw, spectra: Spectra) -> Float[Array, " layers"]:
-    """The smallest eigenvalue of each tail."""
+    """Return the smallest eigenvalue of each tail."""
     logs = spectra.log_eigenvalues
     width = logs.shape[-1]
     first = jnp.clip(width - law.tail_size, 0, width - 1)[:, None]
@@ -716,7 +716,7 @@ def _is_fitted(
     log_first: Float[Array, " layers"],
     absolute: bool,
 ) -> Bool[Array, " layers"]:
-    """Whether each fit can be trusted; False for whatever is NaN."""
+    """Return whether each fit can be trusted; False for whatever is NaN."""
     # An absolute xmin can leave the range of the dtype: then its tail tells.
     in_range = (law.xmin > 0) & (law.xmin < jnp.inf)
     log_xmin = jnp.log(jnp.where(in_range, law.xmin, 1))

@@ -7,7 +7,7 @@ import numpy as np
 
 
 def check_int(name: str, value: Any, *, at_least: int) -> None:
-    """Raises ValueError unless the value is an int of this size."""
+    """Raise ValueError unless the value is an int of this size."""
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not whole or value < at_least:
         msg = f"{name} must be an int >= {at_least}, got {name} = {value!r}."
@@ -21,7 +21,7 @@ def check_number(
     at_least: int | float = -math.inf,
     above: int | float = -math.inf,
 ) -> None:
-    """Raises ValueError unless the value is a finite number in this range."""
+    """Raise ValueError unless the value is a finite number in this range."""
     number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
     inside = number and math.isfinite(value) and value >= at_least and value > above
     if not inside:

@@ -1,6 +1,6 @@
-"""Exact eigenvalues of WWᵀ, and singular values of W, for matrices in buckets.
+"""Exact eigenvalues of Gram matrices, and singular values, for matrices in buckets.
 
-A bucket is an array of matrices of one shape, with at most as many rows as columns.
+A bucket is an array of matrices of one shape.
 
 On CPU, LAPACK is called on one matrix at a time. A batched call holds a thread of
 XLA's pool while it waits for its own sub-tasks; with few cores, two such calls in one
@@ -60,13 +60,13 @@ class Scale(NamedTuple):
 
 
 def gram_eigenvalues(buckets: Sequence[Bucket]) -> list[Decomposed]:
-    """Compute the eigenvalues λ of WWᵀ for each matrix W, from that Gram matrix.
+    """Compute the eigenvalues λ of WᵀW or WWᵀ, the smaller one, for each matrix W.
 
     Equivalent to `scipy.linalg.svdvals(w)[::-1] ** 2`, but for an error of a few
     eps·sqrt(n)·λ_max.
 
     Args:
-        buckets: arrays of matrices, (matrices, n, columns) with n <= columns.
+        buckets: arrays of matrices, (matrices, rows, columns).
 
     Returns:
         What is known of each bucket.
@@ -78,7 +78,7 @@ def gram_eigenvalues(buckets: Sequence[Bucket]) -> list[Decomposed]:
         return jnp.stack([diagonal, jnp.pad(beside, (1, 0))])
 
     def by_bisection(buckets, unit):
-        n = np.repeat([w.shape[1] for w in buckets], [len(w) for w in buckets])
+        n = np.repeat([_side(w) for w in buckets], [len(w) for w in buckets])
         with jax.named_scope("tridiagonal"):
             forms = _one_by_one(reduce, buckets, unit, (2, int(n.max())))
         with jax.named_scope("bisection"):
@@ -99,7 +99,7 @@ def singular_values(buckets: Sequence[Bucket]) -> list[Decomposed]:
     Equivalent to `scipy.linalg.svdvals(w)[::-1]`.
 
     Args:
-        buckets: arrays of matrices, (matrices, n, columns) with n <= columns.
+        buckets: arrays of matrices, (matrices, rows, columns).
 
     Returns:
         What is known of each bucket.
@@ -110,7 +110,7 @@ def singular_values(buckets: Sequence[Bucket]) -> list[Decomposed]:
         return jnp.linalg.svd(matrix, compute_uv=False)[::-1]
 
     def on_cpu(buckets, unit):
-        n = max(w.shape[1] for w in buckets)
+        n = max(_side(w) for w in buckets)
         return _by_bucket(_one_by_one(ascending, buckets, unit, (n,)), buckets)
 
     def elsewhere(buckets, unit):
@@ -133,7 +133,17 @@ def find_scale(buckets: Sequence[Bucket]) -> Scale:
     >>> print(scale.unit, scale.finite)
     [2. 0. 0.] [ True  True False]
     """
-    top = jnp.concatenate([jnp.max(jnp.abs(w), axis=(1, 2)) for w in buckets])
+
+    def largest(matrix):
+        # NaN is told as infinity: on CPU XLA's maxima (JAX 0.10.2 to 0.12) skip NaN.
+        return jnp.max(jnp.where(jnp.isnan(matrix), jnp.inf, jnp.abs(matrix)))
+
+    top = jax.lax.platform_dependent(
+        list(buckets),
+        # One by one there is no copy of all magnitudes.
+        cpu=lambda own: jnp.concatenate([jax.lax.map(largest, w) for w in own]),
+        default=lambda own: jnp.concatenate([jax.vmap(largest)(w) for w in own]),
+    )
     tiny = jnp.finfo(top.dtype).tiny
     finite = jnp.isfinite(top)
     usable = finite & (top >= tiny)
@@ -178,8 +188,17 @@ def tridiagonal_eigenvalues(
     return found
 
 
-def _gram(matrix: Float[Array, "n columns"]) -> Float[Array, "n n"]:
-    return jnp.matmul(matrix, matrix.T, precision=jax.lax.Precision.HIGHEST)
+def _gram(matrix: Float[Array, "_ _"]) -> Float[Array, "n n"]:
+    # Here and not ahead of the loops: XLA 0.10 fails to spread matrices over a mesh
+    # that are transposed on the way.
+    rows, columns = matrix.shape
+    wide = matrix if rows <= columns else matrix.T
+    return jnp.matmul(wide, wide.T, precision=jax.lax.Precision.HIGHEST)
+
+
+def _side(bucket: Bucket) -> int:
+    """The number of eigenvalues of each matrix."""
+    return min(bucket.shape[1:])
 
 
 def _divided(matrix, unit):
@@ -233,7 +252,7 @@ def _split(column, buckets):
 def _by_bucket(table, buckets):
     """Cut a table by bucket, and its rows to the size of the matrices."""
     parts = zip(_split(table, buckets), buckets, strict=True)
-    return [part[:, : bucket.shape[1]] for part, bucket in parts]
+    return [part[:, : _side(bucket)] for part, bucket in parts]
 
 
 def _decomposed(values, scale: Scale) -> list[Decomposed]:
@@ -277,7 +296,7 @@ def _bisect(
     def halve(_, state):
         low, width = state
         middle = low + width / 2
-        low = jnp.where(_count_below(pairs, middle) <= number, middle, low)
+        low = jnp.where(_count_below(pairs, middle) <= number[None], middle, low)
         return low, width / 2
 
     state = locate(), jnp.asarray(2.0 ** (1 - level), dtype)

@@ -62,9 +62,9 @@ class exact:
 class quadrature:
     r"""Read the spectra of large kernels by stochastic Lanczos quadrature.
 
-    A kernel whose matrices have a smaller side above `above` is read by
-    2·steps·probes products of it with a vector, without a decomposition and, where it
-    is sharded, without being gathered. Its alpha, xmin and tail are estimates from
+    A kernel whose matrices have a smaller side above `above` is read by 2·steps
+    products of it with `probes` vectors, without a decomposition and, where it is
+    sharded, without being gathered. Its alpha, xmin and tail are estimates from
     the mean over the probes of the weighted densities
 
         p(λ) ≈ Σ_j τ_j δ(λ - θ_j),
@@ -152,7 +152,7 @@ class WeightedSpectra(NamedTuple):
     finite: Bool[Array, " layers"]
     log_top: Float[Array, " layers"]
     square_sum: Float[Array, " layers"]
-    log_noise: float
+    log_noise: Float[np.ndarray, " layers"]
 
     def log_unit(self) -> Float[Array, " layers"]:
         """Natural logarithm of the unit of each row."""
@@ -190,7 +190,8 @@ class Operator:
     """A = WWᵀ / 4^e of all matrices W of one kernel, on the smaller side of each.
 
     The kernel is contracted along its own axes. It is never transposed, reshaped, cast
-    or cut to a part, since each of these could copy it or move it between devices.
+    or cut to a part, since each of these could copy it or move it between devices. A
+    product with a part therefore costs as much as one with the whole.
 
     Attributes:
         kernel: the kernel.
@@ -227,12 +228,6 @@ class Operator:
         """The type of its vectors; half precision is computed in float32."""
         return jnp.result_type(jnp.float32, self.kernel)
 
-    def probes(self, number: int) -> Float[Array, "matrices probes n"]:
-        """Signs / sqrt(n), always the same; slices of a stack share theirs."""
-        key = jax.random.key(0, impl="threefry2x32")
-        signs = jax.random.rademacher(key, (self.pooled, number, self.n), self.dtype)
-        return jnp.tile(signs / math.sqrt(self.n), (self.count // self.pooled, 1, 1))
-
     def measure(self) -> Measures:
         """Read off each matrix what one look at its entries tells.
 
@@ -242,16 +237,19 @@ class Operator:
         high = jnp.max(self.kernel, axis=matrix_axes, keepdims=True)
         low = jnp.min(self.kernel, axis=matrix_axes, keepdims=True)
         top = jnp.maximum(high, -low).astype(self.dtype)
-        finite = jnp.isfinite(top)
-        exponent = jnp.frexp(jnp.where(finite & (top > 0), top, 1))[1] - 1
+        usable = jnp.isfinite(top) & (top > 0)
+        exponent = jnp.frexp(jnp.where(usable, top, 1))[1] - 1
         half, rest = _powers(exponent, self.dtype)
         squares = (self.kernel.astype(self.dtype) * half * rest) ** 2
+        # First along all axes but that of the part: what is left is a vector.
+        kept = () if self.part is None else (self.part[0],)
+        others = tuple(axis for axis in matrix_axes if axis not in kept)
+        squares = jnp.sum(squares, axis=others, keepdims=True)
+        # XLA's maximum on CPU may pass over NaN; a sum does not.
+        finite = jnp.isfinite(jnp.sum(squares, axis=kept, keepdims=True))
         if self.part is not None:
-            # The axis of the part last: what is summed over it is as small as a vector.
-            others = [axis for axis in matrix_axes if axis != self.part[0]]
-            squares = jnp.sum(squares, axis=others, keepdims=True)
             squares = jnp.where(self._inside(range(squares.ndim)), squares, 0)
-        square_sum = jnp.sum(squares, axis=matrix_axes, keepdims=True)
+        square_sum = jnp.sum(squares, axis=kept, keepdims=True)
         square_sum = jnp.where(finite, square_sum, 0)
         order = self.axes.stacked + self.axes.pooled + matrix_axes
         columns = (exponent, finite, square_sum)
@@ -274,7 +272,8 @@ class Operator:
         vectors = vectors.reshape(*self.batch, number, *self._sizes(near))
         vectors = times(self._padded(vectors, near), near, far)
         if self.part is not None and self.part[0] in far:
-            vectors = jnp.where(self._inside(far), vectors, 0)
+            inside = self._inside(far)[(None,) * (vectors.ndim - len(far))]
+            vectors = jnp.where(inside, vectors, 0)
         vectors = self._cut(times(vectors, far, near), near)
         return vectors.reshape(self.count, number, self.n)
 
@@ -395,15 +394,17 @@ def quadrature_spectra(
 
     # The number of the first matrix of each layer, and how many it has.
     first, pooled, n = np.zeros((3, len(layers)), int)
+    eps = np.zeros(len(layers))
     start = 0
     for i in np.concatenate(groups):
         members = list(families.values())[i]
         pooled[members] = operators[i].pooled
         n[members] = operators[i].n
+        eps[members] = jnp.finfo(operators[i].dtype).eps
         first[members] = start + places[i] * operators[i].pooled
         start += operators[i].count
     factor = [conv_norm if layer.axes.pooled else 1.0 for layer in layers]
-    return _pooled(read, first, pooled, n, np.asarray(factor, read.diagonal.dtype))
+    return _pooled(read, first, pooled, n, eps, factor)
 
 
 def estimate_key(kernels: Mapping[str, Any], layer: Layer) -> tuple:
@@ -446,9 +447,10 @@ def estimate_one_of(
             [Operator(kernels[x.path], x.axes, x.part) for x in layers], place
         )
     read = _read([operator], method)
-    factor = np.asarray([conv_norm if like.axes.pooled else 1.0], read.diagonal.dtype)
+    factor = [conv_norm if like.axes.pooled else 1.0]
     first, pooled, n = np.asarray([[0], [operator.pooled], [operator.n]])
-    return _pooled(read, first, pooled, n, factor)
+    eps = np.asarray([jnp.finfo(read.diagonal.dtype).eps])
+    return _pooled(read, first, pooled, n, eps, factor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -470,9 +472,6 @@ class _OneOf:
     def n(self) -> int:
         return self.operators[0].n
 
-    def probes(self, number: int):
-        return self.operators[0].probes(number)
-
     def measure(self):
         return jax.lax.switch(self.place, [own.measure for own in self.operators])
 
@@ -490,14 +489,14 @@ def _slice(kernel, layer: Layer):
 
 def _groups(operators: Sequence[Operator], method: quadrature) -> list[list[int]]:
     """Numbers of the operators that are read together: of one size, in few bytes."""
+    kinds = [(own.n, own.dtype.itemsize) for own in operators]
     groups: list[list[int]] = []
-    room, n = 0, -1
-    for i in sorted(range(len(operators)), key=lambda i: operators[i].n):
-        own = operators[i]
-        size = own.count * method.probes * method.steps * own.n * own.dtype.itemsize
-        if own.n != n or size > room:
+    room, kind = 0, None
+    for i in sorted(range(len(operators)), key=kinds.__getitem__):
+        size = operators[i].count * method.probes * method.steps * math.prod(kinds[i])
+        if kinds[i] != kind or size > room:
             groups.append([])
-            room, n = _BASIS_BYTES, own.n
+            room, kind = _BASIS_BYTES, kinds[i]
         groups[-1].append(i)
         room -= size
     return groups
@@ -507,35 +506,47 @@ def _read(operators: Sequence[Operator | _OneOf], method: quadrature) -> Reading
     """One recurrence for all matrices of operators of one size."""
     columns = [operator.measure() for operator in operators]
     measures = jax.tree.map(lambda *parts: jnp.concatenate(parts), *columns)
-    start = jnp.concatenate([operator.probes(method.probes) for operator in operators])
-    ends = np.cumsum([operator.count for operator in operators])
     finite = measures.finite[:, None, None]
+    n, dtype = operators[0].n, measures.square_sum.dtype
+    signs = {own.pooled: sign_probes(own.pooled, method.probes, n) for own in operators}
+    # Slices of a stack share their probes.
+    start = jnp.concatenate(
+        [
+            jnp.tile(signs[own.pooled], (own.count // own.pooled, 1, 1))
+            for own in operators
+        ]
+    )
+    ends = np.cumsum([own.count for own in operators])
 
     def product(vectors):
-        parts = zip(operators, np.split(np.arange(ends[-1]), ends[:-1]), strict=True)
-        products = [
-            operator.product(vectors[own], measures.exponent[own])
-            for operator, own in parts
-        ]
+        products = []
+        for own, end in zip(operators, ends, strict=True):
+            members = slice(end - own.count, end)
+            products.append(own.product(vectors[members], measures.exponent[members]))
         return jnp.where(finite, _replicated(jnp.concatenate(products)), 0)
 
     # A matrix with fewer rows than steps has no more vectors.
-    steps = min(method.steps, operators[0].n)
+    steps = min(method.steps, n)
     missing = [(0, 0), (0, 0), (0, method.steps - steps)]
     with jax.named_scope("lanczos"):
-        diagonal, beside = lanczos(product, start, steps)
+        diagonal, beside = lanczos(product, start.astype(dtype), steps)
     ended = (beside[..., : steps - 1] == 0).any(axis=2).all(axis=1)
     diagonal, beside = jnp.pad(diagonal, missing), jnp.pad(beside, missing)
     return Reading(diagonal, beside, ended, measures)
 
 
-def _pooled(read: Reading, first, pooled, n, factor) -> WeightedSpectra:
+def sign_probes(pooled: int, probes: int, n: int) -> Float[Array, "pooled probes n"]:
+    """Random signs / sqrt(n): the same at every call, others for each pooled matrix."""
+    key = jax.random.key(0, impl="threefry2x32")
+    return jax.random.rademacher(key, (pooled, probes, n), float) / math.sqrt(n)
+
+
+def _pooled(read: Reading, first, pooled, n, eps, factor) -> WeightedSpectra:
     """From matrices to layers, the matrices of each in one unit."""
     dtype, shape = read.diagonal.dtype, read.diagonal.shape
     rows = [row.reshape(-1, shape[-1]) for row in (read.diagonal, read.beside)]
     with jax.named_scope("finish"):
         nodes, weights = (x.reshape(shape) for x in gauss_quadrature(*rows))
-    weighty = weights > jnp.finfo(dtype).eps
     # Layers with fewer matrices repeat their last one, with weight 0.
     slots = np.arange(pooled.max())
     members = first[:, None] + np.minimum(slots, pooled[:, None] - 1)
@@ -548,23 +559,25 @@ def _pooled(read: Reading, first, pooled, n, factor) -> WeightedSpectra:
     logs = jnp.where(nodes > 0, logs, -jnp.inf)[members] + offset[..., None, None]
     logs = jnp.where(own & finite[:, None, None, None], logs, -jnp.inf)
     log_top = logs.max(axis=(1, 2, 3))
-    log_noise = math.log(8 * jnp.finfo(dtype).eps)
+    log_noise = np.log(8 * eps).astype(dtype)
+    weights = weights[members]
     # Past an invariant subspace, what rounding left of a residual can lead to nodes of
     # no weight between the others.
-    hidden = (logs <= (log_top + log_noise)[:, None, None, None]) | ~weighty[members]
+    hidden = weights <= eps.astype(dtype)[:, None, None, None]
+    hidden |= logs <= (log_top + log_noise)[:, None, None, None]
     # Between fewer distinct eigenvalues than steps there is no density to estimate.
     hidden |= read.ended[members].all(axis=1)[:, None, None, None]
     samples = (len(members), -1, shape[-1])
     share = own / (pooled * shape[1])[:, None, None, None].astype(dtype)
     square_sum = jnp.where(own[..., 0, 0], square_sum * jnp.exp(offset), 0)
     logs, weights = jax.lax.sort(
-        (jnp.where(hidden, -jnp.inf, logs), weights[members] * share), num_keys=1
+        (jnp.where(hidden, -jnp.inf, logs), weights * share), num_keys=1
     )
     return WeightedSpectra(
         log_nodes=logs.reshape(samples),
         weights=weights.reshape(samples),
         count=pooled * n,
-        factor=factor,
+        factor=np.asarray(factor, dtype),
         exponent=unit,
         finite=finite,
         log_top=log_top,
@@ -673,8 +686,8 @@ def gauss_quadrature(
     [[1. 4.]] [[0.5 0.5]]
     """
     steps = diagonal.shape[-1]
-    above = beside[:, :, None] * jnp.eye(steps, k=1, dtype=beside.dtype)
-    whole = diagonal[:, :, None] * jnp.eye(steps, dtype=beside.dtype)
+    above = beside[:, :, None] * jnp.eye(steps, k=1, dtype=beside.dtype)[None]
+    whole = diagonal[:, :, None] * jnp.eye(steps, dtype=beside.dtype)[None]
     matrices = whole + above + above.swapaxes(1, 2)
     return over_devices(_eigenpairs, [matrices])[0]
 

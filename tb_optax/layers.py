@@ -133,7 +133,7 @@ class Layer(_Compact):
         return f"{self.path}{index}{part}"
 
     def matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Rows and columns of the layer's matrices in a kernel of this shape."""
+        """Return rows and columns of the layer's matrices in a kernel of this shape."""
         sizes = list(shape)
         if self.part is not None:
             axis, start, stop = self.part
@@ -142,7 +142,7 @@ class Layer(_Compact):
         return rows, math.prod(sizes[axis] for axis in self.axes.output)
 
     def eigenvalue_count(self, shape: tuple[int, ...]) -> int:
-        """N of the layer in a kernel of this shape, pooled over its positions."""
+        """Return N of the layer in a kernel of this shape, pooled over positions."""
         pooled = math.prod(shape[axis] for axis in self.axes.pooled)
         return pooled * min(self.matrix_shape(shape))
 
@@ -257,7 +257,7 @@ def _kernel_shape(layer, shapes) -> tuple[int, ...]:
 def layer_of_leaf(
     layers: Sequence[Layer], shapes: Mapping[str, tuple[int, ...] | None]
 ) -> dict[str, Int[np.ndarray, "..."]]:
-    """Which layer each part of each leaf belongs to.
+    """Say which layer each part of each leaf belongs to.
 
     Args:
         layers: one entry per multiplier, stacks expanded.
@@ -312,7 +312,7 @@ def layer_of_leaf(
 
 
 def _part_of_leaf(layer, path, shape, kernel_shape) -> tuple[slice, ...]:
-    """The slices of a leaf, one per axis, that belong to a layer."""
+    """Return the slices of a leaf, one per axis, that belong to a layer."""
     where = [slice(None)] * len(shape)
     axes = layer.axes
     for axis, index in zip(axes.stacked, layer.index, strict=True):
@@ -333,7 +333,7 @@ def _part_of_leaf(layer, path, shape, kernel_shape) -> tuple[slice, ...]:
 
 
 def _output_axis_of_follower(layer, path, shape, kernel_shape) -> int:
-    """The axis of a follower that runs along the split output axis."""
+    """Find the axis of a follower that runs along the split output axis."""
     free = [axis for axis in range(len(shape)) if axis not in layer.axes.stacked]
     outputs = layer.axes.output
     if tuple(shape[axis] for axis in free) == tuple(kernel_shape[a] for a in outputs):
@@ -352,7 +352,12 @@ def _output_axis_of_follower(layer, path, shape, kernel_shape) -> int:
 def parts_of(
     layer: Layer, shape: Sequence[int], split: tuple[int, int | Sequence[int]] | None
 ) -> list[Layer]:
-    """Cut a layer along an output axis: `split` is the axis, and the number or sizes.
+    """Cut a layer along an output axis.
+
+    Args:
+        layer: the layer.
+        shape: of its kernel.
+        split: the axis, and the number or the sizes of the parts; None leaves it whole.
 
     Raises:
         ValueError: if the axis is no output, or the parts do not add up to it.

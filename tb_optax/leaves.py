@@ -51,7 +51,7 @@ def is_array(value: Any) -> bool:
 
 
 def leaves_of(tree: Any) -> dict[str, Leaf]:
-    """Every leaf by its path; masked leaves and None are listed with value None.
+    """Return every leaf by its path; masked leaves and None have the value None.
 
     The final `.value` of a boxed leaf (nnx, `nn.Partitioned`) is not part of the
     path, so that the same tree has the same paths with and without its boxes.
@@ -85,14 +85,14 @@ def leaves_of(tree: Any) -> dict[str, Leaf]:
 
 
 def shapes_of(leaves: Mapping[str, Leaf]) -> dict[str, tuple[int, ...] | None]:
-    """Shape of every leaf by path; None for masked leaves and what is no array."""
+    """Return the shape of every leaf by path; None for masked leaves and non-arrays."""
     return {
         path: leaf.shape if leaf.is_array else None for path, leaf in leaves.items()
     }
 
 
 def path_of(keys: Sequence[Any]) -> str:
-    """Path of a leaf as a string, without the final `.value` of its box."""
+    """Return the path of a leaf as a string, without the `.value` of its box."""
     return jax.tree_util.keystr(_unboxed(keys), simple=True, separator="/")
 
 
@@ -120,7 +120,7 @@ def _is_absent(value) -> bool:
 
 
 def _follow(tree, keys):
-    """The node at the end of a path; None where a key cannot be followed."""
+    """Return the node at the end of a path; None where a key cannot be followed."""
     for key in keys:
         if isinstance(key, jax.tree_util.GetAttrKey):
             tree = getattr(tree, key.name, None)
@@ -163,7 +163,7 @@ def match_paths(
 
 
 def listing(names: Iterable[str], limit: int = 8) -> str:
-    """Names for an error message, in quotes, the first few of many."""
+    """List names for an error message, in quotes, the first few of many."""
     names = list(names)
     listed = ", ".join(repr(name) for name in names[:limit])
     return listed + (f", ... ({len(names)} in all)" if len(names) > limit else "")

@@ -23,7 +23,7 @@ Assign: TypeAlias = Callable[
 
 @dataclasses.dataclass(frozen=True)
 class linear:
-    """Linear map of the metric's range onto [low, high] (`tb_linear_map`).
+    """Map the metric's range linearly onto [low, high] (`tb_linear_map`).
 
         low + (high - low)·(M - min M) / (max M - min M),
 
@@ -51,7 +51,7 @@ class linear:
     def __call__(
         self, metric: Float[Array, " layers"], tuned: Bool[Array, " layers"]
     ) -> Float[Array, " layers"]:
-        """Multipliers of the layers."""
+        """Return the multipliers of the layers."""
         low, high, spread = _extremes(metric, tuned)
         position = (metric - low) / jnp.where(spread, high - low, 1)
         multipliers = self.low + (self.high - self.low) * position
@@ -74,7 +74,7 @@ class sqrt:
     def __call__(
         self, metric: Float[Array, " layers"], tuned: Bool[Array, " layers"]
     ) -> Float[Array, " layers"]:
-        """Multipliers of the layers."""
+        """Return the multipliers of the layers."""
         defined = tuned & (metric >= 0)
         return _share(jnp.sqrt, metric, tuned, defined)
 
@@ -96,7 +96,7 @@ class log2:
     def __call__(
         self, metric: Float[Array, " layers"], tuned: Bool[Array, " layers"]
     ) -> Float[Array, " layers"]:
-        """Multipliers of the layers."""
+        """Return the multipliers of the layers."""
         defined = tuned & (metric >= 1)
         return _share(jnp.log2, metric, tuned, defined)
 
@@ -131,7 +131,7 @@ class step:
     def __call__(
         self, metric: Float[Array, " layers"], tuned: Bool[Array, " layers"]
     ) -> Float[Array, " layers"]:
-        """Multipliers of the layers."""
+        """Return the multipliers of the layers."""
         _, _, spread = _extremes(metric, tuned)
         order = jnp.argsort(jnp.where(tuned, metric, jnp.inf), stable=True)
         rank = jnp.argsort(order)
@@ -141,7 +141,7 @@ class step:
 
 
 def _extremes(metric, tuned):
-    """Smallest and largest tuned metric, and whether they truly differ."""
+    """Find the smallest and largest tuned metric, and whether they truly differ."""
     low = jnp.min(metric, initial=jnp.inf, where=tuned)
     high = jnp.max(metric, initial=-jnp.inf, where=tuned)
     some = tuned.any()

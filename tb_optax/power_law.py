@@ -90,7 +90,7 @@ class fit_median:
     def __call__(
         self, log_eigenvalues: Float[Array, "layers n"], valid: Bool[Array, "layers n"]
     ) -> PowerLaw:
-        """Fits every row; rows ascend, invalid entries come first."""
+        """Fit every row; rows ascend, invalid entries come first."""
         width = log_eigenvalues.shape[-1]
         count = valid.sum(axis=-1)
         # A table, since a float32 quotient can land on the wrong side of an integer.
@@ -134,8 +134,10 @@ class fit_median:
         rank = start + (0.5 if self.include_threshold else -0.5)
         tail = jnp.asarray(1 - start / count, log_nodes.dtype)
         cells = _Cells.of(log_nodes, weights)
-        log_start = cells.quantile(jnp.asarray(start / count, log_nodes.dtype))
-        threshold = cells.quantile(jnp.asarray(rank / count, log_nodes.dtype))
+        probabilities = np.stack([start / count, rank / count])
+        log_start, threshold = cells.quantiles(
+            jnp.asarray(probabilities, log_nodes.dtype)
+        )
         fits = (threshold > -jnp.inf) & (rank > 0)
         log_start = jnp.where(log_start > -jnp.inf, log_start, threshold)
         threshold = jnp.where(fits, threshold, 0)
@@ -176,7 +178,7 @@ class fit_min_ks:
     def __call__(
         self, log_eigenvalues: Float[Array, "layers n"], valid: Bool[Array, "layers n"]
     ) -> PowerLaw:
-        """Fits every row; rows ascend, invalid entries come first."""
+        """Fit every row; rows ascend, invalid entries come first."""
         return _min_ks(log_eigenvalues, valid, valid)
 
 
@@ -223,7 +225,7 @@ class fit_peak:
     def __call__(
         self, log_eigenvalues: Float[Array, "layers n"], valid: Bool[Array, "layers n"]
     ) -> PowerLaw:
-        """Fits every row; rows ascend, invalid entries come first."""
+        """Fit every row; rows ascend, invalid entries come first."""
         counted = valid & (log_eigenvalues > -jnp.inf)
         logs = jnp.where(counted, log_eigenvalues, 0) / math.log(10)
         low = jnp.min(logs, axis=-1, initial=jnp.inf, where=counted)
@@ -273,26 +275,26 @@ class _Cells(NamedTuple):
         at_zero = jnp.sum(jnp.where(exists, 0, weights), axis=(1, 2))
         return cls(flat(before, x), flat(x, after), flat(half, half), at_zero)
 
-    def quantile(self, probability):
-        """The ln λ with this much below it, by bisection; -inf among the zeros."""
-        some = self.mass > 0
-        low = jnp.min(self.lower, axis=-1, initial=jnp.inf, where=some)
-        high = jnp.max(self.upper, axis=-1, initial=-jnp.inf, where=some)
-        known = (high > -jnp.inf) & (probability > self.at_zero)
+    def quantiles(
+        self, probabilities: Float[Array, "k layers"]
+    ) -> Float[Array, "k layers"]:
+        """The ln λ with so much below them, by bisection; -inf among the zeros."""
+        lower, upper, mass, at_zero = (column[None] for column in self)
+        low = jnp.min(lower, axis=-1, initial=jnp.inf, where=mass > 0)
+        high = jnp.max(upper, axis=-1, initial=-jnp.inf, where=mass > 0)
+        known = (high > -jnp.inf) & (probabilities > at_zero)
         low, high = jnp.where(known, low, 0), jnp.where(known, high, 0)
-        length = self.upper - self.lower
-        length = jnp.where(length > 0, length, 1)
+        length = jnp.where(upper > lower, upper - lower, 1)
 
         def halve(_, ends):
             low, high = ends
             middle = (low + high) / 2
-            inside = jnp.clip((middle[:, None] - self.lower) / length, 0, 1)
-            inside = jnp.where(self.upper <= middle[:, None], 1, inside)
-            below = self.at_zero + jnp.sum(self.mass * inside, axis=-1)
-            enough = below >= probability
+            inside = jnp.clip((middle[..., None] - lower) / length, 0, 1)
+            inside = jnp.where(upper <= middle[..., None], 1, inside)
+            enough = at_zero + jnp.sum(mass * inside, axis=-1) >= probabilities
             return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
 
-        steps = jnp.finfo(self.mass.dtype).nmant + 8
+        steps = jnp.finfo(mass.dtype).nmant + 8
         _, high = jax.lax.fori_loop(0, steps, halve, (low, high))
         return jnp.where(known, high, -jnp.inf)
 

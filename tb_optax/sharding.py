@@ -20,7 +20,7 @@ Bucket: TypeAlias = Float[Array, "_ _ _"]
 
 
 def mesh_of(arrays: Mapping[str, Any], given: Mesh | AbstractMesh | None) -> Any:
-    """The mesh to work on: that of the context, the given one, or that of the arrays.
+    """Find the mesh to work on: of the context, the given one, or of the arrays.
 
     Args:
         arrays: arrays by name, concrete or traced.
@@ -57,7 +57,7 @@ def mesh_of(arrays: Mapping[str, Any], given: Mesh | AbstractMesh | None) -> Any
 
 
 def placed(arrays: Mapping[str, Any], mesh: Mesh | AbstractMesh | None) -> Any:
-    """The arrays, copied to all devices of a mesh where they lie outside of it."""
+    """Copy arrays that lie outside of a mesh to all of its devices."""
     if not isinstance(mesh, Mesh):
         return dict(arrays)
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -72,7 +72,7 @@ def placed(arrays: Mapping[str, Any], mesh: Mesh | AbstractMesh | None) -> Any:
 
 
 def on_mesh(mesh: AbstractMesh | None, function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a function with all axes of a mesh automatic; its results are replicated.
+    """Call a function with all axes of a mesh automatic, and replicate its results.
 
     Args:
         mesh: what `mesh_of` found; None calls the function as it is.
@@ -96,7 +96,7 @@ def on_mesh(mesh: AbstractMesh | None, function: Callable[..., Any], *args: Any)
 def over_devices(
     function: Callable[[list[Bucket]], list[Any]], buckets: Sequence[Bucket]
 ) -> list[Any]:
-    """A function of buckets of matrices, on each device for its share of each bucket.
+    """Call a function of buckets of matrices, on each device for its share of them.
 
     A bucket's matrices, all of one shape, are padded with zero matrices to a multiple
     of the number of devices. They reach their devices one mesh axis at a time, which
@@ -185,7 +185,7 @@ def _varying_axes(array) -> frozenset[str]:
 
 
 def _by_batch(stack, axes: Sequence[str], sizes: Mapping[str, int]):
-    """Moves every mesh axis to the batch: over rows and columns first, then in turn."""
+    """Move every mesh axis to the batch: over rows and columns first, then in turn."""
     left, beside = list(stack.shape), ([], [], [])
     for number, axis in enumerate(axes):
         for dim in (1, 2) if number % 2 == 0 else (2, 1):

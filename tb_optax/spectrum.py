@@ -85,7 +85,7 @@ SINGULAR_VALUES = Route(singular_values, 2)
 def as_matrices(
     kernel: Float[Array, "..."], axes: MatrixAxes
 ) -> Float[Array, "stacked pooled rows columns"]:
-    """Reads a kernel as matrices, by transposing and reshaping it.
+    """Read a kernel as matrices, by transposing and reshaping it.
 
     >>> conv = MatrixAxes((2,), (3,), pooled=(0, 1))
     >>> print(as_matrices(jnp.zeros((3, 3, 16, 32)), conv).shape)
@@ -103,7 +103,7 @@ def compute_spectra(
     """Compute the eigenvalues of all layers, bucket by bucket.
 
     On CPU, where matrices are decomposed one by one, temporary memory is a copy of the
-    kernels, 2·(n·m + n²)·itemsize for the largest matrix of n x m with n <= m, and
+    kernels, 2·(n·m + n²)·itemsize for the largest matrix of n x m, n <= m, and
     40·itemsize for each matrix and each row of the largest. Elsewhere it is that of the
     matrices that `eigenvalues.CHUNK_BYTES` holds, with their Gram matrices.
 
@@ -117,8 +117,6 @@ def compute_spectra(
         Spectra, one row per layer, in the order given.
     """
     dtype = jnp.result_type(jnp.float32, *stacks)
-    # The transposed matrix has the same eigenvalues.
-    stacks = [w if w.shape[2] <= w.shape[3] else w.swapaxes(2, 3) for w in stacks]
     buckets: dict[tuple[int, ...], list[int]] = {}
     for i, stack in enumerate(stacks):
         buckets.setdefault(stack.shape[1:], []).append(i)
@@ -131,7 +129,7 @@ def compute_spectra(
     found = over_devices(route.decompose, matrices)
 
     layers = [len(stack) for stack in stacks]
-    count = np.repeat([w.shape[1] * w.shape[2] for w in stacks], layers)
+    count = np.repeat([w.shape[1] * min(w.shape[2:]) for w in stacks], layers)
     with jax.named_scope("pool"):
         tables = [
             _pooled(own, shape[0], int(count.max()), route.power)

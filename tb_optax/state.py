@@ -33,7 +33,7 @@ class TempBalanceState(NamedTuple):
 
 
 def get_state(opt_state: Any) -> TempBalanceState:
-    """The one `TempBalanceState` inside an optimizer state.
+    """Find the one `TempBalanceState` inside an optimizer state.
 
     Args:
         opt_state: state of any chain, wrapped, masked or partitioned, of Optax or
@@ -56,12 +56,12 @@ def get_state(opt_state: Any) -> TempBalanceState:
 
 
 def get_multipliers(opt_state: Any) -> Float[Array, " layers"]:
-    """The multipliers inside an optimizer state; see `get_state`."""
+    """Find the multipliers inside an optimizer state; see `get_state`."""
     return get_state(opt_state).multipliers
 
 
 def set_multipliers(opt_state: Any, multipliers: Any) -> Any:
-    """An optimizer state with new multipliers, for a refresh by the host.
+    """Set new multipliers in an optimizer state, for a refresh by the host.
 
     Args:
         opt_state: state of any chain; see `get_state`.
@@ -155,7 +155,7 @@ def log_dict(
 
 
 def check_length(multipliers: Float[Array, " layers"], layers: Sequence[Layer]) -> None:
-    """Raises ValueError unless there is one multiplier per layer."""
+    """Raise ValueError unless there is one multiplier per layer."""
     if multipliers.shape != (len(layers),):
         names = [layer.name for layer in layers]
         msg = (
@@ -226,7 +226,7 @@ def _shapes_of_moments(
 
 
 def as_vectors(analysis: Analysis, state: TempBalanceState):
-    """Multipliers and alpha of an analysis as fresh vectors like the state's."""
+    """Copy multipliers and alpha of an analysis to vectors like the state's."""
     return (
         jnp.array(analysis.multipliers, state.multipliers.dtype),
         jnp.array(analysis.alpha, state.alpha.dtype),
@@ -257,7 +257,7 @@ def _find_state(opt_state) -> tuple[str, TempBalanceState]:
 
 
 def _unwrap(value):
-    """The array inside an nnx variable; anything else as it is."""
+    """Return the array inside an nnx variable; anything else as it is."""
     return value.get_value() if hasattr(value, "get_value") else value
 
 

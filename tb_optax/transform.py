@@ -31,7 +31,7 @@ Analyze: TypeAlias = Callable[[Any], Analysis]
 def scale_by_temp_balance(
     analyze: Analyze | None = None, *, interval: Interval, spread: bool = False
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scales the updates of every layer by its multiplier (TempBalance).
+    r"""Scale the updates of every layer by its multiplier (TempBalance).
 
     With u the incoming update of a leaf that belongs to layer i,
 
@@ -39,8 +39,8 @@ def scale_by_temp_balance(
 
     count 0 included, from the parameters that come in. It acts on whatever the
     transforms before it make of the gradient: place it **after** momentum, Adam and
-    weight decay, before or after the learning rate. Before momentum it is another
-    method, before Adam it has no effect. `temp_balance` places it for you.
+    weight decay, before or after the learning rate. Before momentum it is a different
+    method; before Adam it has no effect. `temp_balance` places it for you.
 
     Args:
         analyze: `layer_analysis(...)`, or a function from parameters to `Analysis`;
@@ -149,7 +149,7 @@ def temp_balance(
     interval: Interval,
     spread: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """An optimizer with TempBalance in its right place, last.
+    """Chain an optimizer with TempBalance in its right place, last.
 
         optax.chain(optimizer, scale_by_temp_balance(analyze, ...))
 
@@ -184,7 +184,7 @@ def _resolve(analyze: Analyze, params: Any) -> Resolved:
 # Compiled once, whether `update` is jitted or not.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _refreshed(analyze, layers, due, state: TempBalanceState, kernels):
-    """Multipliers and alpha, recomputed if a refresh is due."""
+    """Recompute multipliers and alpha if a refresh is due."""
     return jax.lax.cond(
         due,
         lambda: as_vectors(_analyzed(analyze, layers, kernels), state),
@@ -196,7 +196,7 @@ def _refreshed(analyze, layers, due, state: TempBalanceState, kernels):
 def _spread(
     analyze: LayerAnalysis, layers, interval: int, state: TempBalanceState, kernels
 ):
-    """Multipliers and alpha after this step's piece; at count 0 after all of them."""
+    """Compute this step's piece of a refresh; at count 0 the whole of it."""
 
     def one_piece():
         refresh = functools.partial(

@@ -1,9 +1,6 @@
 """Fixtures that every test module may use, and the runs that are only for long ones."""
 
 import logging
-import os
-import subprocess
-import sys
 
 import jax
 import pytest
@@ -63,46 +60,6 @@ def pytest_collection_modifyitems(config, items):
     if long:
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if item not in long]
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """The directory of a tiny run of `benchmarks.train` that nothing interrupted."""
-    from runs import TINY
-
-    from benchmarks.train import main
-
-    path = tmp_path_factory.mktemp("runs") / "finished"
-    assert main([*TINY, "--out", str(path)]) == 0
-    return path
-
-
-@pytest.fixture(scope="session")
-def start_run(tmp_path_factory):
-    """A function that starts or resumes such a run in a process of its own.
-
-    What one of them compiles is kept for the others.
-    """
-    from runs import ROOT, TINY
-
-    kept = {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-    }
-
-    def start(out):
-        command = [sys.executable, "-m", "benchmarks.train", *TINY, "--resume"]
-        return subprocess.Popen(
-            [*command, "--no-plots", "--out", str(out)],
-            cwd=ROOT,
-            env={**os.environ, **kept},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-
-    return start
 
 
 @pytest.fixture

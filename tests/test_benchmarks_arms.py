@@ -1,7 +1,7 @@
-"""The arms: two steps of each, the controls, the published numbers, SGDR's rates."""
+"""The arms: two steps of each, the controls, published numbers, rates, and types."""
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from runs import eight_images
 
 import tb_optax
 from benchmarks import arms, configs, loop
-from benchmarks.controls import shuffled
+from benchmarks.arms import shuffled
 from benchmarks.published import settings
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -56,14 +56,20 @@ def two_steps(quick_compilation):
     for name, arm in arms.ARMS.items():
         analyze = arm.analysis(config, layers, config.seed)
         optimizer = arm.build(config, analyze, 1, config.seed)
-        update, params = jax.jit(optimizer.update), tiny()
+
+        def step(gradients, state, params, optimizer=optimizer):
+            updates, state = optimizer.update(gradients, state, params)
+            return state, optax.apply_updates(params, updates), updates
+
+        step, params = jax.jit(step, donate_argnums=(1, 2)), tiny()
         state, analysis, first = optimizer.init(params), None, None
         if arm.balanced:
-            analysis = analyze(params)
+            # Those that differ in the optimizer alone have the same analysis.
+            own = arm.control is not None or name == "tb"
+            analysis = analyze(params) if own else results["tb"][0]
             state = tb_optax.set_multipliers(state, analysis)
         for _ in range(2):
-            updates, state = update(gradient_fn(params), state, params)
-            params = optax.apply_updates(params, updates)
+            state, params, updates = step(gradient_fn(params), state, params)
             first = first or updates
         results[name] = analysis, first, params
     return results
@@ -122,23 +128,61 @@ class Table:
     tuned: jax.Array
 
 
-def test_lookahead_trains_with_donated_states():
-    dataset = eight_images()
-    images, labels = dataset.train_images, dataset.train_labels
+def first_epoch(arm, **fields):
+    """A program, its state, and its scores after an epoch of eight images."""
     config = dataclasses.replace(
-        configs.DIGITS, model="resnet8", width=0.25, epochs=2, batch_size=4
+        configs.DIGITS, model="resnet4", width=0.5, batch_size=4, epochs=2, **fields
     )
-    program = loop.make_program(config, arms.ARMS["lookahead"], dataset)
-    start = program.start(config.seed)
-    [(_, scores)] = program.train((start,), images, labels, jnp.int32(0))
-    assert np.isfinite(scores.loss)
+    dataset = eight_images()
+    program = loop.make_program(config, arms.ARMS[arm], dataset)
+    state = program.start(config.seed)
+    if arms.ARMS[arm].balanced:
+        state, _ = program.refresh(state)
+    rows = dataset.parts()["train"]
+    [(state, scores)] = program.train((state,), *rows, jnp.int32(0))
+    return program, state, scores
+
+
+@pytest.fixture(scope="module")
+def plain(quick_compilation):
+    del quick_compilation
+    return first_epoch("cal")
+
+
+def test_an_epoch_depends_on_seed_and_number_alone(plain):
+    program, _, scores = plain
+    losses, rows = [], eight_images().parts()["train"]
+    for seed, number in ((configs.DIGITS.seed, 0), (configs.DIGITS.seed, 1), (7, 0)):
+        start = program.start(seed)
+        [(_, own)] = program.train((start,), *rows, jnp.int32(number))
+        losses.append(float(own.loss))
+    assert losses[0] == scores.loss
+    assert len(set(losses)) == 3
+
+
+def test_arms_share_weights_row_order_and_augmentation(plain):
+    _, _, balanced = first_epoch("tb", low=1.0, high=1.0)
+    np.testing.assert_allclose(balanced.loss, plain[2].loss, rtol=1e-6)
+
+
+def test_only_training_computes_in_bfloat16(plain):
+    program, state, scores = first_epoch("cal", compute="bfloat16")
+    other_program, _, other_scores = plain
+    test = eight_images().parts()["test"]
+    [tested] = program.evaluate((state,), *test)
+    for leaf in jax.tree.leaves((state.params, state.batch_stats, scores, tested)):
+        assert leaf.dtype == jnp.float32
+    assert scores.loss != other_scores.loss
+    np.testing.assert_allclose(scores.loss, other_scores.loss, rtol=0.02)
+    # The loss of the same weights is the same: evaluation is in float32.
+    [expected] = other_program.evaluate((state,), *test)
+    assert tested.loss == expected.loss
 
 
 def test_numbers_are_the_published_ones():
     def numbers(arm, model="resnet18", dataset="cifar10", **given):
-        base = dataclasses.replace(
-            configs.CIFAR10, model=model, dataset=dataset, **given
-        )
+        names: Any = {"model": model, "dataset": dataset}
+        base = dataclasses.replace(configs.CIFAR10, **names, **given)
         return dataclasses.astuple(settings(base, arm))
 
     assert numbers("cal") == (0.1, 0.001, 0.5, 1.5)
@@ -164,3 +208,10 @@ def test_sgdr_restarts_at_half_of_the_epochs():
     for epoch in (0, 1, 50, 99):
         for step in (10 * epoch, 10 * epoch + 9, 10 * (epoch + 100)):
             np.testing.assert_allclose(rates(step), cosine(10 * epoch), rtol=1e-5)
+
+
+def test_the_names_of_the_command_line_are_those_there_are():
+    assert list(arms.ARMS) == list(get_args(configs.ArmName))
+    assert list(arms.METRICS) == list(get_args(configs.Metric))
+    assert list(arms.FITS) == list(get_args(configs.Fit))
+    assert list(configs.RECIPES) == list(get_args(configs.DatasetName))

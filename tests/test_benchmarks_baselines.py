@@ -10,10 +10,10 @@ import pytest
 
 from benchmarks.baselines import (
     add_spectral_norm_gradient,
+    lookahead,
     power_iteration,
     scale_by_sgdp,
 )
-from benchmarks.lookahead import lookahead
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

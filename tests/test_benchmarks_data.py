@@ -1,9 +1,12 @@
-"""The data sets of the benchmarks: reading them, and damaged ones."""
+"""The images of the benchmarks: reading them, damaged files, crops and flips."""
 
 import dataclasses
 import io
+import random
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,9 +14,9 @@ import pytest
 from PIL import Image
 
 from benchmarks import configs, data
-from benchmarks.data import parquet
-from benchmarks.data.sources import SOURCES, Split
+from benchmarks.data import SOURCES, Split
 from benchmarks.errors import UserError
+from benchmarks.images import Preparation
 
 
 def png(pixels):
@@ -99,7 +102,7 @@ def test_cifar_reads_the_metadata_of_the_hub(cifar):
     np.testing.assert_array_equal(dataset.train_labels, cifar.labels)
 
 
-def test_a_changed_file_is_read_anew(cifar):
+def test_a_changed_file_is_read_again(cifar):
     data.load(cifar.config())
     cifar.write("train", [png(cifar.images[7])] * 4, [3] * 4)
     dataset = data.load(cifar.config(subset=4))
@@ -117,7 +120,7 @@ def test_subset_takes_the_first_training_rows(cifar):
         data.load(cifar.config(subset=1))
 
 
-# The columns that the hub has beside the images.
+# The columns that the hub has next to the images.
 LABELS = {
     "cifar10": {"label": [9, 0, 3]},
     "cifar100": {"fine_label": [99, 0, 3], "coarse_label": [19, 0, 3]},
@@ -152,7 +155,7 @@ def test_each_data_set_is_read_in_its_own_schema(name, tmp_path):
         data.load(config)
 
 
-def test_every_data_set_has_a_recipe():
+def test_every_data_set_has_a_source():
     assert set(configs.RECIPES) == {"digits", *SOURCES}
 
 
@@ -164,10 +167,10 @@ def of_rows(count):
 def test_a_directory_may_hold_a_part_but_no_more(cifar):
     for count in (6, 7):
         source = of_rows(count)
-        assert len(parquet.read(source, source.train, cifar.path)[1]) == 6
+        assert len(data.read(source, source.train, cifar.path)[1]) == 6
     source = of_rows(5)
     with pytest.raises(UserError, match="row 5 is one too many; published: 5 rows"):
-        parquet.read(source, source.train, cifar.path)
+        data.read(source, source.train, cifar.path)
 
 
 def test_the_hub_must_have_the_published_rows(cifar, monkeypatch):
@@ -186,14 +189,14 @@ def test_the_hub_must_have_the_published_rows(cifar, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     source = of_rows(8)
-    images, labels = parquet.read(source, source.train, None, rows=3)
+    images, labels = data.read(source, source.train, None, rows=3)
     np.testing.assert_array_equal(images, cifar.images[:3])
     np.testing.assert_array_equal(labels, cifar.labels[:3])
     assert asked == [("uoft-cs/cifar10", None, "train", "basic_checks")]
     for count in (7, 9):
         source = of_rows(count)
         with pytest.raises(UserError, match=f"has 8 rows in train; published: {count}"):
-            parquet.read(source, source.train, None, rows=3)
+            data.read(source, source.train, None, rows=3)
 
 
 def test_validation_rows_keep_their_labels(cifar):
@@ -276,6 +279,20 @@ def test_damaged_data_is_one_line(cifar, kind, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_truncated_and_noisy_files_are_one_line(cifar):
+    file = cifar.path / "train-00001-of-00002.parquet"
+    content, rng = file.read_bytes(), random.Random(1)
+    step = len(content) // 8
+    cases = [content[: place * step] for place in range(8)]
+    cases += [kept + rng.randbytes(len(content) - len(kept)) for kept in cases]
+    cases += [b"PAR1", b"PAR1" * 3, content[4:]]
+    for damaged in cases:
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match=str(cifar.path)) as raised:
+            data.load(cifar.config())
+        assert "\n" not in str(raised.value)
+
+
 def test_empty_split_and_absent_directory(cifar):
     for part in (0, 1):
         cifar.write("train", [], pa.array([], pa.int64()), part=part)
@@ -284,3 +301,64 @@ def test_empty_split_and_absent_directory(cifar):
     config = dataclasses.replace(configs.CIFAR10, data_dir=str(cifar.path / "none"))
     with pytest.raises(UserError, match="none', which is not a directory"):
         data.load(config)
+
+
+# --- rows held out, and the way into the network --------------------------------------
+
+
+def rows_of(images):
+    """Which row of the digits each image is; all differ."""
+    digits = data.load(configs.DIGITS)
+    row = {image.tobytes(): index for index, image in enumerate(digits.train_images)}
+    return [row[image.tobytes()] for image in images]
+
+
+@pytest.mark.parametrize("subset", [None, 1000])
+def test_validation_rows_are_held_out(subset):
+    def split(validation, seed=43):
+        config = dataclasses.replace(
+            configs.DIGITS, subset=subset, validation=validation, seed=seed
+        )
+        dataset = data.load(config)
+        assert len(dataset.validation_labels) == validation
+        return (
+            rows_of(dataset.train_images),
+            rows_of(dataset.validation_images),
+            dataset.digest(),
+        )
+
+    train, held_out, digest = split(200)
+    assert split(200, seed=7) == (train, held_out, digest)
+    assert train == sorted(train)
+    assert not set(train) & set(held_out)
+    if subset is None:
+        assert sorted(train + held_out) == list(range(1437))
+    else:
+        assert train == list(range(subset))
+        assert min(held_out) >= subset
+    assert set(held_out) < set(split(201)[1])
+    assert digest != split(201)[2]
+
+
+def test_normalization_is_that_of_numpy():
+    images = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), np.uint8)
+    images[..., 1] = 7
+    preparation = Preparation.of(images, pad=2, flip=True)
+    np.testing.assert_allclose(preparation.mean, images.mean((0, 1, 2)))
+    std = images.std((0, 1, 2))
+    np.testing.assert_allclose(preparation.std, [std[0], 1, std[2]])
+    normal = np.asarray(preparation.normalize(jnp.asarray(images)))
+    assert np.abs(normal.mean((0, 1, 2))).max() < 1e-6
+    assert np.abs(normal.std((0, 1, 2)) - [1, 0, 1]).max() < 1e-6
+
+
+def test_augmentation_crops_and_flips():
+    # Every pixel has a value of its own, so that its corner identifies a crop.
+    image = np.arange(1, 17, dtype=np.uint8).reshape(1, 4, 4, 1)
+    preparation = Preparation((0.0,), (1.0,), pad=1, flip=True)
+    images = jnp.asarray(np.repeat(image, 200, axis=0))
+    seen = np.unique(preparation.augment(jax.random.key(0), images), axis=0)
+    padded = np.pad(image[0], ((1, 1), (1, 1), (0, 0)))
+    crops = [padded[i : i + 4, j : j + 4] for i in range(3) for j in range(3)]
+    expected = np.unique(crops + [crop[:, ::-1] for crop in crops], axis=0)
+    np.testing.assert_array_equal(seen, expected)

@@ -15,7 +15,6 @@ import pytest
 from benchmarks import (
     commandline,
     machine,
-    models,
     peers,
     spectral,
     step_cost,
@@ -173,16 +172,10 @@ def test_every_way_finds_the_alpha_of_the_reference(title):
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
-def test_step_cost_writes_every_part(tmp_path, monkeypatch):
-    def build(name, *, num_classes, width, rngs):
-        del name, width
-        return models.ResNet(
-            [4], [1], image_channels=3, num_classes=num_classes, rngs=rngs
-        )
-
-    monkeypatch.setattr(models, "build", build)
+def test_step_cost_writes_every_part(tmp_path):
     out = tmp_path / "step_cost.json"
     arguments = ["--batch", "2", "--side", "4", "--interval", "21", "--cycles", "2"]
+    arguments += ["--model", "resnet4", "--width", "0.5"]
     assert step_cost.main([*arguments, "--repeats", "2", "--out", str(out)]) == 0
     results = json.loads(out.read_bytes())
     assert set(results["step"]) == {"without", "interval=None", "plain"}

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -34,6 +35,9 @@ from tb_optax import (
     quadrature,
 )
 from tb_optax.lanczos import quadrature_spectra
+
+# Kernels are analyzed one at a time here, to read their alphas.
+pytestmark = pytest.mark.filterwarnings("ignore:only one layer can be tuned")
 
 EPS = eps_of(np.float32)
 # Every kernel of the zoo is large.
@@ -242,6 +246,45 @@ def test_double_precision():
     np.testing.assert_allclose(found.alpha, single.alpha, rtol=1e-4)
     top = np.linalg.norm(kernel, 2)
     assert found.spectral_norm[0] == pytest.approx(top, rel=1e-10)
+
+
+@pytest.mark.usefixtures("x64")
+def test_dtypes_mixed_in_one_tree():
+    """Each kernel is read in its own precision, and has the noise of its own."""
+    sigma = np.linspace(1, 3, 80) * (np.arange(80) >= 50)
+    low = spectra.with_singular_values(np.random.default_rng(27), sigma, 80, 80)
+    kernels = {
+        "half": jnp.asarray(heavy(28, 80, 90), jnp.bfloat16),
+        "single": jnp.asarray(heavy(29, 80, 90), jnp.float32),
+        "double": jnp.asarray(heavy(30, 80, 90), jnp.float64),
+        "low single": jnp.asarray(low, jnp.float32),
+        "low double": jnp.asarray(low, jnp.float64),
+    }
+    layers = [Layer(name, DENSE) for name in kernels]
+    found = table(kernels, layers)
+    assert found.alpha.dtype == jnp.float64
+    assert found.fitted.tolist() == [True] * 3 + [False] * 2
+    for row in range(3):
+        alone = table(kernels, layers[row : row + 1])
+        tolerance = 1e-10 if row == 2 else 1e-5
+        np.testing.assert_allclose(found.alpha[row], alone.alpha[0], rtol=tolerance)
+
+
+def test_no_automatic_rank_promotion():
+    """It would raise under JAX's strictest setting: every broadcast is explicit."""
+    with jax.numpy_rank_promotion("raise"):
+        shapes = jax.eval_shape(ANALYZE.__call__, make_params())
+    assert shapes.alpha.shape == (len(shapes.layers),)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
+def test_it_lowers_for_every_platform(platform):
+    analysis = layer_analysis([Layer("w", DENSE)], spectrum=quadrature(above=8))
+    kernels = {"w": jnp.ones((40, 50), jnp.bfloat16)}
+    exported = jax.export.export(jax.jit(analysis.__call__), platforms=(platform,))(
+        kernels
+    )
+    assert exported.platforms == (platform,)
 
 
 # --- layers of every kind -----------------------------------------------------------

@@ -1,21 +1,33 @@
 """Models by name, and their layers in the order of the forward pass."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 import tb_optax
-from benchmarks.configs import COMPUTE
-from benchmarks.models.initialisation import INITIALISATIONS
-from benchmarks.models.resnet import ResNet
-from benchmarks.models.vgg import VGG
-from benchmarks.models.wide_resnet import WideResNet
+from benchmarks.models.families import VGG, ResNet, WideResNet
+from benchmarks.models.parts import FLAX, TORCH, Parts
 
 Model: TypeAlias = ResNet | VGG | WideResNet
+Name = Literal[
+    "resnet4",
+    "resnet8",
+    "resnet14",
+    "resnet18",
+    "resnet34",
+    "vgg16",
+    "vgg19",
+    "wrn16_8",
+    "wrn28_6",
+]
+Init = Literal["flax", "torch"]
+Compute = Literal["float32", "bfloat16"]
+
+NAMES = get_args(Name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +41,7 @@ _SMALL = (16, 32, 64)
 _LARGE = (64, 128, 256, 512)
 
 _PLANS = {
+    "resnet4": _Plan(ResNet, _SMALL[:1], (1,)),  # For tests.
     "resnet8": _Plan(ResNet, _SMALL, (1, 1, 1)),
     "resnet14": _Plan(ResNet, _SMALL, (2, 2, 2)),
     "resnet18": _Plan(ResNet, _LARGE, (2, 2, 2, 2)),
@@ -38,8 +51,6 @@ _PLANS = {
     "wrn16_8": _Plan(WideResNet, (16, 128, 256, 512), (2, 2, 2)),
     "wrn28_6": _Plan(WideResNet, (16, 96, 192, 384), (4, 4, 4)),
 }
-
-NAMES = tuple(_PLANS)
 
 
 def build(
@@ -58,40 +69,39 @@ def build(
         name: one of `NAMES`.
         num_classes: number of logits.
         width: factor on the channels of every layer.
-        image_channels: 3 for colour, 1 for grey images.
-        init: "flax" or "torch", whose default initialisation the weights have; the
-            published experiments have PyTorch's.
-        compute: "float32" or "bfloat16", what layers compute in; weights and running
-            averages are float32, and so are means and variances of a batch.
+        image_channels: 3 for color images, 1 for gray ones.
+        init: "flax" or "torch": whose default initialization the weights get. The
+            published experiments use PyTorch's.
+        compute: "float32" or "bfloat16": the type that layers compute in. Weights,
+            running averages, and the mean and variance of a batch stay in float32.
         rngs: random numbers for the initial weights.
 
     Returns:
-        A module that is called as `model(images, train=...)`, images NHWC.
+        A module that is called as `model(images, train=...)`, with images in NHWC.
 
     Raises:
-        ValueError: if there is no such model, initialisation or type.
+        ValueError: if there is no such model, initialization, or type.
     """
     _check("model", name, NAMES)
-    _check("init", init, tuple(INITIALISATIONS))
-    _check("compute", compute, COMPUTE)
+    _check("init", init, get_args(Init))
+    _check("compute", compute, get_args(Compute))
     plan = _PLANS[name]
     model = plan.model(
+        Parts(TORCH if init == "torch" else FLAX, rngs),
         [max(1, round(width * channels)) for channels in plan.channels],
         plan.blocks,
         image_channels=image_channels,
         num_classes=num_classes,
-        init=INITIALISATIONS[init],
-        rngs=rngs,
     )
     model.set_attributes(dtype=jnp.dtype(compute))
     return model
 
 
-def layers_in_order(model: Model, *, norms: bool = True) -> tuple[tb_optax.Layer, ...]:
+def layers_in_order(model: Any, *, norms: bool = True) -> tuple[tb_optax.Layer, ...]:
     """Return the layers of a model in the order of execution.
 
     Args:
-        model: the model.
+        model: the model; abstract values, as `nnx.eval_shape` gives them, are enough.
         norms: whether the parameters of a norm follow the layer before it.
     """
     shape = (1, 8, 8, model.image_channels)
@@ -103,7 +113,7 @@ def layers_in_order(model: Model, *, norms: bool = True) -> tuple[tb_optax.Layer
     )
 
 
-def _check(what: str, name: str, allowed: tuple[str, ...]) -> None:
+def _check(what: str, name: str, allowed: Sequence[str]) -> None:
     if name not in allowed:
         msg = f"{what} is {name!r}; allowed: {', '.join(allowed)}"
         raise ValueError(msg)

@@ -1,11 +1,10 @@
 """A convolution whose gradients stay fast inside a loop on the CPU.
 
-Inside a loop, XLA's CPU compiler has a fast kernel only for convolutions in one
-layout, NHWC with HWIO (jax-ml/jax#12868, open since 2022).  The forward pass is in
-it; the two gradients, as JAX writes them, are not, and an epoch in one `lax.scan`
-took 11 to 14 times as long as the same steps one by one.  Written with explicit
-transposes they are as fast in a loop as outside.  Other backends keep JAX's own
-gradients.
+Inside a loop, XLA's CPU compiler has a fast kernel for one layout of convolutions only,
+NHWC with HWIO (jax-ml/jax#12868, open since 2022). The forward pass has that layout.
+The two gradients, as JAX writes them, do not, so an epoch in one `lax.scan` took 11 to
+14 times as long as the same steps one by one. Written with explicit transposes, they
+are as fast in a loop as outside. Other backends keep JAX's own gradients.
 """
 
 import functools
@@ -28,10 +27,10 @@ def convolution(
     padding: str | Sequence[Pair],
     **options: Any,
 ) -> Array:
-    """Convolve images; takes the place of `lax.conv_general_dilated` in `nnx.Conv`.
+    """Convolve images; stands in for `lax.conv_general_dilated` in `nnx.Conv`.
 
-    Two spatial dimensions, without dilation and groups, are what `nnx.Conv` asks for
-    in this project; anything else goes to `lax.conv_general_dilated` as it is.
+    Anything but two spatial dimensions without dilation and groups goes to
+    `lax.conv_general_dilated` as it is.
     """
     plain = (
         jax.default_backend() == "cpu"
@@ -83,7 +82,7 @@ def _backward(
         input_padding.append((before, size + window - 1 - reach - before))
         before = padding[axis][0]
         kernel_padding.append((before, window - 1 + reach - size - before))
-    # Each input gathers the gradients of the windows it was in.
+    # Each input gathers the gradients of the windows that it was in.
     input_gradient = lax.conv_general_dilated(
         gradient,
         jnp.flip(kernel, (0, 1)).swapaxes(2, 3),
@@ -92,7 +91,7 @@ def _backward(
         lhs_dilation=strides,
         dimension_numbers=NHWC,
     )
-    # Channels play the batch, images the channels, the gradient the kernel.
+    # Channels play the batch, images the channels, and the gradient the kernel.
     kernel_gradient = lax.conv_general_dilated(
         inputs.transpose(3, 1, 2, 0),
         gradient.transpose(1, 2, 0, 3),

@@ -1,79 +1,116 @@
-"""Convolutions, norms and heads as all models of this package have them."""
+"""Convolutions, norms, and heads as all models of this package have them."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
+import jax.numpy as jnp
 from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
 
 from benchmarks.models.convolution import convolution
-from benchmarks.models.initialisation import Initialisation
+
+Initialize = Callable[[Array, tuple[int, ...], DTypeLike], Array]
 
 
-def conv(
-    inputs: int,
-    outputs: int,
-    size: int,
-    stride: int = 1,
-    *,
-    bias: bool,
-    init: Initialisation,
-    rngs: nnx.Rngs,
-) -> nnx.Conv:
-    """Build a size x size convolution that keeps the resolution at stride 1."""
-    return nnx.Conv(
-        inputs,
-        outputs,
-        (size, size),
-        strides=stride,
-        padding=size // 2,
-        use_bias=bias,
-        conv_general_dilated=convolution,
-        kernel_init=init.kernel,
-        bias_init=init.bias(inputs * size**2),
-        rngs=rngs,
-    )
+class Initialization(NamedTuple):
+    """How the weights of a layer are drawn.
+
+    Attributes:
+        kernel: draws a kernel, whose inputs are on the axis before the last.
+        bias: returns what draws the bias of a layer with this fan-in.
+    """
+
+    kernel: Initialize
+    bias: Callable[[int], Initialize]
 
 
-def norm(channels: int, *, momentum: float = 0.9, rngs: nnx.Rngs) -> nnx.BatchNorm:
-    """Build a BatchNorm; PyTorch counts momentum from the other end: its 0.1 is 0.9."""
-    return nnx.BatchNorm(channels, momentum=momentum, epsilon=1e-5, rngs=rngs)
+def _zeros(fan_in: int) -> Initialize:
+    del fan_in
+    return nnx.initializers.zeros_init()
 
 
-def residual_stages(
-    block: Callable[..., nnx.Module],
-    inputs: int,
-    channels: Sequence[int],
-    blocks: Sequence[int],
-    *,
-    init: Initialisation,
-    rngs: nnx.Rngs,
-) -> nnx.List:
-    """Build stages of residual blocks; all but the first halve the resolution.
+def _uniform_by_fan_in(fan_in: int) -> Initialize:
+    bound = fan_in**-0.5
 
-    Args:
-        block: `(inputs, outputs, stride)` to a block.
-        inputs: channels that come in.
-        channels: channels of each stage.
-        blocks: blocks of each stage.
-        init: how weights start.
+    def draw(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32):
+        symmetric = 2 * nnx.initializers.uniform(1.0)(key, shape, dtype) - 1
+        return (bound * symmetric).astype(dtype)
+
+    return draw
+
+
+# Truncated normal kernels of variance 1 / fan-in, and zero biases.
+FLAX = Initialization(nnx.initializers.lecun_normal(), _zeros)
+
+# Kernels and biases uniform within 1 / sqrt(fan-in): kaiming_uniform with a = sqrt(5)
+# has the gain sqrt(2 / (1 + a²)) = sqrt(1/3) and the bound sqrt(3) gain / sqrt(fan-in).
+TORCH = Initialization(
+    nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), _uniform_by_fan_in
+)
+
+
+class Parts(NamedTuple):
+    """A builder of layers.
+
+    Attributes:
+        init: how the weights are drawn.
         rngs: random numbers for the initial weights.
     """
-    built = nnx.List([])
-    for stage, (outputs, count) in enumerate(zip(channels, blocks, strict=True)):
-        for position in range(count):
-            stride = 2 if stage > 0 and position == 0 else 1
-            built.append(block(inputs, outputs, stride, init=init, rngs=rngs))
-            inputs = outputs
-    return built
 
+    init: Initialization
+    rngs: nnx.Rngs
 
-def head(
-    inputs: int, num_classes: int, *, init: Initialisation, rngs: nnx.Rngs
-) -> nnx.Linear:
-    """Build the linear layer that gives the logits."""
-    return nnx.Linear(
-        inputs,
-        num_classes,
-        kernel_init=init.kernel,
-        bias_init=init.bias(inputs),
-        rngs=rngs,
-    )
+    def conv(
+        self, inputs: int, outputs: int, size: int, stride: int = 1, *, bias: bool
+    ) -> nnx.Conv:
+        """Build a size x size convolution that keeps the resolution at stride 1."""
+        return nnx.Conv(
+            inputs,
+            outputs,
+            (size, size),
+            strides=stride,
+            padding=size // 2,
+            use_bias=bias,
+            conv_general_dilated=convolution,
+            kernel_init=self.init.kernel,
+            bias_init=self.init.bias(inputs * size**2),
+            rngs=self.rngs,
+        )
+
+    def norm(self, channels: int, *, momentum: float = 0.9) -> nnx.BatchNorm:
+        """Build a BatchNorm. PyTorch's momentum is 1 minus Flax's: 0.1 is 0.9 here."""
+        return nnx.BatchNorm(channels, momentum=momentum, epsilon=1e-5, rngs=self.rngs)
+
+    def head(self, inputs: int, num_classes: int) -> nnx.Linear:
+        """Build the linear layer that gives the logits."""
+        return nnx.Linear(
+            inputs,
+            num_classes,
+            kernel_init=self.init.kernel,
+            bias_init=self.init.bias(inputs),
+            rngs=self.rngs,
+        )
+
+    def stages(
+        self,
+        block: Callable[["Parts", int, int, int], nnx.Module],
+        inputs: int,
+        channels: Sequence[int],
+        blocks: Sequence[int],
+    ) -> nnx.List:
+        """Build stages of residual blocks; all but the first halve the resolution.
+
+        Args:
+            block: builds a block from parts, inputs, outputs, and stride.
+            inputs: channels that come in.
+            channels: channels of each stage.
+            blocks: blocks of each stage.
+        """
+        built = nnx.List([])
+        for stage, (outputs, count) in enumerate(zip(channels, blocks, strict=True)):
+            for position in range(count):
+                stride = 2 if stage > 0 and position == 0 else 1
+                built.append(block(self, inputs, outputs, stride))
+                inputs = outputs
+        return built

@@ -105,7 +105,9 @@ def _of_constants(name: str, values: Sequence[Value], shape: Shape) -> Array:
     """Constants combined; comparing something with distinct numbers is one-hot."""
     dims = views.unlabelled(_merged(values, shape)).dims()
     kept = {"eq": views.ONE_HOT, "add": views.DISTINCT, "sub": views.DISTINCT}.get(name)
-    full = [value for value in values if value.array.rank == len(shape)] if kept else []
+    if kept is None:
+        return views.of_factors(dims)
+    full = [value for value in values if value.array.rank == len(shape)]
     for value in full:
         own = value.array.dims()
         for i in _varying(value) - _varying(*(v for v in full if v is not value)):

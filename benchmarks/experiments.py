@@ -1,0 +1,268 @@
+"""What is trained together: variants of an experiment, arms, and seeds.
+
+No arm depends on another and no seed on another, so both may be added later.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from tqdm import tqdm
+
+from benchmarks import machine
+from benchmarks.arms import ARMS
+from benchmarks.configs import Config
+from benchmarks.errors import UserError
+from benchmarks.files import TEMPORARY, Row, append_lines, read_json, write_json
+from benchmarks.images import Dataset
+from benchmarks.loop import Program, TrainState, make_program
+from benchmarks.preemption import Preempted
+from benchmarks.runs import LAYERS, METRICS, Run
+
+_RECORD = "experiment.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A directory of runs, and a record of what is in it.
+
+    Attributes:
+        path: the directory.
+        name: name in `benchmarks.grids`, or that of a command.
+        configs: the experiment of each variant.
+        arms: names in `benchmarks.arms`; the others are compared with the first.
+        seeds: every arm of every variant is trained from each of them.
+        flat: whether a run is in `ARM` instead of `VARIANT/seedSEED/ARM`.
+        commands: what has trained here: commands, machines, versions.
+    """
+
+    path: Path
+    name: str
+    configs: Mapping[str, Config]
+    arms: tuple[str, ...]
+    seeds: tuple[int, ...]
+    flat: bool = False
+    commands: tuple[Mapping[str, Any], ...] = ()
+
+    def runs(self) -> list[Run]:
+        """Return all runs; those of a seed come before those of the next."""
+        return [
+            Run(
+                self.path / ("" if self.flat else f"{variant}/seed{seed}") / arm,
+                dataclasses.replace(config, seed=seed),
+                arm,
+                variant,
+            )
+            for seed in self.seeds
+            for variant, config in self.configs.items()
+            for arm in self.arms
+        ]
+
+    def joined(self, *, resume: bool) -> "Experiment":
+        """Return this experiment together with what its directory already has.
+
+        Args:
+            resume: whether it may have something.
+
+        Raises:
+            UserError: if it has something else, or something damaged.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            msg = f"{self.path} is no directory; give another --out"
+            raise UserError(msg)
+        files = list(self.path.iterdir()) if self.path.exists() else []
+        if all(file.suffix == TEMPORARY for file in files):
+            return self
+        if not resume:
+            msg = f"{self.path} is not empty; give --resume or another --out"
+            raise UserError(msg)
+        file = self.path / _RECORD
+        if not file.exists():
+            msg = f"{self.path} holds no run: no {_RECORD}; give another --out"
+            raise UserError(msg)
+        content = read_json(file, name=str, arms=list, seeds=list, commands=list)
+        if content["name"] != self.name:
+            msg = (
+                f"{self.path} has the experiment {content['name']!r}, not "
+                f"{self.name!r}; give that, or another --out"
+            )
+            raise UserError(msg)
+        both = dataclasses.replace(
+            self,
+            arms=tuple(dict.fromkeys([*content["arms"], *self.arms])),
+            seeds=tuple(sorted({*content["seeds"], *self.seeds})),
+            commands=tuple(content["commands"]),
+        )
+        for run in both.runs():
+            run.check()
+        return both
+
+    def save(self, program: str, arguments: Sequence[str]) -> "Experiment":
+        """Write down what is trained; return it with the command that trains now."""
+        command = machine.describe(program, arguments)
+        del command["hardware"]["load_before"]  # Training takes too long for it.
+        commands = self.commands
+        if command not in commands:
+            commands = (*commands, command)
+        content = {
+            "name": self.name,
+            "arms": self.arms,
+            "seeds": self.seeds,
+            "commands": commands,
+        }
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / _RECORD, content)
+        return dataclasses.replace(self, commands=commands)
+
+
+def unfinished(runs: Sequence[Run], at_once: int = 1) -> list[tuple[Run, ...]]:
+    """Group the unfinished runs; all runs of a group can be trained at once.
+
+    They differ in their seeds alone, and have equally many epochs done. A kill between
+    two checkpoints leaves some of them an epoch behind the others.
+
+    Args:
+        runs: in their order.
+        at_once: how many runs a group may have.
+    """
+    seeds = list(dict.fromkeys(run.config.seed for run in runs))
+    groups: dict[tuple[Any, ...], list[Run]] = {}
+    for run in sorted(runs, key=lambda run: seeds.index(run.config.seed) // at_once):
+        done, part = run.done(), seeds.index(run.config.seed) // at_once
+        if done < run.config.epochs:
+            groups.setdefault((part, run.variant, run.arm, done), []).append(run)
+    return list(map(tuple, groups.values()))
+
+
+class Trainer:
+    """Trains runs that differ in their seeds alone, with one compiled program."""
+
+    def __init__(self, config: Config, arm: str, dataset: Dataset):
+        self._config, self._arm, self._dataset = config, ARMS[arm], dataset
+        self.program = make_program(config, self._arm, dataset)
+        self._compiled: dict[int, Program] = {}  # By the number of runs at once.
+
+    def train(
+        self, runs: Sequence[Run], progress: tqdm, stopping: Callable[[], bool]
+    ) -> list[TrainState]:
+        """Train to the last epoch; return the states.
+
+        Args:
+            runs: have equally many epochs done. Several are trained in one vectorized
+                program, and each is given the same share of the seconds.
+            progress: counts the epochs of all runs.
+            stopping: whether to stop after the epoch that runs.
+
+        Raises:
+            Preempted: if it is to stop.
+        """
+        done, epochs, title = runs[0].done(), self._config.epochs, _title(runs)
+        with contextlib.ExitStack() as stack:
+            opened = [stack.enter_context(run.states(self.program)) for run in runs]
+            states, saves = [pair[0] for pair in opened], [pair[1] for pair in opened]
+            if done == epochs:
+                return states
+            progress.set_description(f"{title}: compiling")
+            program = self._compile(len(runs))
+            progress.set_description(title)
+            parts = jax.device_put(self._dataset.parts())
+            for epoch in range(done, epochs):
+                if stopping():
+                    msg = f"{title} is saved after {epoch} of {epochs} epochs"
+                    raise Preempted(msg)
+                states, rows = self._epoch(program, runs, states, parts, epoch)
+                if epoch + 1 == epochs:
+                    states, _ = self._analyze(program, runs, states, epochs)
+                for run, state, row, save in zip(
+                    runs, states, rows, saves, strict=True
+                ):
+                    append_lines(run.path / METRICS, [{"epoch": epoch + 1, **row}])
+                    save(epoch + 1, state)
+                accuracy = np.mean([row["test_accuracy"] for row in rows])
+                progress.set_postfix_str(f"test accuracy {accuracy:.1%}")
+                progress.update(len(runs))
+            return states
+
+    def _epoch(
+        self,
+        program: Program,
+        runs: Sequence[Run],
+        states: list[TrainState],
+        parts: Mapping[str, tuple[Array, Array]],
+        epoch: int,
+    ) -> tuple[list[TrainState], list[Row]]:
+        """Train all runs for an epoch; return the new states and a row of each."""
+        analysis_seconds = [0.0] * len(runs)
+        if epoch % self._config.interval == 0:
+            states, analysis_seconds = self._analyze(program, runs, states, epoch)
+        start = time.perf_counter()
+        trained = program.train(tuple(states), *parts["train"], jnp.int32(epoch))
+        jax.block_until_ready(trained)
+        seconds = (time.perf_counter() - start) / len(runs)
+        states = [state for state, _ in trained]
+        scores = {
+            part: [scores for _, scores in trained]
+            if part == "train"
+            else program.evaluate(tuple(states), *rows)
+            for part, rows in parts.items()
+        }
+        rate = float(jnp.asarray(self._arm.schedule(self._config, 1)(epoch)))
+        rows = []
+        for place in range(len(runs)):
+            row: Row = {"learning_rate": rate}
+            for part in parts:
+                row[f"{part}_loss"] = float(scores[part][place].loss)
+                row[f"{part}_accuracy"] = float(scores[part][place].accuracy)
+            row["train_seconds"] = seconds
+            row["analysis_seconds"] = analysis_seconds[place]
+            rows.append(row)
+        return states, rows
+
+    def _analyze(
+        self,
+        program: Program,
+        runs: Sequence[Run],
+        states: list[TrainState],
+        epochs: int,
+    ) -> tuple[list[TrainState], list[float]]:
+        """Refresh the multipliers of each run; write its layers down and time it."""
+        refreshed, seconds = [], []
+        for run, state in zip(runs, states, strict=True):
+            start = time.perf_counter()
+            state, analysis = jax.block_until_ready(program.refresh(state))
+            # For an arm without multipliers, the analysis is for the pictures only.
+            taken = time.perf_counter() - start
+            seconds.append(taken if self._arm.balanced else 0.0)
+            refreshed.append(state)
+            rows = [{"epoch": epochs, **self._layer(row)} for row in analysis.rows()]
+            append_lines(run.path / LAYERS, rows)
+        return refreshed, seconds
+
+    def _layer(self, row: Mapping[str, Any]) -> Row:
+        columns = dict(row)
+        layer, multiplier = label(columns.pop("layer")), columns.pop("multipliers")
+        if not self._arm.balanced:
+            multiplier = 1.0
+        return {"layer": layer, "multiplier": multiplier, **columns}
+
+    def _compile(self, count: int) -> Program:
+        if count not in self._compiled:
+            self._compiled[count] = self.program.compiled(self._dataset, count)
+        return self._compiled[count]
+
+
+def label(path: str) -> str:
+    """Name a layer in tables and pictures: its path without `/kernel`."""
+    return path.removesuffix("/kernel")
+
+
+def _title(runs: Sequence[Run]) -> str:
+    seeds = "+".join(str(run.config.seed) for run in runs)
+    return f"{runs[0].variant}/{runs[0].arm} seed {seeds}"

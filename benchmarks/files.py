@@ -1,0 +1,82 @@
+"""JSON objects, replaced at once, and files with a row of JSON per line."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.errors import UserError, first_line
+
+Row = dict[str, Any]
+
+TEMPORARY = ".tmp"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves either the old one or the new one."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file so that a kill leaves either the old one or the new one."""
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, **fields: type) -> Row:
+    """Read a JSON object that has these fields, of these types."""
+    try:
+        content = json.loads(path.read_bytes())
+        for name, kind in fields.items():
+            if not isinstance(content[name], kind):
+                msg = f"{name} is no {kind.__name__}"
+                raise TypeError(msg)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        msg = f"{path} is damaged ({first_line(error)}); restore it, or start elsewhere"
+        raise UserError(msg) from error
+    return content
+
+
+def append_lines(path: Path, rows: Iterable[Row]) -> None:
+    """Add a line per row. JSON has no NaN and no infinity: null stands for both."""
+
+    def finite(value: Any) -> Any:
+        return value if not isinstance(value, float) or math.isfinite(value) else None
+
+    lines = [
+        json.dumps({name: finite(value) for name, value in row.items()}) + "\n"
+        for row in rows
+    ]
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(lines))
+
+
+def read_lines(path: Path) -> list[Row]:
+    """Return the rows of a file, without a last line that a kill has cut short."""
+    if not path.exists():
+        return []
+    whole, _, _ = path.read_bytes().rpartition(b"\n")
+    rows = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+            if not isinstance(rows[-1], dict):
+                msg = "no object"
+                raise TypeError(msg)
+        except (ValueError, TypeError) as error:
+            msg = f"{path} is damaged in line {number} ({first_line(error)})"
+            raise UserError(msg) from error
+    return rows
+
+
+def digest(path: Path, size: int | None = None) -> str:
+    """Return the SHA-256 of a file, of its first bytes, or of a whole directory."""
+    if not path.is_dir():
+        return hashlib.sha256(path.read_bytes()[:size]).hexdigest()
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    named = [f"{file.relative_to(path)} {digest(file)}" for file in files]
+    return hashlib.sha256("\n".join(named).encode()).hexdigest()

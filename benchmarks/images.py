@@ -1,0 +1,99 @@
+"""Images and labels in memory, and their way into a network."""
+
+import dataclasses
+import hashlib
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """Random crop, horizontal flip, and normalization, inside the jitted step.
+
+    Attributes:
+        mean: mean of each channel, in gray levels.
+        std: standard deviation of each channel, in gray levels.
+        pad: black pixels added on every side before the crop to the old size.
+        flip: whether half of the images are mirrored.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    pad: int
+    flip: bool
+
+    @classmethod
+    def of(cls, images: np.ndarray, *, pad: int, flip: bool) -> "Preparation":
+        """Take mean and standard deviation from the training images."""
+        channels = images.reshape(-1, images.shape[-1]).T
+        levels = np.arange(256.0)
+        mean, std = [], []
+        for channel in channels:
+            # Exact, and without a copy of the images in floating point.
+            weights = np.bincount(channel, minlength=256) / channel.size
+            center = float(weights @ levels)
+            mean.append(center)
+            # A channel without any contrast keeps its scale.
+            std.append(float(np.sqrt(weights @ (levels - center) ** 2)) or 1.0)
+        return cls(tuple(mean), tuple(std), pad, flip)
+
+    def normalize(self, images: Array) -> Array:
+        """Return float32 images with mean 0 and standard deviation 1 per channel."""
+        mean, std = jnp.float32(self.mean), jnp.float32(self.std)
+        return (images.astype(jnp.float32) - mean) / std
+
+    def augment(self, key: Array, images: Array) -> Array:
+        """Return randomly cropped and flipped images, normalized."""
+        count, height, width, channels = images.shape
+        crop_key, flip_key = jax.random.split(key)
+        pad = self.pad
+        padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+        corners = jax.random.randint(crop_key, (count, 2), 0, 2 * pad + 1)
+
+        def crop(image: Array, corner: Array) -> Array:
+            start = (corner[0], corner[1], 0)
+            return jax.lax.dynamic_slice(image, start, (height, width, channels))
+
+        images = jax.vmap(crop)(padded, corners)
+        if self.flip:
+            mirrored = jax.random.bernoulli(flip_key, shape=(count, 1, 1, 1))
+            images = jnp.where(mirrored, images[:, :, ::-1], images)
+        return self.normalize(images)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images (N, H, W, C) in uint8 and labels (N,) in int32, in a fixed order.
+
+    The validation rows are training rows that are held out; there may be none.
+    """
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    validation_images: np.ndarray
+    validation_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    num_classes: int
+    preparation: Preparation
+
+    def parts(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Return the images and labels of each part that is not empty, by its name."""
+        parts = {
+            "train": (self.train_images, self.train_labels),
+            "test": (self.test_images, self.test_labels),
+            "validation": (self.validation_images, self.validation_labels),
+        }
+        return {name: part for name, part in parts.items() if len(part[1])}
+
+    def digest(self) -> str:
+        """Return a SHA-256 over everything that a run reads."""
+        digest = hashlib.sha256()
+        for array in itertools.chain(*self.parts().values()):
+            digest.update(repr(array.shape).encode())
+            digest.update(array.tobytes())
+        return digest.hexdigest()

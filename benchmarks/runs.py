@@ -1,0 +1,202 @@
+"""A run: one arm of an experiment from one seed, in a directory of its own.
+
+    config.json     everything that the numbers depend on, and the digest of the data
+    metrics.jsonl   a line per epoch
+    layers.jsonl    a line per layer and analysis; epoch 0 is before training
+    checkpoints/    the newest state, written by Orbax
+    progress.json   epochs done, with the sizes and digests of the other files
+
+`progress.json` is replaced last and at once. What a kill leaves after the state that it
+names is cut off on resuming, and a file that does not have its digest is damaged.
+"""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Generator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from benchmarks.configs import Config, option
+from benchmarks.errors import UserError, first_line
+from benchmarks.files import (
+    TEMPORARY,
+    Row,
+    digest,
+    read_json,
+    read_lines,
+    write_json,
+)
+from benchmarks.images import Dataset
+from benchmarks.loop import Program, TrainState
+
+METRICS, LAYERS = "metrics.jsonl", "layers.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run and its files.
+
+    Attributes:
+        path: its directory.
+        config: its experiment and seed.
+        arm: name in `benchmarks.arms`.
+        variant: name of the experiment in a grid.
+    """
+
+    path: Path
+    config: Config
+    arm: str
+    variant: str = "base"
+
+    def __str__(self) -> str:
+        return f"{self.variant}/{self.arm} seed {self.config.seed}"
+
+    def begun(self) -> bool:
+        """Whether anything is written down, except what a kill may leave of it."""
+        if not self.path.exists():
+            return False
+        return any(file.suffix != TEMPORARY for file in self.path.iterdir())
+
+    def done(self) -> int:
+        """Return the number of epochs that are saved."""
+        return self._progress()["epochs"]
+
+    def train_rows(self) -> int:
+        """Return the number of rows that the run trains on."""
+        return read_json(self.path / "config.json", train_rows=int)["train_rows"]
+
+    def rows(self, name: str) -> list[Row]:
+        """Return the rows of `METRICS` or `LAYERS`, and which run they are of."""
+        own = {"variant": self.variant, "arm": self.arm, "seed": self.config.seed}
+        return [own | row for row in read_lines(self.path / name)]
+
+    def check(self) -> None:
+        """Raise `UserError` if its directory holds another run or a damaged one."""
+        if not self.begun():
+            return
+        file = self.path / "config.json"
+        if not file.exists():
+            msg = f"{self.path} holds no run: no {file.name}; give another --out"
+            raise UserError(msg)
+        recorded = read_json(file, config=dict, data_sha256=str)["config"]
+        for name, value in self._recorded().items():
+            if name not in recorded:
+                msg = f"{file} has no field {name!r}; give another --out"
+                raise UserError(msg)
+            if recorded[name] != value:
+                msg = (
+                    f"{option(name)} is {value!r}, but the run in {self.path} has "
+                    f"{recorded[name]!r}; give that, or another --out"
+                )
+                raise UserError(msg)
+        for name, (size, expected) in self._progress()["files"].items():
+            self._check_digest(name, expected, size)
+
+    def check_data(self, data_digest: str) -> None:
+        """Raise `UserError` if the run has been opened with other data."""
+        if not self.begun():
+            return
+        recorded = read_json(self.path / "config.json", data_sha256=str)
+        if recorded["data_sha256"] != data_digest:
+            place = self.path
+            msg = f"the data are not those of the run in {place}; give another --out"
+            raise UserError(msg)
+
+    def open(self, data: Dataset) -> None:
+        """Start the run, or cut off what a kill has left after its saved state."""
+        if not self.begun():
+            self.path.mkdir(parents=True, exist_ok=True)
+            packages = ("jax", "jaxlib", "optax", "flax")
+            content = {
+                "config": self._recorded(),
+                "data_sha256": data.digest(),
+                "train_rows": len(data.train_labels),
+                "device": jax.devices()[0].device_kind,
+                "versions": {name: version(name) for name in packages},
+            }
+            write_json(self.path / "config.json", content)
+        sizes = self._progress()["files"]
+        for name in (METRICS, LAYERS):
+            (self.path / name).touch()
+            os.truncate(self.path / name, sizes.get(name, [0])[0])
+
+    @contextlib.contextmanager
+    def states(
+        self, program: Program
+    ) -> Generator[tuple[TrainState, Callable[[int, TrainState], None]], None, None]:
+        """Give the state that is saved, or the first one, and `save(epochs, state)`."""
+        progress, directory = self._progress(), self.path / "checkpoints"
+        if done := progress["epochs"]:
+            # Before Orbax reads it, which reports damage in many ways.
+            name = f"checkpoints/{done}"
+            self._check_digest(name, progress["checkpoint_sha256"])
+        options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+        with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
+
+            def forget_others(epochs: int) -> None:
+                for other in set(manager.all_steps()) - {epochs}:
+                    manager.delete(other)
+
+            def save(epochs: int, state: TrainState) -> None:
+                manager.save(epochs, args=ocp.args.StandardSave(state))
+                files = {
+                    name: [(self.path / name).stat().st_size, digest(self.path / name)]
+                    for name in (METRICS, LAYERS)
+                }
+                content = {
+                    "epochs": epochs,
+                    "files": files,
+                    "checkpoint_sha256": digest(directory / str(epochs)),
+                }
+                write_json(self.path / "progress.json", content)
+                forget_others(epochs)
+
+            forget_others(done)
+            if done:
+                state = _restore(manager, done, program.abstract)
+            else:
+                state = program.start(self.config.seed)
+            yield state, save
+
+    def _recorded(self) -> dict[str, Any]:
+        """Return what the numbers depend on, as JSON gives it back."""
+        content = dataclasses.asdict(self.config) | {"arm": self.arm}
+        # Where the data lie may change; what they are may not, and has a digest.
+        del content["arms"], content["data_dir"]
+        return content
+
+    def _progress(self) -> dict[str, Any]:
+        file = self.path / "progress.json"
+        if not file.exists():
+            return {"epochs": 0, "files": {}}
+        return read_json(file, epochs=int, files=dict, checkpoint_sha256=str)
+
+    def _check_digest(self, name: str, expected: str, size: int | None = None) -> None:
+        path = self.path / name
+        try:
+            found = digest(path, size)
+        except OSError as error:
+            msg = f"{path} cannot be read ({error.strerror}); give another --out"
+            raise UserError(msg) from error
+        if found != expected:
+            msg = f"{path} is damaged: it is not what was saved; give another --out"
+            raise UserError(msg)
+
+
+def _restore(
+    manager: ocp.CheckpointManager, epochs: int, abstract: TrainState
+) -> TrainState:
+    try:
+        state: Any = manager.restore(epochs, args=ocp.args.StandardRestore(abstract))
+        return state
+    except Exception as error:  # Orbax and its storage raise many types.
+        msg = (
+            f"the checkpoint {manager.directory / str(epochs)} cannot be restored "
+            f"({first_line(error)}); give another --out"
+        )
+        raise UserError(msg) from error
