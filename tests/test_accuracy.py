@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 import spectra
-from zoo import alpha_tolerance
+from layer_table import alpha_tolerance
 
 import tb_optax
 from tb_optax import Layer, MatrixAxes

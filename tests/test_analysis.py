@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import reference
 import spectra
-from spectra import eps_of, float32
-from zoo import (
+from layer_table import (
     CONV,
     DENSE,
     EXPANDED,
@@ -25,6 +24,7 @@ from zoo import (
     make_kernels,
     where_a_tail_exists,
 )
+from spectra import eps_of, float32
 
 import tb_optax
 from tb_optax import Layer, MatrixAxes, fit_median, fit_min_ks, fit_peak

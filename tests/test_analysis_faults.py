@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import reference
 import spectra
-from spectra import eps_of, float32
-from zoo import (
+from layer_table import (
     DENSE,
     EXPANDED,
     LAYERS,
@@ -24,6 +23,7 @@ from zoo import (
     columns_of,
     make_kernels,
 )
+from spectra import eps_of, float32
 
 import tb_optax
 from tb_optax import (

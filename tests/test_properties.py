@@ -9,8 +9,15 @@ import reference
 import spectra
 from hypothesis import given
 from hypothesis import strategies as st
+from layer_table import (
+    CONV,
+    DENSE,
+    alpha_tolerance,
+    check_fit,
+    check_no_fit,
+    check_norms,
+)
 from spectra import eps_of
-from zoo import CONV, DENSE, alpha_tolerance, check_fit, check_no_fit, check_norms
 
 from tb_optax import Layer, MatrixAxes, fit_median, fit_min_ks, layer_analysis
 from tb_optax.layers import expand_stacks

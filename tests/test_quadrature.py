@@ -11,9 +11,17 @@ import numpy as np
 import optax
 import pytest
 import spectra
+from layer_table import (
+    DENSE,
+    EXPANDED,
+    LAYERS,
+    analyze,
+    assert_same,
+    columns_of,
+    make_kernels,
+)
 from spectra import eps_of, float32
 from test_analysis_faults import BAD, SQUARE, check_not_fitted, with_square
-from zoo import DENSE, EXPANDED, LAYERS, analyze, assert_same, columns_of, make_kernels
 
 import tb_optax
 from tb_optax import (

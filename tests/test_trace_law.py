@@ -144,7 +144,7 @@ def program_of(names: list[str]):
 
 
 @pytest.mark.parametrize("norms", ["after", "before", "none"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(names=NAMES)
 def test_drawn_programs_have_the_lists_they_were_drawn_with(norms, names):
     forward, params, expected = program_of(names)

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 import pytest
-import zoo_faults
-from zoo_faults import CASES, Case
+import zoo
+from zoo import CASES, Case
 
 from tb_optax import Layer, MatrixAxes, trace_layers
 from tb_optax.leaves import leaves_of
@@ -128,9 +128,9 @@ def test_an_axis_name_that_nobody_binds_is_explained():
         x = x @ p["w"]
         return x - jax.lax.pmean(x.mean(0), "batch")
 
-    params = {"w": zoo_faults.array(8, 6)}
+    params = {"w": zoo.array(8, 6)}
     with pytest.raises((NameError, ValueError)) as error:
-        trace_layers(forward, params, zoo_faults.X)
+        trace_layers(forward, params, zoo.X)
     text = "\n".join([str(error.value), *getattr(error.value, "__notes__", [])])
     assert "batch" in text
     assert "axis_name" in text
@@ -138,7 +138,7 @@ def test_an_axis_name_that_nobody_binds_is_explained():
     def bound(p, x):
         return jax.vmap(forward, (None, 0), axis_name="batch")(p, x)
 
-    assert trace_layers(bound, params, zoo_faults.X) == (zoo_faults.layer("w"),)
+    assert trace_layers(bound, params, zoo.X) == (zoo.layer("w"),)
 
 
 def test_spectral_norm_of_equinox():
@@ -151,6 +151,6 @@ def test_spectral_norm_of_equinox():
         return spectral(linear, "weight", key=key)
 
     model, state = eqx.filter_eval_shape(make, jax.random.key(0))
-    found = trace_layers(lambda m, s, x: m(x, s), model, state, zoo_faults.array(8))
-    expected = Layer("layer/weight", zoo_faults.TRANSPOSED, ("layer/bias",))
+    found = trace_layers(lambda m, s, x: m(x, s), model, state, zoo.array(8))
+    expected = Layer("layer/weight", zoo.TRANSPOSED, ("layer/bias",))
     assert found == (expected,)
