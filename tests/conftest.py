@@ -52,8 +52,21 @@ def every_leaf_has_one_verdict(monkeypatch):
     monkeypatch.setattr(trace, "roles_of", lawful)
 
 
+# Modules that compare numbers, on layers that are few or small by design. The warnings
+# themselves are tested in test_symptoms, test_analysis_faults and the contract tests.
+FEW_OR_SMALL_LAYERS = (
+    *("eight_devices", "test_accuracy", "test_benchmarks", "test_fuzz", "test_golden"),
+    *("test_memory", "test_numbers", "test_placement", "test_processes"),
+    *("test_properties", "test_quadrature"),
+)
+
+
 def pytest_collection_modifyitems(config, items):
     """Leaves tests marked long out, unless `-m` asks for something."""
+    for item in items:
+        if item.path.name.startswith(FEW_OR_SMALL_LAYERS):
+            for message in ("no layer reaches", "only one layer can be tuned"):
+                item.add_marker(pytest.mark.filterwarnings(f"ignore:{message}"))
     if config.getoption("-m"):
         return
     long = [item for item in items if item.get_closest_marker("long")]
