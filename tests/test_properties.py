@@ -57,7 +57,8 @@ def trees(draw):
     """Which tree, and its kernels: values of some kind at some power of ten."""
     tree = draw(st.sampled_from(range(len(TREES))))
     dtype, _, shapes = TREES[tree]
-    powers = st.integers(-4, 3) if dtype == jnp.float16 else st.integers(-42, 36)
+    # No subnormal numbers: those count as zero.
+    powers = st.integers(-4, 3) if dtype == jnp.float16 else st.integers(-28, 36)
     kernels = {}
     for i, shape in enumerate(shapes):
         rng = np.random.default_rng(draw(st.integers(0, 2**16)))
