@@ -173,7 +173,7 @@ def _with_assumptions(first: Roles, read: Callable[[frozenset[str]], Roles]) -> 
         roles = read(assumed)
     unclear = dict(roles.unclear)
     axes = {layer.path: layer.axes for layer in roles.layers}
-    for path in roles.assumed:
+    for path in [path for path in axes if path in roles.assumed]:
         unclear[path] = first.unclear[path]._replace(likely=axes[path])
     # What stands in the place of data for them may be a kernel as well.
     reasons = {reason for path in roles.assumed for reason in unclear[path].reasons}
