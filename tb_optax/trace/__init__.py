@@ -167,17 +167,18 @@ def _with_assumptions(first: Roles, read: Callable[[frozenset[str]], Roles]) -> 
 
     The rest comes out right then, and the error can say how to read them.
     """
-    roles, assumed = first, frozenset()
+    roles, assumed, known = first, frozenset(), dict(first.unclear)
     while likely := roles.likely - assumed:
         assumed |= likely
         roles = read(assumed)
+        known = {**roles.unclear, **known}
     unclear = dict(roles.unclear)
     axes = {layer.path: layer.axes for layer in roles.layers}
-    for path in roles.assumed:
-        unclear[path] = first.unclear[path]._replace(likely=axes[path])
+    for path in [path for path in axes if path in roles.assumed]:
+        unclear[path] = known[path]._replace(likely=axes[path])
     # What stands in the place of data for them may be a kernel as well.
     reasons = {reason for path in roles.assumed for reason in unclear[path].reasons}
-    for path, why in first.unclear.items():
+    for path, why in known.items():
         if any(repr(path) in reason for reason in reasons):
             unclear.setdefault(path, why._replace(likely=None))
     layers = [layer for layer in roles.layers if layer.path not in unclear]

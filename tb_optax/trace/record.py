@@ -19,6 +19,7 @@ COMPUTED = "it is computed with before it enters a product: its axes are lost"
 BETWEEN_DATA = (
     "it is added to or multiplied with data and then enters a product of data with data"
 )
+PRODUCT = "its product with"
 SECOND = "it is combined with another of the same axes"
 
 

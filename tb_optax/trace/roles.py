@@ -10,6 +10,7 @@ from tb_optax.trace.record import (
     BETWEEN_DATA,
     COMPUTED,
     OUTPUT,
+    PRODUCT,
     REDUCTION,
     SECOND,
     STACKED,
@@ -336,6 +337,8 @@ def _verdicts(
         used = path in record.seen
         idle = "it meets no data" if used else "the forward pass does not use it"
         reasons = tuple(failed.get(path, [idle]))
+        pairs = [reason for reason in reasons if reason.startswith(PRODUCT)]
+        reasons = tuple(reason for reason in reasons if reason not in pairs[1:])
         computed = COMPUTED in reasons or BETWEEN_DATA in reasons
         second = any(reason.startswith(SECOND) for reason in reasons)
         flat = len(record.shapes[path]) == 2 and computed and not second

@@ -207,10 +207,13 @@ def _meet(record: Record, name: str, value: Value, data, old: Value) -> Value:
         found = old.but(coefficients=old.coefficients | value.leaves)
         norm = False
     follows = name in _AFFINE and not value.looked_up and (norm or not old.mixed)
-    if not (follows and _follow(record, value, old, norm)):
+    follows = follows and _follow(record, value, old, norm)
+    if not follows:
         record.say(value.leaves, "acts on no outputs of a layer")
         found = found.but(leaves=found.leaves | matrices)
-    more = value.leaves if norm and not value.looked_up else frozenset()
+    # A table that is added to normalized data is no part of the norm.
+    of_norm = norm and (follows or not whole or _fits(_varying(value), old, -1, norm))
+    more = value.leaves if of_norm and not value.looked_up else frozenset()
     return found.but(pending=found.pending | more)
 
 
@@ -512,7 +515,7 @@ def _of_two(record: Record, sides: Sequence[_Side]) -> Value:
     for value, other in ((left, right), (right, left)):
         names = ", ".join(map(repr, sorted(other.leaves)))
         reason = (
-            f"its product with {names} holds no data: learned queries and their "
+            f"{records.PRODUCT} {names} holds no data: learned queries and their "
             f"kernel, or factors of one kernel?"
         )
         record.fail(value.leaves, reason)
