@@ -10,7 +10,7 @@ what was measured survives when the time is up, and `--resume` measures the rest
   float32, against the published code in float64.
 - `candidates`: ways to the alphas of a batch of matrices, by size, and for the largest
   batches of four networks; error against float64.
-- `analyses`: whole analyses beside the published way in PyTorch.
+- `analyses`: whole analyses, compared with the published way in PyTorch.
 - `training`: ResNet-18 on images of 32 x 32, bfloat16: images per second without and
   with TempBalance, the share of an epoch that refreshes take, the slowest step.
 

@@ -393,7 +393,7 @@ def test_no_sign_of_a_convolution(tree):
 
 
 def test_the_class_of_a_module_is_a_sign():
-    nnx = pytest.importorskip("flax.nnx")
+    from flax import nnx
 
     class Net(nnx.Module):
         def __init__(self, rngs):

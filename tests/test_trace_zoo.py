@@ -143,7 +143,7 @@ def test_an_axis_name_that_nobody_binds_is_explained():
 
 def test_spectral_norm_of_equinox():
     """Its power iteration stops gradients, and its state is an input."""
-    eqx = pytest.importorskip("equinox")
+    import equinox as eqx
 
     def make(key):
         linear = eqx.nn.Linear(8, 4, key=key)
