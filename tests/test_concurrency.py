@@ -7,10 +7,11 @@ PROGRAM = """
 import jax, tb_optax
 
 shapes = [(3, 3, 16, 16), (3, 3, 16, 32), (3, 3, 32, 32), (32, 48), (48, 24)]
+names = ["conv"] * 3 + ["dense"] * 2
 keys = jax.random.split(jax.random.key(0), len(shapes))
 params = {
-    f"layer{i}": {"kernel": jax.random.normal(key, shape)}
-    for i, (key, shape) in enumerate(zip(keys, shapes))
+    f"{name}{i}": {"kernel": jax.random.normal(key, shape)}
+    for i, (name, key, shape) in enumerate(zip(names, keys, shapes))
 }
 layers = tb_optax.find_layers(params)
 analyses = [

@@ -406,6 +406,7 @@ def test_linen_partition_specs_leave_our_vectors_whole():
     )
 
 
+@pytest.mark.filterwarnings("ignore:only one layer can be tuned")
 def test_nnx_sharding_metadata_leaves_our_vectors_whole():
     transform = tb_optax.temp_balance(OPTIMIZER, ANALYZE, interval=1)
     init = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "model"))

@@ -179,7 +179,7 @@ def test_convolution_pools_its_positions():
         Layer("slices", CONV),
         Layer("flat", MatrixAxes((0, 1, 2), (3,))),
     ]
-    analysis = tb_optax.layer_analysis(layers)(params)
+    analysis = tb_optax.layer_analysis(layers, min_eigenvalues=32)(params)
     np.testing.assert_array_equal(analysis.eigenvalue_count, [144, 32])
     for alpha, count, aspect in zip(
         analysis.alpha, (144, 32), (1 / 2, 2 / 9), strict=True
