@@ -19,6 +19,7 @@ Params = Mapping[str, Array]
 Alphas = Callable[[], np.ndarray]
 
 OURS = "tb_optax"
+QUADRATURE = "tb_optax, quadrature"
 TORCH = "torch.linalg.svdvals"
 
 _CONV_NORM = 0.5
@@ -27,6 +28,12 @@ _CONV_NORM = 0.5
 def tb_optax_way(network: Network, params: Params) -> Alphas:
     """Return the analysis of this library, multipliers included."""
     analyze = tb_optax.layer_analysis(network.layers)
+    return lambda: np.asarray(jax.block_until_ready(analyze(params)).alpha)
+
+
+def quadrature_way(network: Network, params: Params) -> Alphas:
+    """Return the analysis of this library, large kernels by quadrature."""
+    analyze = tb_optax.layer_analysis(network.layers, spectrum=tb_optax.quadrature())
     return lambda: np.asarray(jax.block_until_ready(analyze(params)).alpha)
 
 
@@ -63,7 +70,9 @@ def torch_way(network: Network, params: Params) -> Alphas:
     return lambda: np.asarray([hill(weight) for weight in weights])
 
 
-WAYS: Mapping[str, Callable[[Network, Params], Alphas]] = {
-    OURS: tb_optax_way,
-    TORCH: torch_way,
-}
+def ways(network: Network) -> dict[str, Callable[[Network, Params], Alphas]]:
+    """Return the ways of a network by title; quadrature if a kernel is large enough."""
+    sides = [min(shape[-2:]) for shape in network.shapes.values()]
+    large = max(sides) > tb_optax.quadrature().above
+    quadrature = {QUADRATURE: quadrature_way} if large else {}
+    return {OURS: tb_optax_way, **quadrature, TORCH: torch_way}

@@ -98,9 +98,9 @@ def _analysis(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]
     for name, network in _chosen(options):
         params = network.params()
         ways, missing = {}, {}
-        for title in peers.WAYS:
+        for title, way in peers.ways(network).items():
             try:
-                ways[title] = peers.WAYS[title](network, params)
+                ways[title] = way(network, params)
             except (ModuleNotFoundError, UserError) as error:
                 missing[title] = str(error)
                 commandline.say(f"{network.title}: without {title}: {error}")

@@ -17,12 +17,14 @@ from benchmarks.cells import (
 from benchmarks.timing import Summary, ratios, summary
 
 _OURS = "tb_optax"
+_QUADRATURE = "tb_optax, quadrature"
 _TORCH = "torch.linalg.svdvals"
 _EPOCH = 50_000  # Images of CIFAR.
 
 # Bounds of analysis time / the published way: on a CPU by network, on a GPU for all.
 _OF_TORCH_CPU = dict.fromkeys(("resnet18", "wrn28x6", "vgg16", "vit_b16"), 0.5)
 _OF_TORCH_GPU = 0.1
+_QUADRATURE_OF_EXACT = 0.25  # Of a 4096-wide LLM block.
 _OF_STEP = 1.02
 _OF_MEDIAN_STEP = 1.5
 _OF_EPOCH = 0.01
@@ -100,6 +102,10 @@ def _spectral_bounds(results: Results) -> Iterator[Row]:
             ratio = summary(ratios(net["seconds"][_OURS], net["seconds"][_TORCH]))
             what = f"analysis of {net['title']} / published way in PyTorch"
             yield _against(what, ratio, bound)
+        if _QUADRATURE in net["seconds"]:
+            ratio = summary(ratios(net["seconds"][_QUADRATURE], net["seconds"][_OURS]))
+            what = f"analysis of {net['title']}, quadrature / exact"
+            yield _against(what, ratio, _QUADRATURE_OF_EXACT)
     compiled = results.get("compilation", {})
     for name, bound in _COMPILE_SECONDS.items():
         if name in compiled:

@@ -25,7 +25,7 @@ CHUNK_BYTES = 2**29
 
 # Tridiagonal matrices up to this size are counted in one loop, as if they were as large
 # as the largest of them; then those up to twice this size, and so on.
-_SMALL = 256
+_SMALL = 128
 
 # Rows in one step of that loop: an even number.
 _ROWS = 8
