@@ -31,7 +31,6 @@ import jax
 import numpy as np
 from tabulate import tabulate
 
-import tb_optax
 from benchmarks import candidates, commandline, machine, peers, recorded, steps
 from benchmarks.errors import UserError
 from benchmarks.networks import Network, networks
@@ -213,33 +212,20 @@ def _analyses(toy: bool, _: Path) -> Figures:
     chosen = {name: networks()[name] for name in NETS}
     if toy:
         chosen = {"tiny": networks()["tiny"]}
-    for name, network in chosen.items():
-        yield (
-            network.title,
-            lambda n=network, large=name == "llm_block": _whole(n, large),
-        )
+    for network in chosen.values():
+        yield network.title, lambda network=network: _whole(network)
 
 
-def _whole(network: Network, large: bool) -> dict[str, Any]:
-    """Time the analysis of a network, the published way, and quadrature if large."""
+def _whole(network: Network) -> dict[str, Any]:
+    """Time all ways from the kernels of a network to their alphas."""
     params = network.params()
-    # Convolutions in PyTorch's way, singular values of all positions at once.
     calls: dict[str, Callable[[], np.ndarray]] = {}
-    analyses: dict[str, Any] = {"tb_optax": tb_optax.exact()}
-    if large:
-        analyses["tb_optax, quadrature"] = tb_optax.quadrature()
-    for title, spectrum in analyses.items():
-        analyze = tb_optax.layer_analysis(
-            network.layers, spectrum=spectrum, min_eigenvalues=0
-        )
-        calls[title] = lambda analyze=analyze: np.asarray(
-            jax.block_until_ready(analyze(params)).alpha
-        )
     missing = {}
-    try:
-        calls[peers.TORCH] = peers.torch_way(network, params)
-    except (ModuleNotFoundError, UserError) as error:
-        missing[peers.TORCH] = str(error)
+    for title, way in peers.ways(network).items():
+        try:
+            calls[title] = way(network, params)
+        except (ModuleNotFoundError, UserError) as error:
+            missing[title] = str(error)
     alphas = {title: call() for title, call in calls.items()}
     seconds: dict[str, list[float]] = {title: [] for title in calls}
     start = time.monotonic()
@@ -262,7 +248,7 @@ def _whole(network: Network, large: bool) -> dict[str, Any]:
 def _training(toy: bool, _: Path) -> Figures:
     task = steps.Task("resnet18", 1.0, 128, 32, "bfloat16")
     if toy:
-        task = steps.Task("resnet18", 0.0625, 4, 8, "float32")
+        task = steps.Task("resnet4", 0.5, 4, 8, "float32")
     interval = 3 if toy else _IMAGES // task.batch
     runners: dict[str, Any] = {}
 

@@ -321,27 +321,39 @@ class Operator:
 
         A float32 vector is the sum of three bfloat16 ones: with these a bfloat16 kernel
         is multiplied as it is, to the accuracy of float32 and without a float32 copy.
+
+        On CPU, a product takes half the time if the last axis of the kernel is the last
+        one of its vectors too, and any other side of the kernel stands before their
+        number. Without the barriers XLA would put the number first everywhere; it knows
+        no other products of bfloat16 numbers.
         """
-        names = string.ascii_lowercase
         batch = self.axes.stacked + self.axes.pooled
-        letters = [
-            "".join(names[axis] for axis in axes) for axes in (batch, side, other)
-        ]
-        of_batch, of_side, of_other = letters
-        subscripts = (
-            f"{of_batch}z{of_side},{names[: self.kernel.ndim]}->{of_batch}z{of_other}"
-        )
-        if self.kernel.dtype != jnp.bfloat16:
-            return jnp.einsum(subscripts, vectors, self.kernel, precision=_HIGHEST)
-        pieces = []
-        for _ in range(3):
-            pieces.append(jax.lax.reduce_precision(vectors, 8, 7))
-            vectors = vectors - pieces[-1]
-        pieces = jnp.concatenate(pieces, axis=len(batch)).astype(jnp.bfloat16)
+        names, place = string.ascii_lowercase, len(batch)
+
+        def letters(axes):
+            return "".join(names[axis] for axis in axes)
+
+        def numbered(axes):
+            first = in_pieces or self.kernel.ndim - 1 in axes
+            return f"z{letters(axes)}" if first else f"{letters(axes)}z"
+
+        in_pieces = self.kernel.dtype == jnp.bfloat16
+        if in_pieces:
+            pieces = []
+            for _ in range(3):
+                pieces.append(jax.lax.reduce_precision(vectors, 8, 7))
+                vectors = vectors - pieces[-1]
+            vectors = jnp.concatenate(pieces, axis=place).astype(jnp.bfloat16)
+        of_side, of_other, of_batch = numbered(side), numbered(other), letters(batch)
         found = jnp.einsum(
-            subscripts, pieces, self.kernel, preferred_element_type=jnp.float32
+            f"{of_batch}{of_side},{names[: self.kernel.ndim]}->{of_batch}{of_other}",
+            _barrier(jnp.moveaxis(vectors, place, place + of_side.index("z"))),
+            self.kernel,
+            precision=None if in_pieces else _HIGHEST,
+            preferred_element_type=self.dtype,
         )
-        return sum(jnp.split(found, 3, axis=len(batch)))
+        found = jnp.moveaxis(_barrier(found), place + of_other.index("z"), place)
+        return sum(jnp.split(found, 3, axis=place)) if in_pieces else found
 
 
 class Reading(NamedTuple):
@@ -603,6 +615,9 @@ def _cropped(kernel, axes: MatrixAxes, indices: Sequence[tuple[int, ...]]):
         asked[0] -= start
     sizes = [kernel.shape[axis] for axis in axes.stacked]
     return kernel, np.ravel_multi_index(tuple(asked), sizes)
+
+
+_barrier = jax.lax.optimization_barrier
 
 
 def _replicated(vectors):

@@ -61,8 +61,34 @@ FEW_OR_SMALL_LAYERS = (
 )
 
 
+# Modules that take long go first: the last ones to end decide how long all take.
+SLOWEST = (
+    *("test_golden_metrics", "test_golden_rates", "test_golden_edge_cases"),
+    *("test_lanczos", "test_quadrature", "test_benchmarks_runs", "test_fuzz"),
+    *("test_frameworks_layers", "test_frameworks_training", "test_contract"),
+    *("test_accuracy", "test_trace_zoo", "test_placement", "test_benchmarks_speed"),
+    *("test_benchmarks_accelerator", "test_contract_wrappers", "test_processes"),
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Deals files out whole, in order; those that share golden analyses together."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduler(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "golden" if any(f"/{n}.py" in file for n in SLOWEST[:3]) else file
+
+    config.option.loadscopereorder = False
+    return Scheduler(config, log)
+
+
 def pytest_collection_modifyitems(config, items):
     """Leaves tests marked long out, unless `-m` asks for something."""
+    place = {name: number for number, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
     for item in items:
         if item.path.name.startswith(FEW_OR_SMALL_LAYERS):
             for message in ("no layer reaches", "only one layer can be tuned"):

@@ -246,34 +246,41 @@ def balance(
     Returns:
         The multipliers, and which layers are tuned.
     """
+    count, rows = len(analysis.layers), 64  # Of one size, so that nothing recompiles.
     scores = scores_of(analysis, config)
     enough = analysis.eigenvalue_count >= config["eigs_thresh"]
     tuned = analysis.fitted & enough & np.isfinite(scores)
-    inside = jnp.asarray(np.where(tuned, scores, 1), analysis.alpha.dtype)
-    multipliers = np.asarray(map_of(config)(inside, jnp.asarray(tuned)))
+    inside = np.ones(rows, analysis.alpha.dtype)
+    inside[:count] = np.where(tuned, scores, 1)
+    acting = np.arange(rows) < count
+    acting[:count] = tuned
+    found = map_of(config)(jnp.asarray(inside), jnp.asarray(acting))
+    multipliers = np.asarray(found)[:count]
     tuned = tuned & np.isfinite(multipliers)
     return np.where(tuned, multipliers, 1), tuned
 
 
-def leaf_values(
-    analysis: tb_optax.Analysis, multipliers: np.ndarray, net: golden.Net
-) -> np.ndarray:
-    """Multipliers of all parameters, (configurations, parameters), by the library.
+def leaf_owners(
+    lists: Sequence[Sequence[tb_optax.Layer]], net: golden.Net
+) -> list[np.ndarray]:
+    """The layer whose multiplier the library gives each parameter, for lists of layers.
 
-    Args:
-        analysis: a table with the layers and their followers.
-        multipliers: (configurations, layers).
-        net: the net, for its parameters in order.
+    Whole leaves follow one layer here. The multipliers 2, 3, ... tell them; where the
+    library gives 1, the position is -1.
     """
 
-    def leaves(row):
-        tree = dataclasses.replace(analysis, multipliers=row)
-        return tree.leaf_multipliers(net.params)
+    @jax.jit
+    def run():
+        found = []
+        for layers in lists:
+            columns = dict.fromkeys(pipeline.COLUMNS, jnp.arange(2.0, 2 + len(layers)))
+            table = tb_optax.Analysis(layers=tuple(layers), **columns)
+            found.append(table.leaf_multipliers(net.params))
+        return found
 
-    by_name = jax.device_get(jax.vmap(leaves)(jnp.asarray(multipliers)))
-    # Whole leaves follow one layer here: one number for each.
-    columns = [by_name[name].reshape(len(multipliers)) for name in net.param_names]
-    return np.stack(columns, axis=1)
+    columns = [[tree[name].item() for name in net.param_names] for tree in run()]
+    positions = np.asarray(columns).reshape(len(lists), -1).astype(int) - 2
+    return [np.where(row >= 0, row, -1) for row in positions]
 
 
 def expected_multipliers(
@@ -299,5 +306,11 @@ def expected_leaf_values(
         for i, layer in enumerate(layers)
         for name in (layer.path, *layer.follows)
     }
+    owners = np.asarray([position.get(name, -1) for name in net.param_names], int)
+    return leaf_values(multipliers, owners)
+
+
+def leaf_values(multipliers: np.ndarray, owners: np.ndarray) -> np.ndarray:
+    """Multipliers of parameters, (..., parameters); 1 where the owner is -1."""
     padded = np.concatenate([multipliers, np.ones((*multipliers.shape[:-1], 1))], -1)
-    return padded[..., [position.get(name, -1) for name in net.param_names]]
+    return padded[..., owners]

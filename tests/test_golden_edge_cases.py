@@ -129,18 +129,21 @@ def test_norms_and_counts(precision_name):
 
 @pytest.mark.parametrize("precision_name", golden.PRECISIONS)
 def test_rates(precision_name):
-    found, failures = {}, []
+    found, failures, owners = {}, [], {}
     tolerance = 1e-12 if precision_name == "x64" else 1e-5
     for (name, net), row in itertools.product(WITH_LAYERS.items(), sorted(RATES)):
         config, names = RATE_CONFIGS[row], golden.own_layers(net)
         layers, kept = golden_library.selected_layers(net, config, names)
         rates = np.ones(len(net.param_names))
+        place = name, golden_library.structure_of(config)
+        if layers and place not in owners:
+            owners[place] = golden_library.leaf_owners([layers], net)[0]
         if layers:
             table = golden_library.tables_of(config, precision_name)[f"edge/{name}"]
             with golden_library.precision(precision_name):
                 analysis = table.analysis(layers, kept)
                 multipliers, tuned = golden_library.balance(analysis, config)
-                rates = golden_library.leaf_values(analysis, multipliers[None], net)[0]
+            rates = golden_library.leaf_values(multipliers, owners[place])
             scores = golden_library.scores_of(analysis, config)
             expected = golden_library.expected_leaf_values(
                 layers,

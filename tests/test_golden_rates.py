@@ -188,12 +188,11 @@ def rates(name, precision_name):
     net = golden.net(name)
     ours = np.empty((len(CONFIGS), len(net.param_names)))
     expected = np.empty_like(ours)
-    groups = itertools.groupby(
-        sorted(range(len(CONFIGS)), key=lambda row: structure(row)), key=structure
-    )
-    for _, rows in groups:
-        rows = list(rows)
-        layers, kept = golden_library.selected_layers(net, CONFIGS[rows[0]])
+    order = sorted(range(len(CONFIGS)), key=structure)
+    groups = [list(rows) for _, rows in itertools.groupby(order, key=structure)]
+    chosen = [golden_library.selected_layers(net, CONFIGS[rows[0]]) for rows in groups]
+    owners = golden_library.leaf_owners([layers for layers, _ in chosen], net)
+    for rows, own, (layers, kept) in zip(groups, owners, chosen, strict=True):
         by_layer, by_formula = [], []
         for row in rows:
             config = CONFIGS[row]
@@ -209,8 +208,7 @@ def rates(name, precision_name):
                     scores, (fitted & enough)[kept], config
                 )
             )
-        with golden_library.precision(precision_name):
-            ours[rows] = golden_library.leaf_values(analysis, np.stack(by_layer), net)
+        ours[rows] = golden_library.leaf_values(np.stack(by_layer), own)
         expected[rows] = golden_library.expected_leaf_values(
             layers, np.stack(by_formula), net
         )
