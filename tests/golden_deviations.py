@@ -1,6 +1,7 @@
 """Tables of the places where the library disagrees with the published code."""
 
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,23 @@ class Deviation:
     ours: str
     reason: str
     precisions: tuple[str, ...] = golden.PRECISIONS
+
+
+def listed_in(name: str) -> tuple[Deviation, ...]:
+    """Read a table of deviations from `data`; rows of configurations are as "0-3,7"."""
+
+    def rows(text: str) -> frozenset[int]:
+        ends = [tuple(map(int, part.split("-"))) for part in text.split(",")]
+        return frozenset(row for pair in ends for row in range(pair[0], pair[-1] + 1))
+
+    return tuple(
+        Deviation(
+            **row
+            | {"cases": tuple(row["cases"]), "configs": rows(row["configs"])}
+            | {"precisions": tuple(row.get("precisions", golden.PRECISIONS))}
+        )
+        for row in json.loads((golden.DATA.parent / f"{name}.json").read_text())
+    )
 
 
 def where(configs: Sequence[Mapping[str, Any]], **options: Any) -> frozenset[int]:

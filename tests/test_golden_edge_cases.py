@@ -1,6 +1,9 @@
 """Degenerate nets: what the published code does there, and what the library does.
 
-`golden_edge_deviations` lists every place where the two disagree, with the reason.
+`data/deviations_edge_cases.json` lists every place where the two disagree, with the
+reason. For "alpha", a case is a net, with "/layer" where it has several, and ours is
+"fitted" or "not fitted". For "rate", a case is a net, and ours is "untouched" (every
+multiplier is 1) or "others" (the remaining layers are balanced among themselves).
 """
 
 import itertools
@@ -12,18 +15,17 @@ import golden_record
 import numpy as np
 import pytest
 import reference
-from golden_deviations import assert_as_listed, state_of
-from golden_edge_deviations import (
-    DEVIATIONS,
-    EDGE,
-    METRIC_CONFIGS,
-    RATE_CONFIGS,
-    RATES,
-)
+from golden_deviations import assert_as_listed, listed_in, state_of, where
 
 import tb_optax
 
 RECORD = golden_record.Record()
+EDGE = golden.read_json("edge_cases")
+METRIC_CONFIGS, RATE_CONFIGS = EDGE["metric_configs"], EDGE["lr_configs"]
+DEVIATIONS = listed_in("deviations_edge_cases")
+MAPS = ("tb_linear_map", "tb_sqrt", "tb_log2", "tb_step")
+# Without the row of a map that does not exist, which a function cannot be.
+RATES = frozenset().union(*(where(RATE_CONFIGS, assign_func=name) for name in MAPS))
 CASES = golden.edge_cases()
 WITH_LAYERS = {name: net for name, net in CASES.items() if net.layer_names}
 

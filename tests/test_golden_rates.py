@@ -16,7 +16,13 @@ import golden_library
 import golden_record
 import numpy as np
 import pytest
-from golden_deviations import Deviation, assert_as_listed, state_of, where
+from golden_deviations import (
+    Deviation,
+    assert_as_listed,
+    listed_in,
+    state_of,
+    where,
+)
 
 import tb_optax
 
@@ -25,106 +31,11 @@ SHARED = golden.shared()
 CONFIGS = SHARED["lr_configs"]
 COLUMNS = SHARED["metric_columns"]
 
-LINEAR = where(CONFIGS, assign_func="tb_linear_map")
-SQRT = where(CONFIGS, assign_func="tb_sqrt")
-LOG2 = where(CONFIGS, assign_func="tb_log2")
-STEP = where(CONFIGS, assign_func="tb_step")
-FIRST = where(CONFIGS, remove_first_layer=True, remove_last_layer=False)
-BOTH = where(CONFIGS, remove_first_layer=True, remove_last_layer=True)
-FROM_50 = where(CONFIGS, eigs_thresh=50)
-# Bounds of 1 leave everything at 1 in any case.
-MOVING = (LINEAR | STEP) - where(CONFIGS, lr_min_ratio=1.0, lr_max_ratio=1.0)
-ALPHA_HAT = where(CONFIGS, esd_metric_for_tb="alphahat")
-DISTANCE = where(CONFIGS, esd_metric_for_tb="D")
-SPECTRAL = where(CONFIGS, esd_metric_for_tb="spectral_norm")
-NORM = where(CONFIGS, esd_metric_for_tb="norm")
-
-ONE = "one tuned layer has nothing to be balanced against: 1, not a bound"
-NOTHING_LEFT = "no layer is left: nothing is tuned"
-DOMAIN = "a score outside the map's domain: its layer is left alone"
 NOISE = "xmin is rounding noise of float32 Gram matrices: its layer is left alone"
 
-# Nets where no layer is inside the domain of log2, and where some are.
-DEEP = (
-    "attn_init",
-    "custom_heavy",
-    "mlp6_mixed_heavy",
-    "mlp6_mixed_init",
-    "resnet18_w0.125_heavy",
-    "resnet18_w0.25_init",
-    "vgg11_w0.125_init",
-    "vggnum_heavy",
-    "wrn10x1_init",
-    "wrn16x1_heavy",
-)
-NO_HAT = ("mlp3_wide_init", "resnet18_w0.25_init", "vgg11_w0.125_init", "wrn10x1_init")
-SOME_HATS = (
-    "attn_init",
-    "custom_heavy",
-    "mlp6_mixed_init",
-    "resnet18_w0.125_heavy",
-    "vggnum_heavy",
-    "wrn16x1_heavy",
-)
-HATS_ABOVE_1 = ("custom_heavy", "resnet18_w0.125_heavy", "wrn16x1_heavy")
-
-# "others": the remaining layers are balanced among themselves.
-DEVIATIONS = (
-    Deviation(
-        "rate",
-        ("mlp3_square_init", "mlp3_tall_heavy"),
-        MOVING & BOTH,
-        "finite",
-        "untouched",
-        ONE,
-    ),
-    Deviation(
-        "rate",
-        ("mlp3_wide_init",),
-        MOVING & (BOTH | (FIRST & FROM_50)),
-        "finite",
-        "untouched",
-        ONE,
-    ),
-    Deviation(
-        "rate",
-        ("mlp3_tiny_heavy",),
-        (MOVING & (BOTH | FIRST)) - FROM_50,
-        "finite",
-        "untouched",
-        ONE,
-    ),
-    Deviation(
-        "rate",
-        ("mlp3_tiny_heavy",),
-        LINEAR & FROM_50,
-        "raises",
-        "untouched",
-        NOTHING_LEFT,
-    ),
-    Deviation("rate", NO_HAT, (SQRT | LOG2) & ALPHA_HAT, "nan", "untouched", DOMAIN),
-    Deviation("rate", SOME_HATS, SQRT & ALPHA_HAT, "nan", "others", DOMAIN),
-    Deviation("rate", HATS_ABOVE_1, LOG2 & ALPHA_HAT, "nan", "others", DOMAIN),
-    Deviation(
-        "rate",
-        ("attn_init", "mlp6_mixed_init", "vggnum_heavy"),
-        LOG2 & ALPHA_HAT,
-        "nan",
-        "untouched",
-        DOMAIN,
-    ),
-    Deviation("rate", DEEP, LOG2 & DISTANCE, "finite", "untouched", DOMAIN),
-    Deviation("rate", SOME_HATS, LOG2 & SPECTRAL, "finite", "others", DOMAIN),
-    Deviation(
-        "rate",
-        ("resnet18_w0.25_init", "vgg11_w0.125_init", "wrn10x1_init"),
-        LOG2 & SPECTRAL,
-        "finite",
-        "untouched",
-        DOMAIN,
-    ),
-    Deviation("rate", ("wrn16x1_heavy",), LOG2 & NORM, "finite", "others", DOMAIN),
-)
+# "untouched": every multiplier is 1; "others": the remaining layers are balanced among
+# themselves.
+DEVIATIONS = listed_in("deviations_rates")
 
 
 @pytest.fixture(scope="module", autouse=True)
