@@ -285,7 +285,7 @@ def _bisect(
     # A few bits more than those of λ_max: small eigenvalues can be as exact as that.
     bits = jnp.finfo(dtype).nmant * 9 // 8 + 3
     level = n.bit_length() - 1
-    number = jnp.arange(n)
+    number = jnp.arange(n, dtype=jnp.int32)
     grid = jnp.arange(2**level, dtype=dtype) * 2.0 ** (1 - level) - 1
 
     def locate():
@@ -325,7 +325,8 @@ def _count_below(
         (first, before), (second, between) = rows[..., None]
         pivot = jnp.clip(first - shifts - before * inverse, -1e30, 1e30)
         inverse = pivot / ((second - shifts) * pivot - between)
-        return (inverse, count + jnp.signbit(pivot) + jnp.signbit(inverse)), None
+        negative = jnp.signbit(jnp.stack([pivot, inverse]))
+        return (inverse, count + jnp.sum(negative, axis=0, dtype=count.dtype)), None
 
     # Varying from device to device, in the sense of `shard_map`, as the pivots do.
     pivot = pairs[0, 0, 0][:, None] - shifts

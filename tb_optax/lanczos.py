@@ -36,6 +36,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tb_optax.checks import check_int
 from tb_optax.layers import Layer, MatrixAxes
 from tb_optax.sharding import over_devices
+from tb_optax.spectrum import computing_dtype
 
 # Lanczos vectors that are kept at once, in bytes; a stack of matrices is never cut.
 _BASIS_BYTES = 2**28
@@ -226,7 +227,7 @@ class Operator:
     @property
     def dtype(self) -> Any:
         """The type of its vectors; half precision is computed in float32."""
-        return jnp.result_type(jnp.float32, self.kernel)
+        return computing_dtype(self.kernel)
 
     def measure(self) -> Measures:
         """Read off each matrix what one look at its entries tells.

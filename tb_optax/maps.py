@@ -134,10 +134,10 @@ class step:
         """Return the multipliers of the layers."""
         _, _, spread = _extremes(metric, tuned)
         order = jnp.argsort(jnp.where(tuned, metric, jnp.inf), stable=True)
-        rank = jnp.argsort(order)
-        count = jnp.maximum(tuned.sum(), 1)
+        rank = jnp.argsort(order).astype(metric.dtype)
+        count = jnp.maximum(tuned.sum(dtype=metric.dtype), 1)
         multipliers = self.low + (self.high - self.low) * rank / count
-        return jnp.where(tuned & spread, multipliers, 1).astype(metric.dtype)
+        return jnp.where(tuned & spread, multipliers, 1)
 
 
 def _extremes(metric, tuned):
@@ -158,5 +158,5 @@ def _share(score, metric, tuned, defined):
     _, _, spread = _extremes(metric, defined)
     scores = jnp.where(defined, score(jnp.where(defined, metric, 1)), 0)
     total = jnp.where(spread, scores.sum(), 1)
-    shares = jnp.where(spread, defined.sum() * scores / total, 1)
+    shares = jnp.where(spread, defined.sum(dtype=scores.dtype) * scores / total, 1)
     return jnp.where(defined, shares, jnp.where(tuned, jnp.nan, 1))

@@ -95,7 +95,7 @@ class fit_median:
         count = valid.sum(axis=-1)
         # A table, since a float32 quotient can land on the wrong side of an integer.
         below = np.floor(np.arange(width + 1) / self.position).astype(np.int32)
-        size = count - jnp.asarray(below)[count]
+        size = count - jnp.asarray(below, count.dtype)[count]
         start = width - size
         threshold_column = start if self.include_threshold else start - 1
         threshold = jnp.take_along_axis(
@@ -237,7 +237,8 @@ class fit_peak:
         histogram = jax.vmap(lambda b, w: jnp.bincount(b, w, length=self.bins))(
             bins.astype(jnp.int32), counted.astype(jnp.int32)
         )
-        log_peak = (low + jnp.argmax(histogram, axis=-1) * step) * math.log(10)
+        fullest = jnp.argmax(histogram, axis=-1).astype(step.dtype)
+        log_peak = (low + fullest * step) * math.log(10)
         lower, upper = log_peak + math.log(0.95), log_peak + math.log(1.5)
         if self.published_window:
             above = jnp.exp(log_eigenvalues) >= (lower / math.log(10))[:, None]
@@ -327,7 +328,8 @@ def _hill(
         tail, log_eigenvalues - jnp.where(fits, threshold, 0)[:, None], 0
     )
     size = jnp.where(fits, width - start, 0)
-    alpha = 1 + size / jnp.where(fits, excess.sum(axis=-1), 1)
+    total = jnp.where(fits, excess.sum(axis=-1), 1)
+    alpha = 1 + size.astype(total.dtype) / total
     distance = _ks_terms(excess, alpha[:, None], rank, jnp.maximum(size, 1)[:, None])
     return PowerLaw(
         alpha=jnp.where(fits, alpha, 0),
@@ -344,7 +346,8 @@ def _ks_terms(excess, alpha, rank, size):
     """
     above = jnp.where(excess > 0, excess, 1)
     exponent = jnp.where(excess > 0, (1 - alpha) * above, 0)
-    return jnp.abs(1 - jnp.exp(exponent) - rank / size)
+    share = (rank / size).astype(exponent.dtype)
+    return jnp.abs(1 - jnp.exp(exponent) - share)
 
 
 def _min_ks(
@@ -368,10 +371,11 @@ def _min_ks(
         relative = jnp.where(known, logs - jnp.where(known.any(), top, 0), 0)
         totals = jnp.cumsum(relative[::-1])[::-1]
         size = width - columns
-        excess_total = totals - size * relative
+        number = size.astype(totals.dtype)
+        excess_total = totals - number * relative
         usable = in_window & known & (columns < width - 1)
         positive = usable & (excess_total > 0)
-        alpha = 1 + size / jnp.where(positive, excess_total, 1)
+        alpha = 1 + number / jnp.where(positive, excess_total, 1)
         alpha = jnp.where(usable & ~positive, jnp.inf, alpha)
 
         def distance(candidate):

@@ -156,7 +156,8 @@ def _shared_out(function, buckets: Sequence[Bucket], axes: Sequence[str]) -> lis
         return jax.lax.dynamic_slice_in_dim(bucket, index * size, size)
 
     def shared(column):
-        number = column.astype(jnp.promote_types(column.dtype, jnp.int32))
+        # Truth values cannot be added.
+        number = column.astype(jnp.int32) if column.dtype == bool else column
         whole = jnp.zeros((len(column) * parts, *column.shape[1:]), number.dtype)
         start = index * len(column)
         whole = jax.lax.dynamic_update_slice_in_dim(whole, number, start, 0)

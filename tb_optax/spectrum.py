@@ -82,6 +82,13 @@ GRAM = Route(gram_eigenvalues, 1)
 SINGULAR_VALUES = Route(singular_values, 2)
 
 
+def computing_dtype(*arrays: Float[Array, "..."]) -> np.dtype:
+    """Float64 if an array has it, else float32: half precision is cast up."""
+    return np.result_type(
+        np.float32, *(np.float64 for x in arrays if x.dtype == np.float64)
+    )
+
+
 def as_matrices(
     kernel: Float[Array, "..."], axes: MatrixAxes
 ) -> Float[Array, "stacked pooled rows columns"]:
@@ -116,7 +123,7 @@ def compute_spectra(
     Returns:
         Spectra, one row per layer, in the order given.
     """
-    dtype = jnp.result_type(jnp.float32, *stacks)
+    dtype = computing_dtype(*stacks)
     buckets: dict[tuple[int, ...], list[int]] = {}
     for i, stack in enumerate(stacks):
         buckets.setdefault(stack.shape[1:], []).append(i)
@@ -157,7 +164,8 @@ def _pooled(found: Decomposed, pooled: int, width: int, power: int):
     unit = exponent.max(axis=1)
     finite = found.finite.reshape(-1, pooled).all(axis=1)
     logs = power * jnp.log(jnp.maximum(found.values, 0))
-    offset = 2 * math.log(2) * (exponent - unit[:, None]).reshape(-1, 1)
+    steps = (exponent - unit[:, None]).reshape(-1, 1).astype(logs.dtype)
+    offset = 2 * math.log(2) * steps
     rows = (logs + offset).reshape(len(unit), -1)
     rows = jnp.where(finite[:, None], rows, -jnp.inf)
     padding = (width - rows.shape[1], 0)

@@ -21,6 +21,7 @@ from tb_optax.analysis import (
 )
 from tb_optax.lanczos import Spectrum, estimate_key, estimate_one_of, exact
 from tb_optax.layers import Layer, MatrixAxes
+from tb_optax.spectrum import computing_dtype
 
 
 def piece_starts(
@@ -131,7 +132,7 @@ def spread_refresh(
 
     def assign():
         counts = [layer.eigenvalue_count(shapes[layer.path]) for layer in layers]
-        scores = alpha.astype(jnp.result_type(jnp.float32, *kernels.values()))
+        scores = alpha.astype(computing_dtype(*kernels.values()))
         found, _ = assign_multipliers(scores, alpha > 0, jnp.asarray(counts), options)
         return found.astype(multipliers.dtype)
 
