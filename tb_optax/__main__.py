@@ -85,19 +85,14 @@ class Report:
         """Name a layer as the file does, with its slice."""
         return self.checkpoint.names[layer.path] + layer.name[len(layer.path) :]
 
-    def shape(self, layer: Layer) -> tuple[int, ...]:
-        """Return the shape of a layer's kernel, without the axes of a stack."""
-        shape = self.checkpoint.leaves[self.checkpoint.names[layer.path]].shape
-        return tuple(n for i, n in enumerate(shape) if i not in layer.axes.stacked)
-
-    def kernels(self) -> Iterator[tuple[Layer, np.ndarray]]:
+    def kernels(self) -> Iterator[tuple[Layer, jax.Array]]:
         """Read the kernels of the layers, slice by slice, one leaf at a time."""
-        path, leaf = None, np.zeros(0)
+        path, leaf = None, None
         for layer in self.layers:
             if layer.path != path:
-                del leaf
+                leaf = None  # Before the next is read.
                 path = layer.path
-                leaf = self.checkpoint.read(self.checkpoint.names[path])
+                leaf = _on_device(self.checkpoint, path)
             yield layer, _slice(leaf, layer)
 
 
@@ -344,27 +339,36 @@ def _rows(
     rows = []
     with tqdm(total=len(report.layers), unit="layer", disable=None) as progress:
         for layer, kernel in report.kernels():
-            # Layers of equal name, shape and axes share one compilation.
-            alone = Layer("kernel", _plain(layer.axes))
-            params = {"kernel": jnp.asarray(kernel.astype(jnp.zeros(()).dtype))}
-            del kernel
+            # Layers of equal shape and axes share one compilation: all are `kernel`.
+            alone, params = Layer("kernel", _plain(layer.axes)), {"kernel": kernel}
             analyze = analysis([alone])
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "no layer reaches|only one layer")
                 (row,) = analyze(params).rows()
-            shape, name = report.shape(layer), report.name(layer)
+            shape, name = kernel.shape, report.name(layer)
             rows.append(row | {"layer": name, "shape": shape})
             rows[-1]["aspect"] = _aspect(alone, shape)
             small = min(alone.matrix_shape(shape)) <= analyze.options.spectrum.above
             if spectra is not None and small:
                 (spectra[name],) = esd(params, [alone])
             progress.update()
+            del kernel, params  # Before the next is read.
     _assign(rows)
     return rows
 
 
-def _slice(leaf: np.ndarray, layer: Layer) -> np.ndarray:
+def _on_device(checkpoint: Checkpoint, path: str) -> jax.Array:
+    """Read a leaf in JAX's default float dtype, which `JAX_ENABLE_X64` widens."""
+    dtype = jnp.zeros(()).dtype
+    return jnp.asarray(
+        checkpoint.read(checkpoint.names[path]).astype(dtype, copy=False)
+    )
+
+
+def _slice(leaf: Any, layer: Layer) -> jax.Array:
     """Return the slice of a stack that belongs to a layer."""
+    if not layer.index:
+        return leaf
     where: list[Any] = [slice(None)] * leaf.ndim
     for axis, index in zip(layer.axes.stacked, layer.index, strict=True):
         where[axis] = index
@@ -408,11 +412,10 @@ def _compare(
             shapes = f"{first[name]['shape']} and {second[name]['shape']}"
             msg = f"{name!r} has shapes {shapes}: two checkpoints of one model?"
             raise CheckpointError(msg)
-        other = reports[1].checkpoint.read(reports[1].checkpoint.names[layer.path])
-        kernel = kernel.astype(np.float32)
-        moved = np.linalg.norm(_slice(other, layer).astype(np.float32) - kernel)
-        norm = np.linalg.norm(kernel)
-        distances[name] = float(moved / norm) if norm else math.nan
+        other = _slice(_on_device(reports[1].checkpoint, layer.path), layer)
+        norm = jnp.linalg.norm(kernel)
+        moved = jnp.linalg.norm(other - kernel)
+        distances[name] = float(moved / norm) if norm > 0 else math.nan
     for name, distance in distances.items():
         row, other = first[name], second[name]
         row["other_alpha"], row["other_spectral_norm"] = (
