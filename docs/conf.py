@@ -15,7 +15,10 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
+default_role = "code"
 exclude_patterns = ["examples"]
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_theme = "sphinx_book_theme"
 html_title = "tb_optax"
 html_theme_options = {"show_toc_level": 2}

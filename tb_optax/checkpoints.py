@@ -33,6 +33,8 @@ from jaxtyping import Shaped
 from tb_optax.checks import optional
 from tb_optax.leaves import listing, path_of
 
+__all__ = ["Checkpoint", "CheckpointError", "StoredLeaf", "open_checkpoint"]
+
 
 class CheckpointError(ValueError):
     """A file that cannot be read as a checkpoint; its message is one line."""

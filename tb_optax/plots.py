@@ -23,6 +23,16 @@ with optional("plot"):
     from matplotlib.figure import Figure, FigureBase
     from matplotlib.ticker import MaxNLocator, NullFormatter
 
+__all__ = [
+    "curves",
+    "depth_legend",
+    "heat_map",
+    "layers",
+    "marchenko_pastur",
+    "spectrum",
+    "training",
+]
+
 # Names that fit along an axis, into a legend, and into one column of it.
 MOST_NAMES = 40
 MOST_LINES = 52

@@ -52,8 +52,7 @@ def main(arguments=None) -> float:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--until", type=int, help="stop after this step")
     parser.add_argument("--directory", type=Path, required=True)
-    given = parser.parse_args(arguments)
-    digits = load_digits()
+    given, digits = parser.parse_args(arguments), load_digits()
     images = jnp.asarray(digits.data / 16, jnp.float32)
     labels, train = jnp.asarray(digits.target), 1400
 
@@ -68,11 +67,7 @@ def main(arguments=None) -> float:
             rows = np.random.default_rng(step).integers(0, train, 64)
             state, loss = train_step(state, images[rows], labels[rows])
             if (step + 1) % 100 == 0:
-                print(
-                    step + 1,
-                    f"loss {loss:.3f}",
-                    tb_optax.get_multipliers(state.opt_state),
-                )
+                print(step + 1, loss, tb_optax.get_multipliers(state.opt_state))
         manager.save(int(state.step), args=ocp.args.StandardSave(state))
     logits = state.apply_fn(state.params, images[train:])
     return float((logits.argmax(-1) == labels[train:]).mean())

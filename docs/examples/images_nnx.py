@@ -6,7 +6,6 @@ Handwritten digits of scikit-learn, SGD with momentum under a cosine.
 """
 
 import argparse
-import itertools
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,12 +20,11 @@ class Network(nnx.Module):
     """Three convolutions and a classifier."""
 
     def __init__(self, width: int, rngs: nnx.Rngs):
-        sizes = [1, width, width, width]
+        sizes, window = (1, width, width), (3, 3)
         self.convolutions = nnx.List(
-            nnx.Conv(a, b, (3, 3), use_bias=False, rngs=rngs)
-            for a, b in itertools.pairwise(sizes)
+            nnx.Conv(n, width, window, rngs=rngs) for n in sizes
         )
-        self.norms = nnx.List(nnx.BatchNorm(n, rngs=rngs) for n in sizes[1:])
+        self.norms = nnx.List(nnx.BatchNorm(width, rngs=rngs) for _ in range(3))
         self.head = nnx.Linear(width, 10, rngs=rngs)
 
     def __call__(self, x):
@@ -55,8 +53,7 @@ def main(arguments=None) -> float:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--width", type=int, default=32)
-    given = parser.parse_args(arguments)
-    digits = load_digits()
+    given, digits = parser.parse_args(arguments), load_digits()
     images = jnp.asarray(digits.images[..., None] / 16, jnp.float32)
     labels, train = jnp.asarray(digits.target), 1400
 
