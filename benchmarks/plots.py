@@ -153,7 +153,8 @@ def overview_figure(
 
 def _draw_alpha(axes: Axes, layers: pd.DataFrame, arm: str) -> None:
     curves = _curves(layers, arm, "alpha")
-    plots.curves(curves.index, curves.to_numpy(), list(curves), axes=axes)
+    names = list(map(str, curves))
+    plots.curves(curves.index, curves.to_numpy(), names, axes=axes)
     _finish(axes)
 
 
@@ -162,8 +163,8 @@ def _draw_multipliers(axes: Axes, layers: pd.DataFrame, arm: str) -> None:
     values = curves.to_numpy()
     # The last analysis is of the final weights: no epoch comes after it.
     used = np.vstack([values[:-1], values[-2:-1]])
-    label = "multiplier of the learning rate"
-    plots.curves(curves.index, used, list(curves), label=label, held=True, axes=axes)
+    names, label = list(map(str, curves)), "multiplier of the learning rate"
+    plots.curves(curves.index, used, names, label=label, held=True, axes=axes)
     axes.axhline(1, color="0.6", linestyle=":", zorder=0)
     _finish(axes)
 

@@ -253,7 +253,7 @@ def _raw_leaf(
 
 def _read_pieces(path, shape, dtype, pieces):
     array = np.empty(shape, dtype)
-    target = memoryview(array.reshape(-1).view(np.uint8))
+    target = array.reshape(-1).view(np.uint8).data
     with path.open("rb") as file:
         for piece in pieces:
             file.seek(piece.start)

@@ -344,7 +344,8 @@ def depth_legend(figure: FigureBase, axes: Axes) -> None:
     handles, names = axes.get_legend_handles_labels()
     if len(names) > MOST_LINES:
         colors = ScalarMappable(Normalize(1, len(names)), colormaps["viridis"])
-        figure.colorbar(colors, ax=figure.axes, label="layer, by depth")
+        every: Any = figure.axes
+        figure.colorbar(colors, ax=every, label="layer, by depth")
         return
     figure.legend(
         handles,
@@ -393,9 +394,9 @@ def _column(rows, name: str) -> np.ndarray:
     return np.where(values == 0, np.nan, values)
 
 
-def _named(names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+def _named(names: Sequence[str]) -> tuple[Sequence[int], list[str]]:
     """Return as many places and names along an axis as fit, evenly spaced."""
-    places = np.arange(0, len(names), math.ceil(len(names) / MOST_NAMES))
+    places = range(0, len(names), math.ceil(len(names) / MOST_NAMES))
     return places, [names[i] for i in places]
 
 

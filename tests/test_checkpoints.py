@@ -6,6 +6,7 @@ import pickle
 import tracemalloc
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import flax.serialization
 import jax
@@ -32,10 +33,14 @@ FLAT = {"/".join(k.key for k in keys): x for keys, x in jax.tree.leaves_with_pat
 def write_safetensors(path: Path, arrays=FLAT, header=None) -> None:
     """Write a file by its specification, which has a dtype for bfloat16."""
     kinds = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32"}
-    table, data = {"__metadata__": {"format": "pt"}}, b""
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    data = b""
     for name, array in arrays.items():
-        table[name] = {"dtype": kinds[array.dtype.name], "shape": list(array.shape)}
-        table[name]["data_offsets"] = [len(data), len(data) + array.nbytes]
+        table[name] = {
+            "dtype": kinds[array.dtype.name],
+            "shape": list(array.shape),
+            "data_offsets": [len(data), len(data) + array.nbytes],
+        }
         data += array.tobytes()
     header = json.dumps(table).encode() if header is None else header
     path.write_bytes(len(header).to_bytes(8, "little") + header + data)
@@ -301,19 +306,19 @@ def test_leaves_that_a_file_does_not_have(tmp_path):
         open_checkpoint(tmp_path / "a.npz").read("v")
 
 
-def damaged(data: bytes, rng: np.random.Generator) -> bytes:
+def damaged(whole: bytes, rng: np.random.Generator) -> bytes:
     """Cut bytes off, change some near the start or anywhere, or add some."""
-    data, kind = bytearray(data), rng.integers(5)
+    data, kind = bytearray(whole), rng.integers(5)
     if kind == 0:
-        return bytes(data[: rng.integers(len(data))])
+        return whole[: rng.integers(len(whole))]
     if kind == 1:
-        return bytes(data) + rng.bytes(rng.integers(1, 20))
+        return whole + rng.bytes(int(rng.integers(1, 20)))
     if kind == 2:
         place = int(rng.integers(len(data)))
         return bytes(data[:place] + data[place + int(rng.integers(1, 9)) :])
     where = rng.integers(0, len(data) if kind == 3 else 200, rng.integers(1, 6))
     for place in where:
-        data[place] = rng.integers(256)
+        data[place] = int(rng.integers(256))
     return bytes(data)
 
 

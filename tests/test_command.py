@@ -32,6 +32,11 @@ def matrix(rows, columns, decay):
     return ((left * np.arange(1, columns + 1) ** -decay) @ right).astype(np.float32)
 
 
+def save(path, arrays):
+    """Write a NumPy file."""
+    np.savez(path, allow_pickle=False, **arrays)
+
+
 # Two layers have 64 eigenvalues, one 36 and one 8.
 FILE = {
     "h.10.fc.weight": matrix(80, 64, 0.4),
@@ -118,12 +123,12 @@ def test_csv_has_what_json_has(file, tmp_path):
 
 
 def test_what_is_not_fitted_is_no_number(tmp_path, capsys):
-    np.savez(tmp_path / "a.npz", **(FILE | {"h.9.fc.weight": np.zeros((80, 64))}))
+    save(tmp_path / "a.npz", FILE | {"h.9.fc.weight": np.zeros((80, 64))})
     row = rows_of(tmp_path, tmp_path / "a.npz")[1]
     assert (row["alpha"], row["fitted"], row["multipliers"]) == (0, False, 1)
     assert "mean of 3 fitted of 4" in capsys.readouterr().out
     large = FILE | {"h.9.fc.weight": FILE["h.9.fc.weight"] * np.float32(1e30)}
-    np.savez(tmp_path / "a.npz", **large)
+    save(tmp_path / "a.npz", large)
     row = rows_of(tmp_path, tmp_path / "a.npz")[1]
     assert (row["xmin"], row["fitted"]) == (None, True)  # Infinity is no JSON.
 
@@ -200,7 +205,7 @@ def test_two_checkpoints_are_compared(file, tmp_path, capsys):
     moved["new.weight"] = normal(64, 64)
     del moved["head.weight"]
     other = tmp_path / "other.npz"
-    np.savez(other, **moved)
+    save(other, moved)
     rows = {row["layer"]: row for row in rows_of(tmp_path, file, "--compare", other)}
     row = rows["h.9.fc.weight"]
     assert row["relative_distance"] == pytest.approx(0.5, rel=1e-5)
@@ -211,7 +216,7 @@ def test_two_checkpoints_are_compared(file, tmp_path, capsys):
     assert f"only in {file}: 'head.weight'" in out
     assert f"only in {other}: 'new.weight'" in out
     moved["h.10.fc.weight"] = normal(80, 96)
-    np.savez(other, **moved)
+    save(other, moved)
     assert "two checkpoints of one model?" in error_of(capsys, file, "--compare", other)
 
 

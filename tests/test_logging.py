@@ -1,6 +1,7 @@
 """What loggers are given, and what can be read back from what they have written."""
 
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ def states():
     @jax.jit
     def step(state):
         updates, state = tx.update(jax.tree.map(jnp.ones_like, PARAMS), state, PARAMS)
-        return state, [-update["kernel"][0, 0] for update in updates.values()]
+        return state, [-update[0, 0] for update in jax.tree.leaves(updates)]
 
     state, found = tx.init(PARAMS), []
     for _ in range(4):
@@ -68,9 +69,9 @@ def test_it_may_be_called_inside_a_step(states):
 
 
 def test_tensorboard_has_what_was_logged(states, tmp_path):
-    from tensorboardX import SummaryWriter
-    from tensorboardX.proto.event_pb2 import Event
-    from tensorboardX.record_writer import crc32c
+    from tensorboardX import SummaryWriter, proto
+
+    events: Any = proto.event_pb2
 
     logged = [
         jax.device_get(tb_optax.log_dict(state, LAYERS, learning_rate=SCHEDULE))
@@ -85,8 +86,7 @@ def test_tensorboard_has_what_was_logged(states, tmp_path):
     while data:  # Records: length, its checksum, an event, its checksum.
         length = int.from_bytes(data[:8], "little")
         body, data = data[12 : 12 + length], data[16 + length :]
-        assert crc32c(body) is not None
-        event = Event.FromString(body)
+        event = events.Event.FromString(body)
         for value in event.summary.value:
             read[event.step][value.tag] = np.float32(value.simple_value)
     assert read == [{k: np.float32(v) for k, v in row.items()} for row in logged]
