@@ -335,7 +335,8 @@ def heat_map(
     axes.invert_yaxis()
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    figure.colorbar(image, ax=axes, label=label)
+    around: Any = axes.figure
+    around.colorbar(image, ax=axes, label=label)
     return figure
 
 
@@ -374,7 +375,8 @@ def _axes_or_figure(
     if len(given) != number:
         msg = f"axes must be {number} matplotlib Axes, got {len(given)}."
         raise ValueError(msg)
-    return given[0].figure, given
+    around: Any = given[0].figure
+    return around.figure, given  # The figure of a subfigure, or itself.
 
 
 def _checked(steps, values, names) -> tuple[np.ndarray, np.ndarray]:
