@@ -12,12 +12,14 @@ import dataclasses
 import fnmatch
 import functools
 import glob
+import importlib
 import json
+import logging
 import math
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         one line on standard error says.
     """
     given = _parser().parse_args(arguments)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it raises.
     try:
         _run(given)
     except (ValueError, OSError, ImportError, jax.errors.JaxRuntimeError) as error:
@@ -127,9 +130,7 @@ def _run(given: argparse.Namespace) -> None:
     print(show(reports[0].verdicts))
     spectra: dict[str, np.ndarray] = {}
     rows = _rows(reports[0], analysis, spectra if given.plot else None)
-    print(
-        "\n" + tabulate(_table(rows, HEADINGS), headers="keys", disable_numparse=True)
-    )
+    print("\n" + show(_table(rows, HEADINGS)))
     if given.compare:
         others = _rows(reports[1], analysis, None)
         notes = _compare(reports, rows, others)
@@ -139,63 +140,6 @@ def _run(given: argparse.Namespace) -> None:
     _write(given, rows)
     if given.plot:
         _plot(given.plot, rows, spectra)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tb-optax",
-        description="Analyze the layers of a checkpoint: power-law exponents of their "
-        "spectra, and the multipliers that TempBalance would give them.",
-        epilog="Multipliers are those of the default map over all layers that are "
-        "analyzed and have at least 50 eigenvalues; TempBalance as published leaves "
-        "out the first and the last layer.",
-    )
-    add = parser.add_argument
-    add(
-        "checkpoint",
-        type=Path,
-        help="safetensors (one file, or the index of shards), .npz, Flax .msgpack, an "
-        "Orbax directory, or a directory that holds one of these",
-    )
-    add("--fit", choices=FITS, default="median", help="which power law (median)")
-    add(
-        "--floor",
-        type=float,
-        metavar="λ",
-        help="fit eigenvalues above it only, such as 1e-5",
-    )
-    add(
-        "--layers",
-        action="append",
-        metavar="PATTERN",
-        help="analyze only layers whose names match, as in '*mlp*'; may be repeated",
-    )
-    add(
-        "--axes",
-        action="append",
-        default=[],
-        metavar="PATTERN=AXES",
-        type=_axes,
-        help="how to read leaves whose names match, a letter for each axis: i inputs, "
-        "o outputs, h, w, d positions, s stacked layers, as in '*conv*=oihw' (PyTorch) "
-        "or hwio (Flax), io, oi, sio; or none, for what is no layer",
-    )
-    add(
-        "--quadrature",
-        action="store_true",
-        help="estimate spectra of large kernels instead of decomposing them",
-    )
-    add(
-        "--compare",
-        type=Path,
-        metavar="OTHER",
-        help="another checkpoint of the same model: what moved",
-    )
-    add("--csv", type=Path, metavar="FILE", help="write the table with all columns")
-    add("--json", type=Path, metavar="FILE", help="write it as a list of objects")
-    add("--plot", type=Path, metavar="DIR", help="write pictures into a directory")
-    add("--force", action="store_true", help="overwrite files that exist")
-    return parser
 
 
 def _axes(text: str) -> tuple[str, MatrixAxes | None]:
@@ -218,15 +162,75 @@ def _axes(text: str) -> tuple[str, MatrixAxes | None]:
         raise argparse.ArgumentTypeError(msg) from None
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tb-optax",
+        description="Analyze the layers of a checkpoint: power-law exponents of their "
+        "spectra, and the multipliers that TempBalance would give them.",
+        epilog="Multipliers are those of the default map over all layers that are "
+        "analyzed and have at least 50 eigenvalues; TempBalance as published leaves "
+        "out the first and the last layer.",
+    )
+    for name, options in _ARGUMENTS.items():
+        parser.add_argument(name, **options)
+    return parser
+
+
+_FILE = {"type": Path, "metavar": "FILE"}
+_FLAG = {"action": "store_true"}
+_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "checkpoint": {
+        "type": Path,
+        "help": "safetensors (one file, or the index of shards), .npz, Flax .msgpack, "
+        "an Orbax directory, or a directory that holds one of these",
+    },
+    "--fit": {"choices": FITS, "default": "median", "help": "which power law (median)"},
+    "--floor": {
+        "type": float,
+        "metavar": "λ",
+        "help": "fit eigenvalues above it only, such as 1e-5",
+    },
+    "--layers": {
+        "action": "append",
+        "metavar": "PATTERN",
+        "help": "analyze only layers whose names match, as in '*mlp*'; repeatable",
+    },
+    "--axes": {
+        "action": "append",
+        "default": [],
+        "metavar": "PATTERN=AXES",
+        "type": _axes,
+        "help": "how to read leaves whose names match, a letter for each axis: i "
+        "inputs, o outputs, h, w, d positions, s stacked layers, as in '*conv*=oihw' "
+        "(PyTorch) or hwio (Flax), io, oi, sio; or none, for what is no layer",
+    },
+    "--quadrature": _FLAG | {"help": "estimate spectra of large kernels"},
+    "--compare": {
+        "type": Path,
+        "metavar": "OTHER",
+        "help": "another checkpoint of the same model: what moved",
+    },
+    "--csv": _FILE | {"help": "write the table with all columns"},
+    "--json": _FILE | {"help": "write it as a list of objects"},
+    "--plot": {"type": Path, "metavar": "DIR", "help": "write pictures"},
+    "--force": _FLAG | {"help": "overwrite files that exist"},
+}
+
+
 def _check_outputs(given: argparse.Namespace) -> None:
-    """Raise ValueError if a file would be overwritten without being asked to."""
+    """Raise now what would make writing fail at the end."""
     for path in (given.csv, given.json, given.plot):
         if path is not None and path.exists() and not given.force:
             msg = f"{path} exists; pass --force to overwrite it."
             raise ValueError(msg)
+        if path is not None and not path.absolute().parent.is_dir():
+            msg = f"{path} cannot be written: {path.parent} is no directory."
+            raise ValueError(msg)
+    if given.plot:
+        importlib.import_module("tb_optax.plots")  # Raises without Matplotlib.
 
 
-def _analysis(given: argparse.Namespace) -> Callable[..., LayerAnalysis]:
+def _analysis(given: argparse.Namespace) -> functools.partial[LayerAnalysis]:
     """Make analyses as the arguments ask, of layers to be named."""
     analysis = functools.partial(
         layer_analysis,
@@ -261,9 +265,10 @@ def _report(checkpoint: Checkpoint, given: argparse.Namespace) -> Report:
         elif layer.path not in outside:
             reasons[layer.path] = "left out by --layers"
     reasons |= dict.fromkeys(outside, "outside of params")
-    for path, name in checkpoint.names.items():
-        if checkpoint.leaves[name].problem:
-            reasons[path] = checkpoint.leaves[name].problem
+    for path, leaf in leaves.items():
+        if leaf.value is None:
+            problem = checkpoint.leaves[checkpoint.names[path]].problem
+            reasons[path] = problem or "it holds no numbers"
     if not kept:
         names = listing(checkpoint.names[layer.path] for layer in found)
         msg = (
@@ -271,7 +276,8 @@ def _report(checkpoint: Checkpoint, given: argparse.Namespace) -> Report:
             f"{len(unclear)} are unclear (see --axes); layers are {names or 'none'}."
         )
         raise CheckpointError(msg)
-    layers = sorted(expand_stacks(kept, shapes_of(leaves)), key=_natural)
+    layers = expand_stacks(kept, shapes_of(leaves))
+    layers = sorted(layers, key=lambda layer: (_natural(layer.path), layer.index))
     report = Report(checkpoint, tuple(layers), _verdicts(checkpoint, kept, reasons))
     if not given.quadrature:
         _check_size(report)
@@ -284,10 +290,9 @@ def _outside_params(leaves: Mapping[str, Any]) -> set[str]:
     return leaves.keys() - inside if inside else set()
 
 
-def _natural(layer: Layer) -> tuple[Any, ...]:
+def _natural(path: str) -> list[Any]:
     """Sort numbers inside a path by value: 10 after 9."""
-    parts = re.split(r"(\d+)", layer.path)
-    return tuple(int(s) if s.isdecimal() else s for s in parts), layer.index
+    return [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", path)]
 
 
 def _verdicts(
@@ -307,7 +312,7 @@ def _verdicts(
                 "verdict": reasons.get(row["leaf"], verdict),
             }
         )
-    return rows
+    return sorted(rows, key=lambda row: _natural(row["leaf"]))
 
 
 def _check_size(report: Report) -> None:
@@ -329,7 +334,7 @@ def _check_size(report: Report) -> None:
 
 def _rows(
     report: Report,
-    analysis: Callable[..., LayerAnalysis],
+    analysis: functools.partial[LayerAnalysis],
     spectra: dict[str, np.ndarray] | None,
 ) -> list[dict[str, Any]]:
     """Analyze layer by layer; fill in `spectra` if it is given."""
@@ -348,7 +353,9 @@ def _rows(
             shape, name = kernel.shape, report.name(layer)
             rows.append(row | {"layer": name, "shape": shape})
             rows[-1]["aspect"] = _aspect(alone, shape)
-            small = min(alone.matrix_shape(shape)) <= analyze.options.spectrum.above
+            small = (
+                min(alone.matrix_shape(shape)) <= analysis.keywords["spectrum"].above
+            )
             if spectra is not None and small:
                 (spectra[name],) = esd(params, [alone])
             progress.update()

@@ -286,12 +286,16 @@ _SAFETENSORS = {
 }
 
 
+# The longest header that the specification allows, in bytes.
+_MOST_HEADER = 10**8
+
+
 def _read_safetensors(path: Path) -> dict[str, StoredLeaf]:
     """Read the header: its length in 8 bytes, then JSON."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= size - 8:
+        if not 2 <= length <= min(size - 8, _MOST_HEADER):
             msg = f"its header of {length} bytes does not fit into {size}"
             raise ValueError(msg)
         header = json.loads(file.read(length))
