@@ -6,15 +6,15 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, FigureBase
-from matplotlib.ticker import LogFormatter, MaxNLocator, NullFormatter
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from benchmarks.arms import ARMS
 from benchmarks.experiments import Experiment
 from benchmarks.report import read
 from benchmarks.runs import LAYERS, METRICS, Run
+from tb_optax import plots
 
 DPI = 150
 PANELS = 4
@@ -126,7 +126,7 @@ def alpha_figure(layers: pd.DataFrame, arms: Sequence[str]) -> Figure:
         for axes in line[1:]:
             axes.set_ylabel("")
     every = [axes for line in grid for axes in line]
-    _legend(figure, max(every, key=lambda axes: len(axes.lines)))
+    plots.depth_legend(figure, max(every, key=lambda axes: len(axes.lines)))
     return figure
 
 
@@ -143,7 +143,7 @@ def overview_figure(
     _draw_multipliers(right, layers, arm)
     left.set_title("Exponent of each layer while training", fontsize="medium")
     right.set_title("Its learning-rate multiplier", fontsize="medium")
-    _legend(top, left)
+    plots.depth_legend(top, left)
     line = bottom.subplots(1, PANELS, sharex=True, sharey=True)
     _draw_spectra(line, layers, arm, spectra)
     for axes in line:
@@ -153,22 +153,19 @@ def overview_figure(
 
 def _draw_alpha(axes: Axes, layers: pd.DataFrame, arm: str) -> None:
     curves = _curves(layers, arm, "alpha")
-    marker = "." if len(curves) <= 50 else ""
-    for layer, color in zip(curves, _by_depth(curves), strict=True):
-        axes.plot(curves.index, curves[layer], color=color, label=layer, marker=marker)
-    axes.set_ylabel("alpha")
+    names = list(map(str, curves))
+    plots.curves(curves.index, curves.to_numpy(), names, axes=axes)
     _finish(axes)
 
 
 def _draw_multipliers(axes: Axes, layers: pd.DataFrame, arm: str) -> None:
     curves = _curves(layers, arm, "multiplier")
-    for layer, color in zip(curves, _by_depth(curves), strict=True):
-        values = curves[layer].to_numpy()
-        # The last analysis is of the final weights: no epoch comes after it.
-        used = [*values[:-1], values[-2]]
-        axes.plot(curves.index, used, color=color, label=layer, drawstyle="steps-post")
+    values = curves.to_numpy()
+    # The last analysis is of the final weights: no epoch comes after it.
+    used = np.vstack([values[:-1], values[-2:-1]])
+    names, label = list(map(str, curves)), "multiplier of the learning rate"
+    plots.curves(curves.index, used, names, label=label, held=True, axes=axes)
     axes.axhline(1, color="0.6", linestyle=":", zorder=0)
-    axes.set_ylabel("multiplier of the learning rate")
     _finish(axes)
 
 
@@ -184,32 +181,11 @@ def _draw_spectra(
     picks = np.linspace(0, len(last) - 1, min(len(line), len(last))).round()
     for axes, pick in zip(line, picks, strict=False):
         fit = last[int(pick)]
-        _draw_spectrum(axes, spectra[fit["layer"]], fit)
-        axes.set_title(fit["layer"], fontsize="medium")
+        plots.spectrum(spectra[fit["layer"]], fit, axes=axes)
+        axes.set_ylabel("")
     for axes in line[len(picks) :]:
         axes.set_axis_off()
     line[0].set_ylabel("density")
-
-
-def _draw_spectrum(axes: Axes, spectrum: np.ndarray, fit: Mapping[Any, Any]) -> None:
-    values = spectrum[spectrum > 0]
-    # The smallest spread over decades, one to a bin: they would squeeze the rest.
-    bins = np.geomspace(np.quantile(values, 0.05), values[-1], 31)
-    numbers, edges = np.histogram(values, bins)
-    density = numbers / (len(spectrum) * np.diff(edges))
-    centers = np.sqrt(edges[1:] * edges[:-1])
-    shown = numbers > 0
-    axes.loglog(centers[shown], density[shown], "o", color="C0", markersize=3.5)
-    alpha, xmin = fit["alpha"], fit["xmin"]
-    tail = np.geomspace(xmin, values[-1], 50)
-    share = fit["tail_size"] / len(spectrum)
-    line = share * (alpha - 1) / xmin * (tail / xmin) ** -alpha
-    axes.loglog(tail, line, color="C1", label=f"alpha = {alpha:.2f}")
-    axes.axvline(xmin, color="0.6", linestyle=":", label="xmin")
-    axes.legend(fontsize="small", loc="lower left", frameon=False)
-    # Labels between the decades would run into one another.
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _curves(layers: pd.DataFrame, arm: str, column: str) -> pd.DataFrame:
@@ -221,10 +197,6 @@ def _curves(layers: pd.DataFrame, arm: str, column: str) -> pd.DataFrame:
         index="epoch", columns="layer", values="value"
     )
     return table[sorted(order, key=list(dict.fromkeys(own["layer"])).index)]
-
-
-def _by_depth(curves: pd.DataFrame) -> np.ndarray:
-    return colormaps["viridis"](np.linspace(0, 0.93, curves.shape[1]))
 
 
 def _panels(
@@ -242,20 +214,6 @@ def _finish(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.grid(alpha=0.3)
     axes.margins(x=0.02)
-
-
-def _legend(figure: FigureBase, axes: Axes) -> None:
-    """Name the layers to the right of the panels."""
-    handles, names = axes.get_legend_handles_labels()
-    figure.legend(
-        handles,
-        names,
-        loc="outside right center",
-        title="layer, by depth",
-        fontsize="small",
-        frameon=False,
-        ncols=1 + len(names) // 26,
-    )
 
 
 def _save(figures: Mapping[str, Figure], directory: Path) -> list[Path]:

@@ -7,7 +7,7 @@ import dataclasses
 import datetime
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from benchmarks.cells import table
 from benchmarks.commandline import without_places
 from benchmarks.experiments import Experiment
 from benchmarks.files import Row, write_json, write_text
+from benchmarks.page import page
 from benchmarks.published import settings
 from benchmarks.runs import LAYERS, METRICS, Run
 
@@ -27,7 +28,7 @@ Place = tuple[str, str]  # Variant and arm.
 
 REPORT, SUMMARY = "report.md", "summary.json"
 
-_LEGEND = (
+LEGEND = (
     "Accuracies on the test set: `last`, of the last epoch; `selected`, of the first "
     "epoch with the best validation accuracy, if rows are held out; `best on test`, of "
     "the epoch that the test set itself chose, as published and too high."
@@ -95,15 +96,36 @@ def speed(epochs: pd.DataFrame, images: int) -> Row:
 # --- one directory of `benchmarks.train` ----------------------------------------------
 
 
-def run_tables(runs: Sequence[Run]) -> str:
-    """Return a table of the arms, and one of the layers of each."""
-    parts = [table(map(_arm_row, runs)), _LEGEND]
+def run_sections(runs: Sequence[Run]) -> list[tuple[str, list[Row]]]:
+    """Return headings and rows: of the arms, and of the layers of each arm."""
+    sections = [("Arms", [_arm_row(run) for run in runs])]
     for run in runs:
         layers = read([run], LAYERS)
         last = layers[layers["epoch"] == layers["epoch"].max()]
         rows = [_layer_row(row, run.arm) for row in last.to_dict("records")]
-        parts.append(f"{ARMS[run.arm].title}: layers\n\n{table(rows)}")
+        sections.append((f"{ARMS[run.arm].title}: layers", rows))
+    return sections
+
+
+def run_tables(runs: Sequence[Run]) -> str:
+    """Return a table of the arms, and one of the layers of each."""
+    (_, arms), *layers = run_sections(runs)
+    parts = [table(arms), LEGEND]
+    parts += [f"{heading}\n\n{table(rows)}" for heading, rows in layers]
     return "\n\n".join(parts) + "\n"
+
+
+def run_page(runs: Sequence[Run], pictures: Sequence[Path]) -> str:
+    """Return the same and the settings as a page of HTML, with pictures inside."""
+    config = runs[0].config
+    settings = [
+        {"setting": name, "value": str(value)}
+        for name, value in dataclasses.asdict(config).items()
+        if name not in ("arm", "data_dir")  # A page says nothing of places.
+    ]
+    title = f"{config.model} on {config.dataset}, seed {config.seed}"
+    sections = [*run_sections(runs), ("Settings", settings)]
+    return page(title, LEGEND.replace("`", ""), sections, pictures)
 
 
 def _arm_row(run: Run) -> Row:

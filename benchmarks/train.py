@@ -6,9 +6,9 @@
 The first command takes about a minute on two CPU cores and needs no network. Numbers
 that are not given come from the recipe of the data set. The arms are in
 `runs/DATASET-MODEL-seedSEED`, each in a directory of its own, which `benchmarks.runs`
-describes, with `table.md` and pictures next to them. `--resume` continues after a kill,
-on a CPU to the same bits. SIGTERM ends training after the current epoch: its state is
-saved, and the exit code is 0.
+describes. Next to them are `table.md`, pictures, and `report.html`, one page that shows
+all. `--resume` continues after a kill, on a CPU to the same bits. SIGTERM ends training
+after the current epoch: its state is saved, and the exit code is 0.
 
 Faults of arguments, data, or run directory end with exit code 2.
 """
@@ -106,11 +106,13 @@ def _run(arguments: Sequence[str], stopping: Callable[[], bool]) -> None:
     write_text(asked.path / "table.md", tables)
     print(tables)
     print(asked.path / "table.md")
+    pictures = []
     if command.plots:
         from benchmarks import plots  # Matplotlib is an extra of its own.
 
-        for path in plots.write_run(runs, spectra, asked.path):
-            print(path)
+        pictures = plots.write_run(runs, spectra, asked.path)
+    write_text(asked.path / "report.html", report.run_page(runs, pictures))
+    print(*pictures, asked.path / "report.html", sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Checks of numbers given by the user."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -28,3 +30,17 @@ def check_number(
         bound = f"> {above}" if above > -math.inf else f">= {at_least}"
         msg = f"{name} must be a finite number {bound}, got {name} = {value!r}."
         raise ValueError(msg)
+
+
+@contextlib.contextmanager
+def optional(extra: str) -> Iterator[None]:
+    """Name the extra to install, where an import in the block fails.
+
+    Raises:
+        ModuleNotFoundError: if a module is missing.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        msg = f"{error.name} is not installed: pip install 'tb-optax[{extra}]'."
+        raise ModuleNotFoundError(msg, name=error.name) from None

@@ -78,10 +78,10 @@ class quadrature:
     exact one on random kernels, 2 % where a group of eigenvalues stands off; 64 steps
     and 32 probes halve that. `spectral_norm` is a lower bound: the largest node falls
     short of λ_max by at most 0.103·(ln(n·(steps - 1)⁴) / (steps - 1))² of it in the
-    mean over probes [1]_, and by far less where λ_max stands off from the rest.
-    `frobenius_norm` is exact. `ks_distance` is 0: single eigenvalues are not known. A
-    kernel with fewer distinct eigenvalues than steps, such as an orthogonal one or one
-    of low rank, is not fitted.
+    mean over probes (Kuczyński and Woźniakowski), and by far less where λ_max stands
+    off from the rest. `frobenius_norm` is exact. `ks_distance` is 0: single eigenvalues
+    are not known. A kernel with fewer distinct eigenvalues than steps, such as an
+    orthogonal one or one of low rank, is not fitted.
 
     Args:
         above: the largest smaller side of a matrix that is still decomposed, an
@@ -102,9 +102,8 @@ class quadrature:
         Ubaru, Chen and Saad, `Fast Estimation of tr(f(A)) via Stochastic Lanczos
         Quadrature <https://doi.org/10.1137/16M1104974>`_, 2017
 
-        .. [1] Kuczyński and Woźniakowski, `Estimating the Largest Eigenvalue by the
-           Power and Lanczos Algorithms with a Random Start
-           <https://doi.org/10.1137/0613066>`_, 1992
+        Kuczyński and Woźniakowski, `Estimating the Largest Eigenvalue by the Power and
+        Lanczos Algorithms with a Random Start <https://doi.org/10.1137/0613066>`_, 1992
     """
 
     above: int = 1024

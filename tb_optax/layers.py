@@ -127,7 +127,7 @@ class Layer(_Compact):
 
     @property
     def name(self) -> str:
-        """Path with slice and part: `"blocks/qkv[3]{0:64}"`."""
+        """The path, then slice and part: "blocks/qkv[3]{0:64}"."""
         index = f"[{','.join(map(str, self.index))}]" if self.index else ""
         part = f"{{{self.part[1]}:{self.part[2]}}}" if self.part else ""
         return f"{self.path}{index}{part}"

@@ -111,7 +111,11 @@ def set_multipliers(opt_state: Any, multipliers: Any) -> Any:
 
 
 def log_dict(
-    opt_state: Any, layers: Sequence[Layer], params: Any = None
+    opt_state: Any,
+    layers: Sequence[Layer],
+    params: Any = None,
+    *,
+    learning_rate: Any = None,
 ) -> dict[str, Float[Array, ""]]:
     """Return alpha and multiplier of every layer as scalars by name, for a logger.
 
@@ -124,13 +128,19 @@ def log_dict(
         params: the parameters, or their shapes. Only needed where several stacks are
             listed without an index and the optimizer keeps no copy of the parameters'
             shapes, as SGD without momentum.
+        learning_rate: the schedule of the optimizer, or a scalar; adds the rate in
+            force, that of the last update: learning rate times multiplier. A schedule
+            is evaluated at the number of updates before it. Pass a scalar where the
+            optimizer counts otherwise, such as
+            `opt_state.hyperparams["learning_rate"]` of `optax.inject_hyperparams`.
 
     Returns:
-        `{"alpha/<layer>": ..., "multiplier/<layer>": ...}`, stacks slice by slice.
+        `{"alpha/<layer>": ..., "multiplier/<layer>": ...}`, stacks slice by slice, and
+        `"learning_rate/<layer>"` if it is asked for.
 
     Raises:
-        ValueError: if the state has another number of layers, or the sizes of stacks
-            cannot be told.
+        ValueError: if the state has another number of layers, the sizes of stacks
+            cannot be told, or the learning rate is no scalar.
 
     >>> import optax
     >>> from tb_optax import find_layers, temp_balance
@@ -140,6 +150,10 @@ def log_dict(
     ...     print(name, value)
     alpha/a/kernel 0.0
     multiplier/a/kernel 1.0
+    >>> schedule = optax.cosine_decay_schedule(0.1, 100)
+    >>> rates = log_dict(tx.init(params), find_layers(params), learning_rate=schedule)
+    >>> print(rates["learning_rate/a/kernel"])
+    0.1
     """
     state = get_state(opt_state)
     shapes = shapes_of(leaves_of(params)) if params is not None else None
@@ -147,11 +161,26 @@ def log_dict(
     check_length(state.multipliers, layers)
     names = [layer.name for layer in layers]
     columns = {"alpha": state.alpha, "multiplier": state.multipliers}
+    if learning_rate is not None:
+        columns["learning_rate"] = _rate(learning_rate, state) * state.multipliers
     return {
         f"{column}/{name}": value
         for column, values in columns.items()
         for name, value in zip(names, jnp.unstack(values), strict=True)
     }
+
+
+def _rate(learning_rate: Any, state: TempBalanceState) -> Any:
+    """Return the learning rate of the last update, without multipliers."""
+    if callable(learning_rate):
+        learning_rate = learning_rate(jnp.maximum(state.count - 1, 0))
+    if jnp.shape(learning_rate) != ():
+        msg = (
+            f"learning_rate must be a schedule or a scalar, got shape "
+            f"{jnp.shape(learning_rate)}."
+        )
+        raise ValueError(msg)
+    return learning_rate
 
 
 def check_length(multipliers: Float[Array, " layers"], layers: Sequence[Layer]) -> None:

@@ -1,0 +1,567 @@
+"""Checkpoint files of any framework, read one leaf at a time and never unpickled.
+
+`open_checkpoint` reads the names, shapes and dtypes of what is stored;
+`Checkpoint.read` reads one leaf. The headers of safetensors and Flax files are parsed
+here, since the libraries for them map or load whole files: memory holds one leaf,
+whatever the size of the model.
+
+References:
+    `The safetensors format <https://github.com/huggingface/safetensors#format>`_
+
+    `The MessagePack format <https://github.com/msgpack/msgpack/blob/master/spec.md>`_
+"""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import math
+import operator
+import types
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Shaped
+
+from tb_optax.checks import optional
+from tb_optax.leaves import listing, path_of
+
+__all__ = ["Checkpoint", "CheckpointError", "StoredLeaf", "open_checkpoint"]
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be read as a checkpoint; its message is one line."""
+
+
+class StoredLeaf(NamedTuple):
+    """A leaf of a checkpoint, not read yet.
+
+    Attributes:
+        shape: its shape.
+        dtype: its dtype; None for what is no array.
+        problem: why it cannot be read; empty if it can.
+        load: reads it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype | None
+    problem: str
+    load: Callable[[], Shaped[np.ndarray, "..."]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose leaves are read when they are asked for.
+
+    Attributes:
+        path: the file or directory that is read.
+        leaves: what is stored, by name.
+    """
+
+    path: Path
+    leaves: Mapping[str, StoredLeaf]
+
+    def read(self, name: str) -> Shaped[np.ndarray, "..."]:
+        """Read one leaf, in the dtype that it is stored in.
+
+        Args:
+            name: one of `leaves`.
+
+        Raises:
+            CheckpointError: if it is not there, or cannot be read.
+        """
+        if name not in self.leaves:
+            msg = f"{self.path} has no leaf {name!r}; it has {listing(self.leaves)}."
+            raise CheckpointError(msg)
+        leaf = self.leaves[name]
+        if leaf.problem:
+            msg = f"{self.path}: {name!r} cannot be read: {leaf.problem}."
+            raise CheckpointError(msg)
+        with _one_line(self.path, f"leaf {name!r}"):
+            return leaf.load()
+
+    @functools.cached_property
+    def names(self) -> Mapping[str, str]:
+        """Names in the file, by the paths of `shapes`.
+
+        The final `value` of a boxed leaf, as Flax nnx stores it, is no part of a path.
+        """
+        bare = {name: name.removesuffix("/value") for name in self.leaves}
+        unique = len(set(bare.values())) == len(bare)
+        return {path if unique else name: name for name, path in bare.items()}
+
+    def shapes(self) -> dict[str, Any]:
+        """Return the tree of `jax.ShapeDtypeStruct` that the names describe.
+
+        Names with slashes become nested dicts, as Flax and Haiku nest modules; other
+        names stay the keys of one flat dict. What is no array is None.
+
+        >>> leaf = StoredLeaf((4, 2), np.dtype("float16"), "", lambda: np.ones((4, 2)))
+        >>> Checkpoint(Path("a.npz"), {"Dense_0/kernel": leaf}).shapes()
+        {'Dense_0': {'kernel': ShapeDtypeStruct(shape=(4, 2), dtype=float16)}}
+        """
+        flat = {path: _abstract(self.leaves[name]) for path, name in self.names.items()}
+        nested: dict[str, Any] = {}
+        for path, value in flat.items():
+            *around, last = path.split("/")
+            node = nested
+            for key in around:
+                node = node.setdefault(key, {}) if isinstance(node, dict) else None
+            if not isinstance(node, dict) or last in node:
+                return flat  # A leaf has the name of a module: nothing is nested.
+            node[last] = value
+        return nested
+
+
+def _abstract(leaf: StoredLeaf) -> jax.ShapeDtypeStruct | None:
+    if leaf.problem or leaf.dtype is None:
+        return None
+    try:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    except TypeError:  # Strings and records: NumPy has them, JAX does not.
+        return None
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a checkpoint: read what is stored, but no numbers.
+
+    | what | told by |
+    |---|---|
+    | safetensors, one file | `.safetensors` |
+    | safetensors in shards | `.safetensors.index.json` |
+    | NumPy | `.npz`; a type of two opaque bytes, `V2`, is read as bfloat16 |
+    | Flax | `.msgpack` |
+    | Orbax | a directory with `_METADATA` |
+
+    A directory that holds exactly one of these stands for it.
+
+    Args:
+        path: a file or directory.
+
+    Raises:
+        CheckpointError: if it is absent, damaged, truncated or of another format.
+        ModuleNotFoundError: if an Orbax directory is given and Orbax is not installed.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     file = Path(directory, "model.npz")
+    ...     np.savez(file, kernel=np.ones((4, 2), np.float32))
+    ...     checkpoint = open_checkpoint(file)
+    ...     print(checkpoint.leaves["kernel"].shape, checkpoint.read("kernel").sum())
+    (4, 2) 8.0
+    """
+    path = Path(path)
+    if not path.exists():
+        msg = f"{path} does not exist."
+        raise CheckpointError(msg)
+    if path.is_dir() and not (path / "_METADATA").exists():
+        return open_checkpoint(_only_one_in(path))
+    if path.is_dir():
+        read = _read_orbax
+    else:
+        readers = [r for suffix, r in _READERS.items() if path.name.endswith(suffix)]
+        if not readers:
+            raise CheckpointError(_unknown(path))
+        read = readers[0]
+    with _one_line(path):
+        leaves = read(path)
+    if not leaves:
+        msg = f"{path} holds no leaf."
+        raise CheckpointError(msg)
+    return Checkpoint(path, types.MappingProxyType(leaves))
+
+
+@contextlib.contextmanager
+def _one_line(path: Path, what: str = "") -> Iterator[None]:
+    """Turn whatever a parser raises on foreign bytes into one line."""
+    try:
+        yield
+    except (CheckpointError, ModuleNotFoundError):
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        if isinstance(error, MemoryError):
+            said = "it does not fit into memory"
+        elif not isinstance(error, OSError):
+            said = f"it is damaged, cut short or of another format: {said}"
+        msg = f"{path}: {f'{what}: ' if what else ''}{said}"
+        raise CheckpointError(msg) from error
+
+
+def _unknown(path: Path) -> str:
+    known = ", ".join(_READERS)
+    if path.suffix in (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"):
+        return (
+            f"{path} is a pickle by its name, which can run any code when it is read; "
+            f"save it as safetensors and give that file."
+        )
+    return f"{path} is no checkpoint that can be read: its name must end in {known}."
+
+
+def _only_one_in(directory: Path) -> Path:
+    """Return the one checkpoint in a directory."""
+    shards = sorted(directory.glob("*.safetensors.index.json"))
+    found = shards or sorted(directory.glob("*.safetensors"))
+    for suffix in (".npz", ".msgpack"):
+        found += sorted(directory.glob(f"*{suffix}"))
+    for pattern in ("*/_METADATA", "*/*/_METADATA"):
+        found += [path.parent for path in sorted(directory.glob(pattern))]
+    if len(found) == 1:
+        return found[0]
+    names = [str(path.relative_to(directory)) for path in found]
+    msg = (
+        f"{directory} holds {len(found)} checkpoints; give one of {listing(names)}."
+        if found
+        else f"{directory} holds no checkpoint: no {', '.join(_READERS)}, no _METADATA."
+    )
+    raise CheckpointError(msg)
+
+
+# --- numbers at known places of a file ------------------------------------------------
+
+
+class Piece(NamedTuple):
+    """Bytes `start` to `stop` of a file."""
+
+    start: int
+    stop: int
+
+
+def _raw_leaf(
+    path: Path, shape: Sequence[Any], dtype: np.dtype, pieces: Sequence[Piece]
+) -> StoredLeaf:
+    """Return a leaf whose numbers lie in these pieces of a file, one after another."""
+    shape = tuple(map(operator.index, shape))
+    if min(shape, default=0) < 0:
+        msg = f"the shape {shape} is negative"
+        raise ValueError(msg)
+    size = sum(piece.stop - piece.start for piece in pieces)
+    if math.prod(shape) * dtype.itemsize != size:
+        msg = f"shape {shape} of {dtype} does not take {size} bytes"
+        raise ValueError(msg)
+    problem = "it holds Python objects, never unpickled" if dtype.hasobject else ""
+    load = functools.partial(_read_pieces, path, shape, dtype, pieces)
+    return StoredLeaf(shape, dtype, problem, load)
+
+
+def _read_pieces(path, shape, dtype, pieces):
+    array = np.empty(shape, dtype)
+    target = array.reshape(-1).view(np.uint8).data
+    with path.open("rb") as file:
+        for piece in pieces:
+            file.seek(piece.start)
+            length = piece.stop - piece.start
+            if file.readinto(target[:length]) != length:
+                msg = "the file ends early"
+                raise EOFError(msg)
+            target = target[length:]
+    return array
+
+
+def _no_array(shape: tuple[int, ...], problem: str) -> StoredLeaf:
+    def load():
+        raise ValueError(problem)
+
+    return StoredLeaf(shape, None, problem, load)
+
+
+# --- safetensors ----------------------------------------------------------------------
+
+_SAFETENSORS = {
+    "BOOL": np.bool_,
+    "BF16": jnp.bfloat16,
+    "C64": np.complex64,
+    "F8_E4M3": jnp.float8_e4m3fn,
+    "F8_E5M2": jnp.float8_e5m2,
+    **{f"F{bits}": f"<f{bits // 8}" for bits in (16, 32, 64)},
+    **{f"I{bits}": f"<i{bits // 8}" for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": f"<u{bits // 8}" for bits in (8, 16, 32, 64)},
+}
+
+
+# The longest header that the specification allows, in bytes.
+_MOST_HEADER = 10**8
+
+
+def _read_safetensors(path: Path) -> dict[str, StoredLeaf]:
+    """Read the header: its length in 8 bytes, then JSON."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(size - 8, _MOST_HEADER):
+            msg = f"its header of {length} bytes does not fit into {size}"
+            raise ValueError(msg)
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    leaves = {}
+    for name, entry in header.items():
+        start, stop = (8 + length + operator.index(n) for n in entry["data_offsets"])
+        if not 8 + length <= start <= stop <= size:
+            msg = f"{name!r} lies at bytes {start} to {stop} of {size}"
+            raise ValueError(msg)
+        dtype = _SAFETENSORS.get(entry["dtype"])
+        if dtype is None:
+            problem = f"its type {entry['dtype']} is unknown"
+            leaves[name] = _no_array(tuple(entry["shape"]), problem)
+        else:
+            pieces = [Piece(start, stop)]
+            leaves[name] = _raw_leaf(path, entry["shape"], np.dtype(dtype), pieces)
+    return leaves
+
+
+def _read_shards(path: Path) -> dict[str, StoredLeaf]:
+    """Read the headers of all files of an index."""
+    place = json.loads(path.read_bytes())["weight_map"]
+    leaves: dict[str, StoredLeaf] = {}
+    for shard in sorted(set(place.values())):
+        if Path(shard).name != shard:
+            msg = f"the shard {shard!r} is not next to its index"
+            raise ValueError(msg)
+        found = open_checkpoint(path.parent / shard).leaves
+        twice = found.keys() & leaves.keys()
+        if twice:
+            msg = f"two shards hold {listing(sorted(twice))}"
+            raise ValueError(msg)
+        leaves |= found
+    missing = place.keys() - leaves.keys()
+    if missing:
+        msg = f"no shard holds {listing(sorted(missing))}"
+        raise ValueError(msg)
+    return leaves
+
+
+# --- NumPy ----------------------------------------------------------------------------
+
+_NPY_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
+
+def _read_npz(path: Path) -> dict[str, StoredLeaf]:
+    """Read the header of every member."""
+    leaves = {}
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if not info.filename.endswith(".npy"):
+                msg = f"its member {info.filename!r} is no array of NumPy"
+                raise ValueError(msg)
+            name = info.filename.removesuffix(".npy")
+            with archive.open(info) as member:
+                leaves[name] = _npy_leaf(path, info, member)
+    return leaves
+
+
+def _npy_leaf(path: Path, info: zipfile.ZipInfo, member) -> StoredLeaf:
+    read_header = _NPY_HEADERS[np.lib.format.read_magic(member)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # That Python 2 wrote the header.
+        shape, _, dtype = read_header(member)
+    if dtype.hasobject:
+        return _no_array(shape, "it holds Python objects, which are never unpickled")
+    size = info.file_size - member.tell()
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != size:
+        msg = f"{info.filename!r}: shape {shape} of {dtype} does not take {size} bytes"
+        raise ValueError(msg)
+    if dtype == np.dtype("V2"):  # What NumPy makes of bfloat16, which it does not know.
+        dtype = np.dtype(jnp.bfloat16)
+    load = functools.partial(_read_member, path, info.filename, dtype)
+    return StoredLeaf(shape, dtype, "", load)
+
+
+def _read_member(path, filename, dtype):
+    with zipfile.ZipFile(path) as archive, archive.open(filename) as member:
+        array = np.lib.format.read_array(member, allow_pickle=False)
+    return array if array.dtype == dtype else array.view(dtype)
+
+
+# --- Flax: MessagePack ----------------------------------------------------------------
+
+# Kind and width in bytes of the length, or of the value, of what has no short form.
+_MSGPACK = {
+    **dict.fromkeys((0xC0, 0xC2, 0xC3), ("plain", 0)),
+    **{0xC4 + i: ("bytes", 2**i) for i in range(3)},
+    **{0xC7 + i: ("ext", 2**i) for i in range(3)},
+    **{0xCA + i: ("float", 4 * 2**i) for i in range(2)},
+    **{0xCC + i: ("plain", 2**i) for i in range(4)},
+    **{0xD0 + i: ("plain", 2**i) for i in range(4)},
+    **{0xD9 + i: ("bytes", 2**i) for i in range(3)},
+    **{0xDC + i: ("array", 2 * 2**i) for i in range(2)},
+    **{0xDE + i: ("map", 2 * 2**i) for i in range(2)},
+}
+# Flax's type of an array: shape, name of the dtype and numbers.
+_NDARRAY = 1
+_CHUNKED = "__msgpack_chunked_array__"
+
+
+class Head(NamedTuple):
+    """The head of a value: `ext`, `map`, `array` or `bytes` and its size, or itself."""
+
+    kind: str
+    value: int
+    code: int = 0
+
+
+def _take(file: io.BufferedReader, size: int) -> bytes:
+    taken = file.read(size)
+    if len(taken) < size:
+        msg = "the file ends early"
+        raise EOFError(msg)
+    return taken
+
+
+def _head(file: io.BufferedReader) -> Head:
+    """Read the head of the next value."""
+    (byte,) = _take(file, 1)
+    for start, stop, kind in (
+        (0x00, 0x80, "plain"),
+        (0x80, 0x90, "map"),
+        (0x90, 0xA0, "array"),
+        (0xA0, 0xC0, "bytes"),
+        (0xE0, 0x100, "plain"),
+    ):
+        if start <= byte < stop:
+            return Head(kind, byte - start)
+    if 0xD4 <= byte <= 0xD8:
+        return Head("ext", 2 ** (byte - 0xD4), _take(file, 1)[0])
+    if byte not in _MSGPACK:
+        msg = f"byte {byte:#x} at {file.tell() - 1} starts no value"
+        raise ValueError(msg)
+    kind, width = _MSGPACK[byte]
+    value = int.from_bytes(_take(file, width), "big")
+    return Head(kind, value, _take(file, 1)[0] if kind == "ext" else 0)
+
+
+def _bytes(file: io.BufferedReader) -> bytes:
+    head = _head(file)
+    if head.kind != "bytes" or head.value > 2**16:
+        msg = f"a name is expected at byte {file.tell()}, not {head.kind}"
+        raise ValueError(msg)
+    return _take(file, head.value)
+
+
+def _read_msgpack(path: Path) -> dict[str, StoredLeaf]:
+    """Read names and places of all arrays of a Flax file."""
+    size, found = path.stat().st_size, {}
+    with path.open("rb") as file:
+        if _take(file, 1)[0] not in (*range(0x80, 0x90), 0xDE, 0xDF):
+            msg = "it does not start with a dict"
+            raise ValueError(msg)
+        file.seek(0)
+        _walk(file, path, (), found)
+        if file.tell() != size:
+            msg = f"it ends at byte {file.tell()} of {size}"
+            raise ValueError(msg)
+    for marker in [name for name in found if name.endswith(f"/{_CHUNKED}")]:
+        _join_chunks(path, marker.removesuffix(f"/{_CHUNKED}"), found)
+    plain = _no_array((), "it is no array")
+    return {
+        name: leaf if isinstance(leaf, StoredLeaf) else plain
+        for name, leaf in found.items()
+    }
+
+
+def _walk(file, path: Path, names: tuple[str, ...], found: dict[str, Any]) -> None:
+    """Walk over the next value, and note its arrays, or itself where it is plain."""
+    head = _head(file)
+    if head.kind in ("map", "array"):
+        for i in range(head.value):
+            name = _bytes(file).decode() if head.kind == "map" else str(i)
+            _walk(file, path, (*names, name), found)
+        return
+    name = "/".join(names)
+    if name in found:
+        msg = f"two leaves are called {name!r}"
+        raise ValueError(msg)
+    found[name] = head.value
+    if head.kind in ("bytes", "ext"):
+        stop = file.tell() + head.value
+        if head.kind == "ext" and head.code == _NDARRAY:
+            found[name] = _ndarray(file, path, stop)
+        file.seek(0, io.SEEK_END)
+        if stop > file.tell():
+            msg = f"{name!r} ends at byte {stop} of {file.tell()}"
+            raise ValueError(msg)
+        file.seek(stop)
+
+
+def _ndarray(file, path: Path, stop: int) -> StoredLeaf:
+    outer, inner = _head(file), _head(file)
+    if (outer.kind, outer.value, inner.kind) != ("array", 3, "array"):
+        msg = f"no array of Flax ends at byte {stop}"
+        raise ValueError(msg)
+    shape = [_head(file).value for _ in range(min(inner.value, 64))]
+    dtype = np.dtype(_bytes(file).decode())
+    numbers = _head(file)
+    if numbers.kind != "bytes" or file.tell() + numbers.value != stop:
+        msg = f"the numbers of an array do not end at byte {stop}"
+        raise ValueError(msg)
+    return _raw_leaf(path, shape, dtype, [Piece(file.tell(), stop)])
+
+
+def _join_chunks(path: Path, name: str, found: dict[str, Any]) -> None:
+    """Replace what Flax cuts an array of more than 1 GiB into by one leaf."""
+    del found[f"{name}/{_CHUNKED}"]
+    parts = []
+    for part in ("shape", "chunks"):
+        keys = [key for key in found if key.startswith(f"{name}/{part}/")]
+        keys.sort(key=lambda key: int(key.rpartition("/")[2]))
+        parts.append([found.pop(key) for key in keys])
+    shape, chunks = parts
+    pieces = [piece for chunk in chunks for piece in chunk.load.args[-1]]
+    found[name] = _raw_leaf(path, shape, chunks[0].dtype, pieces)
+
+
+# --- Orbax ----------------------------------------------------------------------------
+
+
+def _read_orbax(path: Path) -> dict[str, StoredLeaf]:
+    """Read the metadata of an Orbax directory."""
+    with optional("files"):
+        import orbax.checkpoint as ocp
+
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(path.absolute()).item_metadata
+    tree = getattr(metadata, "tree", metadata)
+    flat, structure = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda node: hasattr(node, "shape")
+    )
+    leaves = {}
+    for position, (keys, leaf) in enumerate(flat):
+        if getattr(leaf, "shape", None) is None or leaf.dtype is None:
+            leaves[path_of(keys)] = _no_array((), "it is no array")
+            continue
+        load = functools.partial(_restore, path, structure, position)
+        dtype = np.dtype(leaf.dtype)
+        leaves[path_of(keys)] = StoredLeaf(tuple(leaf.shape), dtype, "", load)
+    return leaves
+
+
+def _restore(path, structure, position):
+    """Restore one leaf; placeholders stand for the others."""
+    import orbax.checkpoint as ocp
+
+    marks = [ocp.PLACEHOLDER] * structure.num_leaves
+    how = [ocp.RestoreArgs(restore_type=np.ndarray)] * structure.num_leaves
+    marks[position] = 0
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        item, args = (jax.tree.unflatten(structure, leaves) for leaves in (marks, how))
+        restored = checkpointer.restore(
+            path.absolute(), args=ocp.args.PyTreeRestore(item, restore_args=args)
+        )
+    return np.asarray(jax.tree.leaves(restored)[position])
+
+
+_READERS: dict[str, Callable[[Path], dict[str, StoredLeaf]]] = {
+    ".safetensors": _read_safetensors,
+    ".safetensors.index.json": _read_shards,
+    ".npz": _read_npz,
+    ".msgpack": _read_msgpack,
+}
