@@ -322,7 +322,8 @@ def ends_of_ramp(
     state: TempBalanceState,
 ) -> tuple[Float[Array, " layers"], Float[Array, " layers"]]:
     """Return the multipliers at which a ramp goes on, and those at which it ends."""
-    set_by_host = jnp.equal(state.refreshed, state.count)
+    # Of a population too, whose states are stacked.
+    set_by_host = jnp.equal(state.refreshed, state.count)[..., None]
     here = jnp.where(set_by_host, state.target, state.multipliers)
     return here, jnp.where(set_by_host, state.multipliers, state.target)
 

@@ -302,7 +302,7 @@ class _Refresh:
         """Return whether alpha is smoothed, which a traced number does not tell."""
         if isinstance(self.smoothing, jax.core.Tracer):
             return if_unknown
-        return not _is(self.smoothing, 0)
+        return bool(self.smoothing != 0)
 
     def init(self, params: optax.Params) -> TempBalanceState:
         """Return the state before the first update."""
@@ -334,6 +334,8 @@ class _Refresh:
         plan = _resolve(self.analyze, params)
         check_length(state.multipliers, plan.layers)
         here, target = ends_of_ramp(state)
+        # Without a ramp whatever the state says is in force, as after `optax.tree.set`.
+        target = jnp.where(self.ramp > 1, target, state.multipliers)
         alpha, refreshed = state.alpha, state.refreshed
         if self.interval is not None:
             if isinstance(self.analyze, LayerAnalysis):
