@@ -1,11 +1,11 @@
 """The arms of a comparison: each is one Optax chain; see `benchmarks.published`.
 
-Two arms are controls, which keep what TempBalance does to the learning rate on average
-and drop what it does layer by layer: `mean` and `shuffled`.
+Some arms are controls, which keep what a method does to the learning rate on average
+and drop what it does layer by layer: `mean`, `shuffled`, and those named `..._mean`.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -134,6 +134,7 @@ class Arm:
         scale: builds the part that scales the updates by the multipliers of an
             analysis, and holds them in its state; None for an arm without.
         control: changes the multipliers of an analysis before they are used.
+        parts: options of `layer_analysis` that differ from those of TempBalance.
     """
 
     name: ArmName
@@ -142,6 +143,7 @@ class Arm:
     by_epoch: Callable[[float, int], optax.Schedule] = cosine
     scale: Callable[[Analyze], optax.GradientTransformation] | None = None
     control: Callable[[Analyze, Seed], Analyze] | None = None
+    parts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def balanced(self) -> bool:
@@ -159,12 +161,12 @@ class Arm:
     ) -> Analyze:
         """Return the analysis that sets the multipliers of the arm."""
         numbers = settings(config, self.name)
-        analyze = tb_optax.layer_analysis(
-            layers,
-            fit=FITS[config.fit],
-            metric=METRICS[config.metric],
-            assign=tb_optax.linear(numbers.low, numbers.high),
-        )
+        options: dict[str, Any] = {
+            "fit": FITS[config.fit],
+            "metric": METRICS[config.metric],
+            "assign": tb_optax.linear(numbers.low, numbers.high),
+        }
+        analyze = tb_optax.layer_analysis(layers, **(options | dict(self.parts)))
         return analyze if self.control is None else self.control(analyze, seed)
 
     def build(
@@ -221,6 +223,16 @@ def _adamw(recipe: Recipe) -> optax.GradientTransformation:
 
 _tb, _one = scale_by_multipliers, scale_by_one_multiplier
 
+_FARMS = {"windows": tb_optax.windows(), "min_eigenvalues": 5}
+_RELATIVE = {"metric": tb_optax.relative_alpha}
+_SIGMOID = {"fit": tb_optax.fit_median(1.5), "assign": tb_optax.sigmoid()}
+
+
+def _mean(name: ArmName, title: str, parts: Mapping[str, Any]) -> Arm:
+    """Return the mean-matched control of an arm with these parts."""
+    return Arm(name, title, _sgd, scale=_one, control=averaged, parts=parts)
+
+
 _ALL = (
     Arm("cal", "cosine SGD", _sgd),
     Arm("tb", "TempBalance", _sgd, scale=_tb),
@@ -235,6 +247,12 @@ _ALL = (
     Arm("adamw", "AdamW", _adamw),
     Arm("mean", "cosine SGD, mean-matched", _sgd, scale=_one, control=averaged),
     Arm("shuffled", "TempBalance, shuffled", _sgd, scale=_tb, control=shuffled),
+    Arm("farms", "FARMS", _sgd, scale=_tb, parts=_FARMS),
+    _mean("farms_mean", "FARMS, mean-matched", _FARMS),
+    Arm("relative", "relative alpha", _sgd, scale=_tb, parts=_RELATIVE),
+    _mean("relative_mean", "relative alpha, mean-matched", _RELATIVE),
+    Arm("sigmoid", "Model Balancing by layers", _sgd, scale=_tb, parts=_SIGMOID),
+    _mean("sigmoid_mean", "Model Balancing, mean-matched", _SIGMOID),
 )
 
 ARMS: dict[str, Arm] = {arm.name: arm for arm in _ALL}

@@ -23,6 +23,12 @@ ArmName = Literal[
     "adamw",
     "mean",
     "shuffled",
+    "farms",
+    "farms_mean",
+    "relative",
+    "relative_mean",
+    "sigmoid",
+    "sigmoid_mean",
 ]
 Metric = Literal["alpha", "alpha_hat", "spectral_norm"]
 Fit = Literal["median", "min_ks", "peak"]

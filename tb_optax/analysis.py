@@ -29,8 +29,9 @@ from tb_optax.lanczos import (
     quadrature_spectra,
 )
 from tb_optax.layers import Layer, MatrixAxes, expand_stacks, layer_of_leaf
-from tb_optax.leaves import Leaf, leaves_of, path_of, shapes_of
-from tb_optax.maps import Assign, linear
+from tb_optax.leaves import Leaf, is_array, leaves_of, path_of, shapes_of
+from tb_optax.maps import Assign, Groups, Rows, apply_map, grouped, linear
+from tb_optax.marchenko_pastur import random_alpha
 from tb_optax.power_law import Fit, PowerLaw, fit_median
 from tb_optax.sharding import mesh_of, on_mesh, placed
 from tb_optax.spectrum import (
@@ -40,7 +41,9 @@ from tb_optax.spectrum import (
     Spectra,
     as_matrices,
     compute_spectra,
+    entropies,
 )
+from tb_optax.submatrices import Windows, cut_of, windows
 
 # An exponent above this says that all eigenvalues are equal but for rounding.
 MAX_ALPHA = 1e4
@@ -59,6 +62,11 @@ class Analysis:
     Attributes:
         layers: the layers, stacks expanded; static.
         alpha: exponent of the fitted power law; 0 where not fitted.
+        alpha_error: (alpha - 1) / sqrt(tail_size), the standard error for independent
+            eigenvalues; 0 where not fitted. It is an upper bound: those of a matrix
+            repel each other, and at initialization alpha scatters 3 to 20 times less.
+        random_alpha: what the fit finds in an untrained matrix of this shape, with
+            independent entries; 0 with another fit than `fit_median`.
         alpha_hat: alpha·log10 λ_max.
         ks_distance: Kolmogorov-Smirnov distance of the fit; 0 where not fitted.
         xmin: smallest λ of the tail; 0 where not fitted.
@@ -67,6 +75,10 @@ class Analysis:
         spectral_norm: σ_max = sqrt(λ_max). (The published code's is λ_max.)
         frobenius_norm: sqrt(Σλ). (The published code's `norm` is Σλ.)
         stable_rank: Σλ / λ_max; 0 for a zero or non-finite kernel.
+        effective_rank: exp(-Σ p ln p) with p = σ / Σσ; 0 as above.
+        entropy: -Σ p ln p / ln(r + 6e-5) with p = λ / Σλ + 6e-5 and r the number of
+            σ > 6e-5·σ_max, near 1 where all λ are equal; 0 as above. (In the published
+            code of AlphaDecay r counts σ > 6e-5, so that it depends on the scale.)
         multipliers: factor on the updates of the layer; 1 where not tuned.
         fitted: whether the fit can be trusted: finite kernel, not all zero, alpha
             finite and at most 1e4, xmin above the rounding noise.
@@ -75,6 +87,8 @@ class Analysis:
 
     layers: tuple[Layer, ...] = dataclasses.field(metadata={"static": True})
     alpha: Float[Array, " layers"]
+    alpha_error: Float[Array, " layers"]
+    random_alpha: Float[Array, " layers"]
     alpha_hat: Float[Array, " layers"]
     ks_distance: Float[Array, " layers"]
     xmin: Float[Array, " layers"]
@@ -83,6 +97,8 @@ class Analysis:
     spectral_norm: Float[Array, " layers"]
     frobenius_norm: Float[Array, " layers"]
     stable_rank: Float[Array, " layers"]
+    effective_rank: Float[Array, " layers"]
+    entropy: Float[Array, " layers"]
     multipliers: Float[Array, " layers"]
     fitted: Bool[Array, " layers"]
     tuned: Bool[Array, " layers"]
@@ -151,6 +167,8 @@ class Options:
     eigenvalue_floor: int | float | None
     conv_norm: int | float
     spectrum: Spectrum = exact()
+    windows: Windows = None
+    groups: Groups | None = None
 
 
 class Resolved(NamedTuple):
@@ -158,12 +176,13 @@ class Resolved(NamedTuple):
 
     Attributes:
         layers: stacks expanded, one per multiplier.
-        kernels: their kernels, by path.
+        kernels: their kernels, by path; the whole parameters, where a function of
+            these makes the kernels.
         owners: which layer each part of each leaf belongs to; see `layer_of_leaf`.
     """
 
     layers: tuple[Layer, ...]
-    kernels: dict[str, Any]
+    kernels: Any
     owners: dict[str, Int[np.ndarray, "..."]]
 
 
@@ -175,6 +194,7 @@ class LayerAnalysis:
     options: Options
     max_dim: int
     mesh: Mesh | AbstractMesh | None = None
+    kernels: Callable[[Any], Any] | None = None
     _warned: set[str] = dataclasses.field(
         default_factory=set, init=False, repr=False, compare=False
     )
@@ -185,10 +205,26 @@ class LayerAnalysis:
         self.warn_if_ineffective(layers, kernels)
         return self.run(layers, kernels)
 
-    def run(self, layers: tuple[Layer, ...], kernels: Mapping[str, Any]) -> Analysis:
-        """Analyze layers that are resolved already."""
-        kernels = placed(kernels, self.mesh)
-        return _analyze(kernels, layers, self.options, mesh_of(kernels, self.mesh))
+    def run(
+        self, layers: tuple[Layer, ...], kernels: Any, past: Any = None
+    ) -> Analysis:
+        """Analyze layers that are resolved already.
+
+        Args:
+            layers: as `resolve` returns them.
+            kernels: as `resolve` returns them.
+            past: earlier alphas and their weight in an exponential average.
+        """
+        kernels = placed(self.kernels_of(layers, kernels), self.mesh)
+        mesh = mesh_of(kernels, self.mesh)
+        return _analyze(kernels, layers, self.options, mesh, past)
+
+    def kernels_of(self, layers: Sequence[Layer], kernels: Any) -> dict[str, Any]:
+        """Return the kernels by path, from what `resolve` returns."""
+        if self.kernels is None:
+            return kernels
+        leaves = leaves_of(self.kernels(kernels))
+        return {layer.path: leaves[layer.path].value for layer in layers}
 
     def resolve(self, params: Any) -> Resolved:
         """Find the layers in `params`, stacks expanded, their kernels and leaves.
@@ -196,19 +232,29 @@ class LayerAnalysis:
         Raises:
             ValueError: if there is none, or one does not fit the parameters.
         """
-        leaves = leaves_of(params)
-        layers = find_layers(params) if self.layers is None else self.layers
-        spectrum = self.options.spectrum
-        layers = _checked_layers(layers, leaves, self.max_dim, spectrum.above)
-        owners = layer_of_leaf(layers, shapes_of(leaves))
-        kernels = {layer.path: leaves[layer.path].value for layer in layers}
-        return Resolved(layers, kernels, owners)
+        own = leaves_of(params)
+        tree, leaves = params, own
+        if self.kernels is not None:
+            params = jax.tree.map(lambda x: x if is_array(x) else None, params)
+            tree = jax.eval_shape(self.kernels, params)
+            leaves = leaves_of(tree)
+        layers = find_layers(tree) if self.layers is None else self.layers
+        layers = _checked_layers(layers, leaves, self.max_dim, self.options)
+        if self.kernels is None:
+            owners = layer_of_leaf(layers, shapes_of(leaves))
+            kernels = {layer.path: leaves[layer.path].value for layer in layers}
+            return Resolved(layers, kernels, owners)
+        owners = layer_of_leaf(layers, shapes_of(leaves) | shapes_of(own))
+        owners = {path: owner for path, owner in owners.items() if path in own}
+        return Resolved(layers, params, owners)
 
-    def warn_if_ineffective(
-        self, layers: Sequence[Layer], kernels: Mapping[str, Any]
-    ) -> None:
+    def warn_if_ineffective(self, layers: Sequence[Layer], kernels: Any) -> None:
         """Warn, once per analysis, if the sizes of the layers leave nothing to tune."""
-        message = _ineffective(layers, kernels, self.options.min_eigenvalues)
+        if self.kernels is not None:
+            kernels = jax.eval_shape(
+                lambda tree: self.kernels_of(layers, tree), kernels
+            )
+        message = _ineffective(layers, kernels, self.options)
         if message and message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, UserWarning, stacklevel=3)
@@ -226,6 +272,9 @@ def layer_analysis(
     max_dim: int = 16384,
     mesh: Mesh | AbstractMesh | None = None,
     spectrum: Spectrum = exact(),
+    windows: Windows = None,
+    groups: Groups | None = None,
+    kernels: Callable[[Any], Any] | None = None,
 ) -> LayerAnalysis:
     r"""Make a spectral analysis: a pure jitted function from parameters to `Analysis`.
 
@@ -245,8 +294,10 @@ def layer_analysis(
             `(log_eigenvalues, valid) -> PowerLaw`.
         metric: column of the table that the map acts on, or a function of the
             Analysis that returns one number per layer.
-        assign: `linear(...)`, `sqrt()`, `log2()`, `step(...)` or a function
-            `(metric, tuned) -> multipliers`.
+        assign: `linear(...)`, `sqrt()`, `log2()`, `step(...)`, `sigmoid(...)`,
+            `standard_sigmoid(...)`, `mean_one(...)`, `nested(...)` or a function
+            `(metric, tuned) -> multipliers`; with the attribute `needs_layers = True`
+            it gets a third argument, one (Layer, number of weights) per layer.
         min_eigenvalues: a layer with fewer is not tuned, an int >= 0.
         eigenvalue_floor: fit only λ above it (all, if none is); None keeps all,
             1e-5 is the published zero filter. Norms and N are of all λ.
@@ -261,7 +312,17 @@ def layer_analysis(
             spectra of large ones from products with vectors, without gathering them
             where they are sharded. It needs a fit that takes weighted eigenvalues,
             by a method `fit_weighted` as `fit_median` has, and goes neither with
-            `eigenvalue_floor` nor with the metric `ks_distance`, which is 0 there.
+            `eigenvalue_floor`, with `windows`, nor with the metric `ks_distance`,
+            which is 0 there.
+        windows: `windows(...)` takes the spectra of submatrices of one aspect ratio;
+            None those of whole kernels.
+        groups: a function from `Layer` to the name of a group, such as `by_block`:
+            the map acts on the means of the metric over the tuned layers of each group,
+            and all of them get its multiplier. Layers of the name None stay at 1.
+        kernels: a pure function from the parameters to the tree that is analyzed, such
+            as W + B·A or W - W_0. The paths of layers are paths in that tree, while
+            `follows` names leaves of the parameters; the leaf of a layer's own path is
+            scaled if the parameters have it.
 
     Returns:
         `analyze(params) -> Analysis`, which can be called inside `jit` too;
@@ -306,7 +367,14 @@ def layer_analysis(
     check_number("conv_norm", conv_norm, above=0)
     if eigenvalue_floor is not None:
         check_number("eigenvalue_floor", eigenvalue_floor, above=0)
+    for name, function in (("groups", groups), ("kernels", kernels)):
+        if function is not None and not callable(function):
+            msg = f"{name} must be a function or None, got {function!r}."
+            raise ValueError(msg)
+    _check_windows(windows, spectrum)
     _check_spectrum(spectrum, fit, metric, eigenvalue_floor)
+    if metric is relative_alpha:
+        _check_random("fit", fit, isinstance(fit, fit_median))
     options = Options(
         fit=fit,
         metric=metric,
@@ -315,8 +383,49 @@ def layer_analysis(
         eigenvalue_floor=eigenvalue_floor,
         conv_norm=conv_norm,
         spectrum=spectrum,
+        windows=windows,
+        groups=groups,
     )
-    return LayerAnalysis(layers, options, max_dim, mesh)
+    return LayerAnalysis(layers, options, max_dim, mesh, kernels)
+
+
+def relative_alpha(analysis: Analysis) -> Float[Array, " layers"]:
+    """Return alpha / random_alpha, a metric without the bias of the aspect ratio.
+
+    It is 1 for an untrained matrix of any shape, up to about 1.5/n for a smaller side
+    of n, and 0 for what is not fitted.
+
+    Args:
+        analysis: the table.
+
+    Returns:
+        One number per layer.
+
+    Raises:
+        ValueError: if the table has no `random_alpha`, as with another fit than
+            `fit_median`.
+
+    >>> params = {"kernel": jax.random.normal(jax.random.key(0), (64, 256))}
+    >>> table = layer_analysis(min_eigenvalues=0, metric=relative_alpha)
+    >>> with warnings.catch_warnings(action="ignore"):  # One layer alone stays at 1.
+    ...     print(relative_alpha(table(params)).round(1))
+    [1.]
+    """
+    random = analysis.random_alpha
+    if not isinstance(random, jax.core.Tracer):
+        _check_random("random_alpha", random, bool(np.any(np.asarray(random) > 0)))
+    known = random > 0
+    return jnp.where(known, analysis.alpha / jnp.where(known, random, 1), 0)
+
+
+def _check_random(name: str, value: Any, known: bool) -> None:
+    if not known:
+        msg = (
+            f"relative_alpha needs fit_median(...), for which alone the exponent of a "
+            f"random matrix is known, got {name} = {value}; pass metric='alpha', or "
+            f"fit=fit_median()."
+        )
+        raise ValueError(msg)
 
 
 def esd(
@@ -352,6 +461,21 @@ def esd(
     return [row[len(row) - n :] for row, n in zip(eigenvalues, count, strict=True)]
 
 
+def _check_windows(cut, spectrum) -> None:
+    """Raise ValueError unless windows are some, and go with the spectrum."""
+    if cut is None:
+        return
+    if not isinstance(cut, windows):
+        msg = f"windows must be windows(...) or None, got {cut!r}."
+        raise ValueError(msg)
+    if isinstance(spectrum, quadrature):
+        msg = (
+            f"windows = {cut} cut kernels into small matrices, which spectrum = "
+            f"{spectrum} does not read; pass spectrum=exact()."
+        )
+        raise ValueError(msg)
+
+
 def _check_spectrum(spectrum, fit, metric, eigenvalue_floor) -> None:
     """Raise ValueError unless the other options can do with such a spectrum."""
     if not isinstance(spectrum, exact | quadrature):
@@ -379,7 +503,7 @@ def _checked_layers(
     layers: Sequence[Layer],
     leaves: Mapping[str, Leaf],
     max_dim: int | None = None,
-    above: int | float = math.inf,
+    options: Options | None = None,
 ) -> tuple[Layer, ...]:
     """Expand stacks and check that every kernel is fit for its way to a spectrum."""
     given, layers = layers, expand_stacks(layers, shapes_of(leaves))
@@ -400,8 +524,10 @@ def _checked_layers(
                 f"{kernel.dtype} of shape {kernel.shape}; take it out of `layers`."
             )
             raise ValueError(msg)
-        side = min(layer.matrix_shape(kernel.shape))
-        if max_dim is not None and max_dim < side <= above:
+        if options is None or max_dim is None:
+            continue
+        side = min(cut_of(layer, kernel.shape, options.windows).shape)
+        if max_dim < side <= options.spectrum.above:
             msg = (
                 f"layer {layer.name!r} needs the eigenvalues of a {side} x {side} "
                 f"matrix, above max_dim = {max_dim}; estimate them by "
@@ -413,10 +539,11 @@ def _checked_layers(
 
 
 def _ineffective(
-    layers: Sequence[Layer], kernels: Mapping[str, Any], least: int
+    layers: Sequence[Layer], kernels: Mapping[str, Any], options: Options
 ) -> str | None:
     """Say why no multiplier can differ from 1; None if at least two layers can."""
-    counts = [layer.eigenvalue_count(kernels[layer.path].shape) for layer in layers]
+    shapes = {path: kernel.shape for path, kernel in kernels.items()}
+    counts, least = eigenvalue_counts(layers, shapes, options), options.min_eigenvalues
     tunable = [i for i, count in enumerate(counts) if count >= least]
     if len(tunable) > 1:
         return None
@@ -454,11 +581,17 @@ def _analyze(
     layers: tuple[Layer, ...],
     options: Options,
     mesh: AbstractMesh | None,
+    past: Any = None,
 ) -> Analysis:
-    def analyze(kernels):
-        return assigned_table(layer_table(kernels, layers, options), options)
+    def analyze(kernels, past):
+        table = layer_table(kernels, layers, options)
+        if past is not None:
+            alpha = smoothed_alpha(table.alpha, *past)
+            table = dataclasses.replace(table, alpha=alpha)
+        shapes = {path: kernel.shape for path, kernel in kernels.items()}
+        return assigned_table(table, options, sizes_of(layers, shapes))
 
-    return on_mesh(mesh, analyze, kernels)
+    return on_mesh(mesh, analyze, kernels, past)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
@@ -485,9 +618,18 @@ def layer_table(
 
     Large layers are estimated, the others decomposed.
     """
+    table = _joint_table(kernels, layers, options)
+    shapes = {path: kernel.shape for path, kernel in kernels.items()}
+    random = _random_alphas(layers, shapes, options)
+    return dataclasses.replace(
+        table, random_alpha=jnp.asarray(random, table.alpha.dtype)
+    )
+
+
+def _joint_table(kernels, layers, options) -> Analysis:
     large = [is_large(layer, kernels[layer.path].shape, options) for layer in layers]
     tables, order = [], []
-    for reads, table_of in ((False, _exact_table), (True, _estimated_table)):
+    for reads, table_of in ((False, exact_table), (True, _estimated_table)):
         own = [i for i, is_one in enumerate(large) if is_one == reads]
         if own:
             tables.append(table_of(kernels, tuple(layers[i] for i in own), options))
@@ -507,9 +649,105 @@ def is_large(layer: Layer, shape: tuple[int, ...], options: Options) -> bool:
     return min(layer.matrix_shape(shape)) > options.spectrum.above
 
 
-def _exact_table(kernels, layers, options):
-    spectra = layer_spectra(kernels, layers, options.conv_norm, route_of(options))
-    return fitted_table(spectra, layers, options)
+def exact_table(
+    kernels: Mapping[str, Any], layers: tuple[Layer, ...], options: Options
+) -> Analysis:
+    """Make the table of layers whose matrices are decomposed."""
+    cut, route = options.windows, route_of(options)
+    spectra = layer_spectra(kernels, layers, options.conv_norm, route, cut)
+    if cut is None:
+        return fitted_table(spectra, layers, options)
+    blocks = [cut_of(x, kernels[x.path].shape, cut).blocks for x in layers]
+    row_of = np.repeat(np.arange(len(layers)), blocks)
+    rows = fitted_table(spectra, tuple(layers[i] for i in row_of), options)
+    return _averaged(rows, layers, row_of)
+
+
+def _averaged(
+    table: Analysis, layers: tuple[Layer, ...], layer_of_row: Int[np.ndarray, " rows"]
+) -> Analysis:
+    """Average a table with one row per block over the blocks of each layer.
+
+    What a fit has found is averaged over the blocks that could be fitted; counts are
+    sums; norms are averaged as λ, in units of their largest, so that nothing overflows.
+    """
+    if len(layers) == len(layer_of_row):
+        return dataclasses.replace(table, layers=layers)
+
+    def total(column):
+        return jax.ops.segment_sum(column, jnp.asarray(layer_of_row), len(layers))
+
+    def mean(column):
+        return total(column) / jnp.asarray(np.bincount(layer_of_row), column.dtype)
+
+    fits = jnp.maximum(total(table.fitted.astype(jnp.int32)), 1)
+
+    def mean_of_fits(column):
+        return total(jnp.where(table.fitted, column, 0)) / fits.astype(column.dtype)
+
+    def mean_square(column):
+        top = jax.ops.segment_max(column, jnp.asarray(layer_of_row), len(layers))
+        unit = jnp.where(top > 0, top, 1)
+        return unit * jnp.sqrt(mean((column / unit[layer_of_row]) ** 2))
+
+    fit_columns = ("alpha", "alpha_hat", "ks_distance", "xmin")
+    columns = {name: mean_of_fits(getattr(table, name)) for name in fit_columns}
+    for name in ("stable_rank", "effective_rank", "entropy"):
+        columns[name] = mean(getattr(table, name))
+    for name in ("spectral_norm", "frobenius_norm"):
+        columns[name] = mean_square(getattr(table, name))
+    for name in ("tail_size", "eigenvalue_count"):
+        columns[name] = total(getattr(table, name))
+    alpha = columns["alpha"]
+    return Analysis(
+        layers=layers,
+        **columns,
+        alpha_error=_alpha_error(alpha, columns["tail_size"]),
+        random_alpha=jnp.zeros_like(alpha),
+        multipliers=jnp.ones_like(alpha),
+        fitted=total(table.fitted.astype(jnp.int32)) > 0,
+        tuned=jnp.zeros_like(alpha, bool),
+    )
+
+
+def _alpha_error(alpha, tail_size):
+    size = jnp.maximum(tail_size, 1).astype(alpha.dtype)
+    return jnp.where(alpha > 0, (alpha - 1) / jnp.sqrt(size), 0)
+
+
+def _random_alphas(layers, shapes, options) -> list[float]:
+    """Return the exponent of untrained matrices of each layer's shape; 0 if unknown."""
+    if not isinstance(options.fit, fit_median):
+        return [0.0] * len(layers)
+    cuts = [cut_of(x, shapes[x.path], options.windows) for x in layers]
+    counts = [cut.matrices * min(cut.shape) for cut in cuts]
+    return [
+        random_alpha(min(cut.shape), max(cut.shape), count, options.fit)
+        for cut, count in zip(cuts, counts, strict=True)
+    ]
+
+
+def eigenvalue_counts(
+    layers: Sequence[Layer], shapes: Mapping[str, Any], options: Options
+) -> list[int]:
+    """Return the number of eigenvalues of each layer, in windows where there are."""
+    cuts = [cut_of(layer, shapes[layer.path], options.windows) for layer in layers]
+    return [cut.eigenvalue_count for cut in cuts]
+
+
+def sizes_of(layers: Sequence[Layer], shapes: Mapping[str, Any]) -> list[int]:
+    """Return the number of weights of each layer."""
+    cuts = [cut_of(layer, shapes[layer.path], None) for layer in layers]
+    return [cut.matrices * math.prod(cut.shape) for cut in cuts]
+
+
+def smoothed_alpha(
+    alpha: Float[Array, "..."], past: Float[Array, "..."], weight: Float[Array, ""]
+) -> Float[Array, "..."]:
+    """Average new alphas with those of the past; what was or is not fitted is new."""
+    past, weight = past.astype(alpha.dtype), weight.astype(alpha.dtype)
+    mean = weight * past + (1 - weight) * alpha
+    return jnp.where((past > 0) & (alpha > 0), mean, alpha)
 
 
 def _estimated_table(kernels, layers, options):
@@ -532,11 +770,12 @@ def estimated_table(
 def route_of(options: Options) -> Route:
     """Choose singular values where small eigenvalues decide, else Gram matrices.
 
-    They decide in a fit of the whole spectrum, above a floor, and for `ks_distance`,
-    a small difference whose error near xmin no later step averages out.
+    They decide in a fit of the whole spectrum, above a floor, for entropies, and for
+    `ks_distance`, a small difference whose error near xmin no later step averages out.
     """
     whole = getattr(options.fit, "whole_spectrum", False)
-    precise = whole or options.eigenvalue_floor or options.metric == "ks_distance"
+    exacting = options.metric in ("ks_distance", "entropy", "effective_rank")
+    precise = whole or options.eigenvalue_floor or exacting
     return SINGULAR_VALUES if precise else GRAM
 
 
@@ -559,13 +798,23 @@ def fitted_table(
     return metrics_table(layers, spectra, law, absolute=absolute)
 
 
-def assigned_table(table: Analysis, options: Options) -> Analysis:
-    """Fill in the multipliers that the map gives to the metric."""
+def assigned_table(
+    table: Analysis, options: Options, sizes: Sequence[int] = ()
+) -> Analysis:
+    """Fill in the multipliers that the map gives to the metric.
+
+    Args:
+        table: the table.
+        options: with the metric, the map, and the groups.
+        sizes: number of weights of each layer, for maps that need layers.
+    """
     metric = options.metric
     scores = getattr(table, metric) if isinstance(metric, str) else metric(table)
     _check_shape("metric", scores, table.alpha.shape)
+    rows = tuple(zip(table.layers, sizes, strict=False))
+    scores = scores.astype(table.alpha.dtype)
     multipliers, tuned = assign_multipliers(
-        scores.astype(table.alpha.dtype), table.fitted, table.eigenvalue_count, options
+        scores, table.fitted, table.eigenvalue_count, options, rows
     )
     return dataclasses.replace(table, multipliers=multipliers, tuned=tuned)
 
@@ -575,12 +824,17 @@ def assign_multipliers(
     fitted: Bool[Array, " layers"],
     eigenvalue_count: Int[Array, " layers"],
     options: Options,
+    rows: Rows,
 ) -> tuple[Float[Array, " layers"], Bool[Array, " layers"]]:
     """Compute multipliers, and which layers are tuned: the others have 1."""
+    groups = options.groups
     tuned = fitted & (eigenvalue_count >= options.min_eigenvalues)
     tuned = tuned & jnp.isfinite(scores)
+    if groups is not None and not getattr(options.assign, "ungrouped", False):
+        tuned &= np.asarray([groups(layer) is not None for layer, _ in rows])
+    assign = grouped(options.assign, groups)
     with jax.named_scope("assign"):
-        multipliers = options.assign(jnp.where(tuned, scores, 1), tuned)
+        multipliers = apply_map(assign, jnp.where(tuned, scores, 1), tuned, rows)
     _check_shape("assign", multipliers, scores.shape)
     tuned = tuned & jnp.isfinite(multipliers)
     return jnp.where(tuned, multipliers, 1).astype(scores.dtype), tuned
@@ -600,12 +854,16 @@ def layer_spectra(
     layers: Sequence[Layer],
     conv_norm: int | float,
     route: Route,
+    cut: Windows = None,
 ) -> Spectra:
-    """Compute spectra of the layers, those of one kernel read as one stack."""
+    """Compute spectra of the layers, those of one kernel read as one stack.
+
+    With windows there is one row for each block of a layer, in order.
+    """
     groups: dict[tuple, list[int]] = {}
     for position, layer in enumerate(layers):
         groups.setdefault((layer.path, layer.axes, layer.part), []).append(position)
-    stacks, factors, order = [], [], []
+    stacks, factors, order, whole = [], [], [], []
     for (path, axes, part), members in groups.items():
         kernel = _part_of(kernels[path], part)
         stack = as_matrices(kernel, axes)
@@ -613,13 +871,23 @@ def layer_spectra(
         wanted = np.asarray([slices[layers[i].index] for i in members])
         if not np.array_equal(wanted, np.arange(len(stack))):
             stack = stack[wanted]
+        blocks = 1
+        if cut is not None:
+            # A window may miss what is not finite.
+            finite = jnp.isfinite(stack).all(axis=(1, 2, 3))
+            stack = cut.cut(stack, bool(axes.pooled))
+            blocks = len(stack) // len(members)
+            whole.append(jnp.repeat(finite, blocks))
         stacks.append(stack)
         factors.append(conv_norm if axes.pooled else 1.0)
-        order += members
+        order += np.repeat(members, blocks).tolist()
     spectra = compute_spectra(stacks, factors, route)
+    if whole:
+        spectra = spectra._replace(finite=spectra.finite & jnp.concatenate(whole))
     if order == sorted(order):
         return spectra
-    return jax.tree.map(lambda column: column[np.argsort(order)], spectra)
+    rows = np.argsort(order, kind="stable")
+    return jax.tree.map(lambda column: column[rows], spectra)
 
 
 def _part_of(kernel, part):
@@ -666,26 +934,36 @@ def metrics_table(
     if isinstance(spectra, Spectra):
         log_top, stable_rank = spectra.log_eigenvalues[:, -1], _stable_rank(spectra)
         log_first = _log_first(law, spectra)
+        logs, weights = spectra.log_eigenvalues, spectra.is_eigenvalue()
     else:
         log_top, stable_rank = spectra.log_top, spectra.stable_rank()
         log_first = jnp.full_like(log_top, -jnp.inf)
+        logs = spectra.log_nodes.reshape(len(layers), -1)
+        weights = spectra.weights.reshape(logs.shape)
+        weights = weights * jnp.asarray(spectra.count, weights.dtype)[:, None]
+    entropy, effective_rank = entropies(logs, weights.astype(logs.dtype))
     fitted = _is_fitted(law, spectra, log_top, log_first, absolute)
     is_zero = log_top == -jnp.inf
     log_top = jnp.where(is_zero, 0, log_top)
     sigma = jnp.where(is_zero, 0, jnp.exp(log_top / 2)) * jnp.sqrt(spectra.factor)
     alpha = jnp.where(fitted, law.alpha, 0).astype(dtype)
     xmin = law.xmin if absolute else spectra.absolute(law.xmin)
+    tail_size = jnp.where(fitted, law.tail_size, 0).astype(jnp.int32)
     return Analysis(
         layers=layers,
         alpha=alpha,
+        alpha_error=_alpha_error(alpha, tail_size),
+        random_alpha=jnp.zeros_like(alpha),
         alpha_hat=alpha * (log_top + spectra.log_unit()) / math.log(10),
         ks_distance=jnp.where(fitted, law.ks_distance, 0).astype(dtype),
         xmin=jnp.where(fitted, xmin, 0).astype(dtype),
-        tail_size=jnp.where(fitted, law.tail_size, 0).astype(jnp.int32),
+        tail_size=tail_size,
         eigenvalue_count=jnp.asarray(spectra.count),
         spectral_norm=jnp.ldexp(sigma, exponent),
         frobenius_norm=jnp.ldexp(sigma * jnp.sqrt(stable_rank), exponent),
         stable_rank=stable_rank,
+        effective_rank=effective_rank.astype(dtype),
+        entropy=entropy.astype(dtype),
         multipliers=jnp.ones_like(alpha),
         fitted=fitted,
         tuned=jnp.zeros_like(fitted),

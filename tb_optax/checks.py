@@ -22,12 +22,14 @@ def check_number(
     *,
     at_least: int | float = -math.inf,
     above: int | float = -math.inf,
+    below: int | float = math.inf,
 ) -> None:
     """Raise ValueError unless the value is a finite number in this range."""
     number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    inside = number and math.isfinite(value) and value >= at_least and value > above
-    if not inside:
+    inside = number and math.isfinite(value) and above < value < below
+    if not inside or value < at_least:
         bound = f"> {above}" if above > -math.inf else f">= {at_least}"
+        bound += f" and < {below}" if below < math.inf else ""
         msg = f"{name} must be a finite number {bound}, got {name} = {value!r}."
         raise ValueError(msg)
 

@@ -2,23 +2,30 @@
 
 A map is a function `(metric, tuned) -> multipliers` over vectors with one entry
 per layer.  Only tuned layers take part in its minimum, maximum, sum or ranking;
-it returns 1 for the others and NaN for a tuned layer outside its domain.  The
-four here are frozen dataclasses, so that equal maps compare equal and share one
-compilation; any function of that signature will do.
+it returns 1 for the others and NaN for a tuned layer outside its domain.  A map with
+the attribute `needs_layers = True` is called with a third argument, one pair
+`(Layer, size)` per entry, size being the number of its weights.  Those here are frozen
+dataclasses, so that equal maps compare equal and share one compilation; any function
+of that signature will do.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import TypeAlias
+import re
+from collections.abc import Callable, Sequence
+from typing import ClassVar, TypeAlias
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from tb_optax.checks import check_number
+from tb_optax.layers import Layer
 
-Assign: TypeAlias = Callable[
-    [Float[Array, " layers"], Bool[Array, " layers"]], Float[Array, " layers"]
-]
+# Of `(metric, tuned)`, or of `(metric, tuned, rows)` where it needs the layers.
+Assign: TypeAlias = Callable[..., Float[Array, " layers"]]
+Rows: TypeAlias = Sequence[tuple[Layer, int]]
+Groups: TypeAlias = Callable[[Layer], str | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +145,298 @@ class step:
         count = jnp.maximum(tuned.sum(dtype=metric.dtype), 1)
         multipliers = self.low + (self.high - self.low) * rank / count
         return jnp.where(tuned & spread, multipliers, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class sigmoid:
+    r"""Powers of ten that grow with the distance from the mean (`TB_Sigmoid`).
+
+        10^(s·(1 / (1 + exp(-temperature·x)) - 1/2)),   x = M - mean M,
+
+    s = `above` where x > 0 and `below` elsewhere, so that all multipliers lie between
+    10^(-below/2) and 10^(above/2), and near 1 where the scores are close together.
+
+    Args:
+        below: exponent for scores below the mean, finite and >= 0.
+        above: exponent for scores above it, finite and >= 0.
+        temperature: steepness, in units of 1 / metric, finite and > 0.
+
+    Raises:
+        ValueError: if a number is out of its range.
+
+    >>> print(sigmoid()(jnp.asarray([2.0, 2.0, 5.0]), jnp.ones(3, bool)).round(1))
+    [0.1 0.1 3.2]
+
+    References:
+        Liu et al, `Model Balancing Helps Low-data Training and Fine-tuning
+        <https://arxiv.org/abs/2410.12178>`_, 2024
+    """
+
+    below: int | float = 2.0
+    above: int | float = 1.0
+    temperature: int | float = 10.0
+
+    def __post_init__(self):
+        check_number("below", self.below, at_least=0)
+        check_number("above", self.above, at_least=0)
+        check_number("temperature", self.temperature, above=0)
+
+    def __call__(
+        self, metric: Float[Array, " layers"], tuned: Bool[Array, " layers"]
+    ) -> Float[Array, " layers"]:
+        """Return the multipliers of the layers."""
+        _, _, spread = _extremes(metric, tuned)
+        x = metric - _mean(metric, tuned)
+        share = jax.nn.sigmoid(self.temperature * x) - 0.5
+        exponent = jnp.where(x > 0, self.above, self.below) * share
+        return jnp.where(tuned & spread, 10**exponent, 1).astype(metric.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class standard_sigmoid:
+    r"""Multipliers between 0 and 2 by the standard score (`layerwise_sigmoid`).
+
+        2 / (1 + exp(-temperature·z)),   z = (M - mean M) / (std M + 1e-8),
+
+    with the population's standard deviation. AlphaDecay takes z within each block:
+    `nested(None, standard_sigmoid())`.
+
+    Args:
+        temperature: steepness, finite and > 0.
+
+    Raises:
+        ValueError: if temperature is not a finite number > 0.
+
+    >>> print(standard_sigmoid()(jnp.asarray([2.0, 3.0]), jnp.ones(2, bool)).round(1))
+    [0. 2.]
+
+    References:
+        He et al, `AlphaDecay: Module-wise Weight Decay for Heavy-Tailed Balancing in
+        LLMs <https://arxiv.org/abs/2506.14562>`_, 2025
+    """
+
+    temperature: int | float = 4.0
+
+    def __post_init__(self):
+        check_number("temperature", self.temperature, above=0)
+
+    def __call__(
+        self, metric: Float[Array, " layers"], tuned: Bool[Array, " layers"]
+    ) -> Float[Array, " layers"]:
+        """Return the multipliers of the layers."""
+        _, _, spread = _extremes(metric, tuned)
+        x = jnp.where(tuned, metric - _mean(metric, tuned), 0)
+        deviation = jnp.sqrt(_mean(x**2, tuned))
+        z = x / (deviation + 1e-8)
+        multipliers = 2 * jax.nn.sigmoid(self.temperature * z)
+        return jnp.where(tuned & spread, multipliers, 1).astype(metric.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class mean_one:
+    r"""Any map, divided by the mean of its multipliers over the tuned layers.
+
+        f_i / mean f   or, weighted by the numbers of weights,  f_i·Σ w / Σ w f,
+
+    so that the mean is 1, whatever the map makes of it. With `groups`, each tuned
+    layer counts, not each group. Multipliers of mean 0 stay as they are.
+
+    Args:
+        assign: the map f.
+        by_size: whether the mean is weighted by the numbers of weights; times a target,
+            `mean_one(linear(1 - epsilon, 1 + epsilon), by_size=True)` is the map of
+            AlphaPruning.
+        ungrouped: whether layers that `groups` gives no name are in the mean, with the
+            multiplier 1, and divided by it too, as Model Balancing does.
+
+    Raises:
+        ValueError: if assign is no function.
+
+    >>> print(mean_one(linear(1, 2))(jnp.asarray([2.0, 4.0, 3.0]), jnp.ones(3, bool)))
+    [0.6666667 1.3333334 1.       ]
+
+    References:
+        Lu et al, `AlphaPruning: Using Heavy-Tailed Self Regularization Theory for
+        Improved Layer-wise Pruning of Large Language Models
+        <https://arxiv.org/abs/2410.10912>`_, 2024
+    """
+
+    assign: Assign
+    by_size: bool = False
+    ungrouped: bool = False
+
+    def __post_init__(self):
+        _check_map("assign", self.assign)
+
+    @property
+    def needs_layers(self) -> bool:
+        """Whether it is to be called with the layers."""
+        return self.by_size or getattr(self.assign, "needs_layers", False)
+
+    def __call__(
+        self,
+        metric: Float[Array, " layers"],
+        tuned: Bool[Array, " layers"],
+        rows: Rows = (),
+    ) -> Float[Array, " layers"]:
+        """Return the multipliers of the layers."""
+        multipliers = apply_map(self.assign, metric, tuned, rows)
+        counted = tuned & jnp.isfinite(multipliers)
+        sizes = [size if self.by_size else 1 for _, size in rows] or 1
+        weights = np.asarray(sizes, float) / np.max(sizes)
+        weights = jnp.where(counted, jnp.asarray(weights, metric.dtype), 0)
+        total = jnp.sum(weights * jnp.where(counted, multipliers, 0))
+        scaled = multipliers * (weights.sum() / jnp.where(total > 0, total, 1))
+        return jnp.where(counted & (total > 0), scaled, multipliers)
+
+
+def by_block(layer: Layer) -> str | None:
+    """Name the block of a layer: its path up to the first number in it.
+
+    A number ends a part of the path, parts being separated by "/", "." and "_". Where
+    there is none, a slice of a stack is in the block of its index, which it shares with
+    the slices of equal index of other stacks. Any other layer is in no block: None.
+
+    >>> from tb_optax import MatrixAxes
+    >>> names = ["params/h_3/attn/kernel", "model.layers.11.mlp.weight", "head/kernel"]
+    >>> [by_block(Layer(name, MatrixAxes((0,), (1,)))) for name in names]
+    ['params/h_3', 'model.layers.11', None]
+    """
+    found = re.search(r"\d+(?=[/._]|$)", layer.path)
+    if found:
+        return layer.path[: found.end()]
+    return f"[{','.join(map(str, layer.index))}]" if layer.index else None
+
+
+@dataclasses.dataclass(frozen=True)
+class nested:
+    r"""One map of the blocks times another within each block.
+
+        f(mean M of the block) · g(M within the block)
+
+    where f is a map of all blocks, and the minimum, maximum or mean of g are those of
+    one block's layers. Layers of no block keep 1.
+
+    Args:
+        blocks: the map f; None is 1 for all blocks.
+        layers: the map g.
+        groups: a function from `Layer` to the name of its block, or None.
+
+    Raises:
+        ValueError: if one of them is no function.
+
+    >>> from tb_optax import MatrixAxes
+    >>> rows = [(Layer(f"{i}/w", MatrixAxes((0,), (1,))), 1) for i in (0, 0, 1, 1)]
+    >>> assign = nested(linear(0.5, 1.5), linear(0.9, 1.1))
+    >>> metric = jnp.asarray([1.0, 2.0, 3.0, 4.0])
+    >>> print(assign(metric, jnp.ones(4, bool), rows).round(2))
+    [0.45 0.55 1.35 1.65]
+
+    References:
+        Liu et al, `Model Balancing Helps Low-data Training and Fine-tuning
+        <https://arxiv.org/abs/2410.12178>`_, 2024
+    """
+
+    blocks: Assign | None
+    layers: Assign
+    groups: Groups = by_block
+
+    needs_layers: ClassVar[bool] = True
+
+    def __post_init__(self):
+        for name in ("blocks", "layers", "groups"):
+            value = getattr(self, name)
+            if name != "blocks" or value is not None:
+                _check_map(name, value)
+
+    def __call__(
+        self,
+        metric: Float[Array, " layers"],
+        tuned: Bool[Array, " layers"],
+        rows: Rows,
+    ) -> Float[Array, " layers"]:
+        """Return the multipliers of the layers."""
+        place, members = _members(self.groups, rows)
+        if not len(members):
+            return jnp.ones_like(metric)
+
+        def within(member):
+            return apply_map(self.layers, metric, tuned & member, rows)
+
+        inner = jax.vmap(within)(jnp.asarray(members))[place, np.arange(len(rows))]
+        if self.blocks is not None:
+            inner = inner * grouped(self.blocks, self.groups)(metric, tuned, rows)
+        return jnp.where(jnp.asarray(place >= 0), inner, 1)
+
+
+def apply_map(
+    assign: Assign,
+    metric: Float[Array, " layers"],
+    tuned: Bool[Array, " layers"],
+    rows: Rows,
+) -> Float[Array, " layers"]:
+    """Call a map with the layers, if it needs them, or without."""
+    if getattr(assign, "needs_layers", False):
+        return assign(metric, tuned, rows)
+    return assign(metric, tuned)
+
+
+def grouped(assign: Assign, groups: Groups | None) -> Assign:
+    """Return the map that gives all layers of a group the multiplier of their mean.
+
+    A map that needs layers sees the first of each group, with the size of all.
+    """
+    if groups is None:
+        return assign
+    if isinstance(assign, mean_one):
+        return dataclasses.replace(assign, assign=grouped(assign.assign, groups))
+    return _Grouped(assign, groups)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Grouped:
+    """A map of the means of groups; see `grouped`."""
+
+    assign: Assign
+    groups: Groups
+
+    needs_layers: ClassVar[bool] = True
+
+    def __call__(self, metric, tuned, rows):
+        place, members = _members(self.groups, rows)
+        if not len(members):
+            return jnp.ones_like(metric)
+        own = jnp.asarray(members) & tuned
+        means = jax.vmap(lambda mask: _mean(metric, mask))(own)
+        sizes = np.asarray([size for _, size in rows])
+        of_groups = [
+            (rows[int(np.argmax(member))][0], int(sizes[member].sum()))
+            for member in members
+        ]
+        values = apply_map(self.assign, means, own.any(axis=1), of_groups)
+        return jnp.where(jnp.asarray(place >= 0), values[place], 1)
+
+
+def _members(groups: Groups, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """Return the group of each layer, -1 for none, and which layers each group has."""
+    names = [groups(layer) for layer, _ in rows]
+    distinct = [name for name in dict.fromkeys(names) if name is not None]
+    order = {name: i for i, name in enumerate(distinct)} | {None: -1}
+    place = np.asarray([order[name] for name in names])
+    return place, place == np.arange(len(distinct))[:, None]
+
+
+def _check_map(name: str, value) -> None:
+    if not callable(value):
+        msg = f"{name} must be a function, got {value!r}."
+        raise ValueError(msg)
+
+
+def _mean(values, tuned):
+    """Mean over the tuned layers; 1 where there is none."""
+    count = tuned.sum()
+    total = jnp.where(tuned, values, 0).sum()
+    return jnp.where(count > 0, total / jnp.maximum(count, 1), 1).astype(values.dtype)
 
 
 def _extremes(metric, tuned):

@@ -12,16 +12,18 @@ from jaxtyping import Array, Float, Int
 from tb_optax.analysis import (
     Options,
     assign_multipliers,
+    eigenvalue_counts,
     estimated_table,
-    fitted_table,
+    exact_table,
     is_large,
     layer_matrices,
-    layer_spectra,
-    route_of,
+    sizes_of,
+    smoothed_alpha,
 )
 from tb_optax.lanczos import Spectrum, estimate_key, estimate_one_of, exact
 from tb_optax.layers import Layer, MatrixAxes
 from tb_optax.spectrum import computing_dtype
+from tb_optax.submatrices import Windows, cut_of
 
 
 def piece_starts(
@@ -29,6 +31,7 @@ def piece_starts(
     shapes: Mapping[str, Any],
     pieces: int,
     spectrum: Spectrum = exact(),
+    cut: Windows = None,
 ):
     """Cut the layers into runs of about equal cost.
 
@@ -41,6 +44,7 @@ def piece_starts(
         shapes: shape of every kernel by path.
         pieces: how many runs, some of them empty where there are fewer layers.
         spectrum: how the layers are read.
+        cut: windows that they are cut into.
 
     Returns:
         int32 array (pieces + 1,): piece p is layers[starts[p]:starts[p + 1]].
@@ -52,9 +56,8 @@ def piece_starts(
     """
     costs = []
     for layer in layers:
-        n, m = sorted(layer.matrix_shape(shapes[layer.path]))
-        pooled = layer.eigenvalue_count(shapes[layer.path]) / n
-        costs.append(pooled * spectrum.cost(n, m))
+        own = cut_of(layer, shapes[layer.path], cut)
+        costs.append(own.blocks * own.matrices * spectrum.cost(*sorted(own.shape)))
     middles = np.cumsum(costs) - np.asarray(costs) / 2
     piece_of_layer = (middles / np.sum(costs) * pieces).astype(int)
     return np.searchsorted(piece_of_layer, np.arange(pieces + 1)).astype(np.int32)
@@ -65,6 +68,7 @@ def spread_refresh(
     piece: Int[Array, ""],
     multipliers: Float[Array, " layers"],
     alpha: Float[Array, " layers"],
+    weight: Any = None,
     *,
     layers: tuple[Layer, ...],
     options: Options,
@@ -80,6 +84,7 @@ def spread_refresh(
         piece: which piece, 0..pieces - 1.
         multipliers: those in force.
         alpha: exponents; those of earlier pieces belong to this refresh.
+        weight: of the past in an exponential average of alpha; None replaces it.
         layers: layers, stacks expanded.
         options: what to compute; its metric is alpha.
         pieces: steps of a whole refresh.
@@ -104,8 +109,7 @@ def spread_refresh(
         own = jax.lax.switch(place, [matrices[i] for i in members])
         axes = MatrixAxes((1,), (2,), **{"pooled" if pooled else "stacked": (0,)})
         alone = (Layer("", axes, index=() if pooled else (0,)),)
-        spectra = layer_spectra({"": own}, alone, options.conv_norm, route_of(options))
-        return fitted_table(spectra, alone, options).alpha[0].astype(alpha.dtype)
+        return exact_table({"": own}, alone, options).alpha[0].astype(alpha.dtype)
 
     def alpha_of_large(members, place):
         own = tuple(layers[i] for i in members)
@@ -124,16 +128,21 @@ def spread_refresh(
 
     def visit(i, alpha):
         kind, place = jnp.asarray(kind_of)[i], jnp.asarray(place_of)[i]
-        return alpha.at[i].set(jax.lax.switch(kind, analyses, place))
+        found = jax.lax.switch(kind, analyses, place)
+        if weight is not None:
+            found = smoothed_alpha(found, alpha[i], weight)
+        return alpha.at[i].set(found)
 
     shapes = {path: kernel.shape for path, kernel in kernels.items()}
-    starts = jnp.asarray(piece_starts(layers, shapes, pieces, options.spectrum))
+    starts = piece_starts(layers, shapes, pieces, options.spectrum, options.windows)
+    starts = jnp.asarray(starts)
     alpha = jax.lax.fori_loop(starts[piece], starts[piece + 1], visit, alpha)
 
     def assign():
-        counts = [layer.eigenvalue_count(shapes[layer.path]) for layer in layers]
+        counts = jnp.asarray(eigenvalue_counts(layers, shapes, options))
         scores = alpha.astype(computing_dtype(*kernels.values()))
-        found, _ = assign_multipliers(scores, alpha > 0, jnp.asarray(counts), options)
+        rows = tuple(zip(layers, sizes_of(layers, shapes), strict=True))
+        found, _ = assign_multipliers(scores, alpha > 0, counts, options, rows)
         return found.astype(multipliers.dtype)
 
     return jax.lax.cond(piece == pieces - 1, assign, lambda: multipliers), alpha

@@ -1,7 +1,7 @@
 """The state of the transform, and how to reach it inside an optimizer state."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,27 +23,42 @@ class TempBalanceState(NamedTuple):
         count: number of updates so far.
         multipliers: factor on the updates of each layer; 1 before the first
             refresh and for what is not tuned.
-        alpha: exponent of each layer at the last refresh; 0 before the first
-            refresh and for what is not fitted.
+        alpha: exponent of each layer at the last refresh, averaged over refreshes
+            where they are smoothed; 0 before the first refresh and for what is not
+            fitted.
+        target: multipliers of the last refresh, at which a ramp ends. From
+            `set_multipliers` to the next update, while `refreshed` equals `count`, it
+            holds those at which a ramp starts instead; `get_state` returns the end.
+        refreshed: the count at the last refresh; 0 before the first.
     """
 
     count: Int[Array, ""]
     multipliers: Float[Array, " layers"]
     alpha: Float[Array, " layers"]
+    target: Float[Array, " layers"]
+    refreshed: Int[Array, ""]
 
 
-def get_state(opt_state: Any) -> TempBalanceState:
-    """Find the one `TempBalanceState` inside an optimizer state.
+# Which of several states: its place in their order, or its path in the error message.
+Which: TypeAlias = int | str | None
+
+
+def get_state(opt_state: Any, which: Which = None) -> TempBalanceState:
+    """Find a `TempBalanceState` inside an optimizer state.
 
     Args:
         opt_state: state of any chain, wrapped, masked or partitioned, of Optax or
             of an `nnx.Optimizer`.
+        which: where there are several, such as one of `scale_by_temp_balance` and one
+            of `add_balanced_weight_decay`: the position of one in their order, or its
+            path, which the error message lists. None expects a single one.
 
     Returns:
         The state, its arrays unwrapped.
 
     Raises:
-        ValueError: if there is none, or more than one.
+        ValueError: if there is none, none of that name, more than one and `which` is
+            None, or if it lacks fields, as a checkpoint of version 0.1 does.
 
     >>> import optax
     >>> from tb_optax import temp_balance
@@ -51,21 +66,28 @@ def get_state(opt_state: Any) -> TempBalanceState:
     >>> int(get_state(tx.init({"kernel": jnp.ones((8, 8))})).count)
     0
     """
-    _, state = _find_state(opt_state)
-    return TempBalanceState(*map(_unwrap, state))
+    state = TempBalanceState(*map(_unwrap, _find_state(opt_state, which)))
+    if not isinstance(state.count, jax.Array | np.ndarray):  # Shapes or shardings.
+        return state
+    _, target = ends_of_ramp(state)
+    return state._replace(target=target)
 
 
-def get_multipliers(opt_state: Any) -> Float[Array, " layers"]:
+def get_multipliers(opt_state: Any, which: Which = None) -> Float[Array, " layers"]:
     """Find the multipliers inside an optimizer state; see `get_state`."""
-    return get_state(opt_state).multipliers
+    return _unwrap(_find_state(opt_state, which).multipliers)
 
 
-def set_multipliers(opt_state: Any, multipliers: Any) -> Any:
+def set_multipliers(opt_state: Any, multipliers: Any, which: Which = None) -> Any:
     """Set new multipliers in an optimizer state, for a refresh by the host.
+
+    A transform with a `ramp` moves to them from those in force, starting with its next
+    update.
 
     Args:
         opt_state: state of any chain; see `get_state`.
         multipliers: an `Analysis`, which sets alpha too, or one number per layer.
+        which: see `get_state`.
 
     Returns:
         The same state with the numbers copied and cast into it, so that a jitted
@@ -83,7 +105,7 @@ def set_multipliers(opt_state: Any, multipliers: Any) -> Any:
     >>> print(get_multipliers(state))
     [1.25]
     """
-    _, found = _find_state(opt_state)
+    found = _find_state(opt_state, which)
     old = TempBalanceState(*map(_unwrap, found))
     if isinstance(multipliers, Analysis):
         check_length(old.multipliers, multipliers.layers)
@@ -102,9 +124,14 @@ def set_multipliers(opt_state: Any, multipliers: Any) -> Any:
             raise ValueError(msg)
         vector = jnp.array(multipliers, old.multipliers.dtype)
         alpha = old.alpha
-    new = TempBalanceState(
-        found.count, _rewrap(found.multipliers, vector), _rewrap(found.alpha, alpha)
+    in_force, _ = ends_of_ramp(old)
+    new = old._replace(
+        multipliers=vector,
+        alpha=alpha,
+        target=jnp.copy(in_force),
+        refreshed=jnp.copy(old.count),
     )
+    new = TempBalanceState(*map(_rewrap, found, new))
     return jax.tree.map(
         lambda node: new if node is found else node, opt_state, is_leaf=_is_state
     )
@@ -116,6 +143,7 @@ def log_dict(
     params: Any = None,
     *,
     learning_rate: Any = None,
+    which: Which = None,
 ) -> dict[str, Float[Array, ""]]:
     """Return alpha and multiplier of every layer as scalars by name, for a logger.
 
@@ -133,6 +161,7 @@ def log_dict(
             is evaluated at the number of updates before it. Pass a scalar where the
             optimizer counts otherwise, such as
             `opt_state.hyperparams["learning_rate"]` of `optax.inject_hyperparams`.
+        which: see `get_state`.
 
     Returns:
         `{"alpha/<layer>": ..., "multiplier/<layer>": ...}`, stacks slice by slice, and
@@ -155,7 +184,7 @@ def log_dict(
     >>> print(rates["learning_rate/a/kernel"])
     0.1
     """
-    state = get_state(opt_state)
+    state = get_state(opt_state, which)
     shapes = shapes_of(leaves_of(params)) if params is not None else None
     layers = _with_slices(layers, state.multipliers.size, opt_state, shapes)
     check_length(state.multipliers, layers)
@@ -266,23 +295,67 @@ def _is_state(node) -> bool:
     return isinstance(node, TempBalanceState)
 
 
-def _find_state(opt_state) -> tuple[str, TempBalanceState]:
+def _find_state(opt_state, which: Which) -> TempBalanceState:
     flat, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=_is_state)
-    found = [(path_of(keys), node) for keys, node in flat if _is_state(node)]
+    found = {path_of(keys): node for keys, node in flat if _is_state(node)}
+    places = list(found)
     if not found:
+        check_fields(opt_state)
         msg = (
             "there is no TempBalanceState in the optimizer state: is "
             "scale_by_temp_balance in the chain?"
         )
         raise ValueError(msg)
-    if len(found) > 1:
-        places = ", ".join(path for path, _ in found)
+    if which is None and len(found) > 1:
         msg = (
             f"there are {len(found)} TempBalanceStates in the optimizer state, at "
-            f"{places}: pass the part that holds the one you mean."
+            f"{listing(places)}: pass which= one of these paths or its position, or "
+            f"the part that holds the one you mean."
         )
         raise ValueError(msg)
-    return found[0]
+    if which is None:
+        return found[places[0]]
+    if isinstance(which, int) and 0 <= which < len(found):
+        return found[places[which]]
+    if which not in found or isinstance(which, int):
+        msg = (
+            f"which must be a position below {len(found)} or one of the paths "
+            f"{listing(places)}, got which = {which!r}."
+        )
+        raise ValueError(msg)
+    return found[which]
+
+
+def check_fields(state: Any) -> None:
+    """Raise ValueError for a state, or one inside a state, of version 0.1.
+
+    It was read from a checkpoint as a dict, or as another NamedTuple.
+    """
+    flat, _ = jax.tree_util.tree_flatten_with_path(state)
+    paths = {path_of(keys): None for keys, _ in flat}
+    suffix = "/multipliers"
+    parents = [f"/{p}"[: -len(suffix)] for p in paths if f"/{p}".endswith(suffix)]
+    for parent in parents:
+        names = TempBalanceState._fields
+        missing = [n for n in names if f"{parent}/{n}".removeprefix("/") not in paths]
+        if missing:
+            msg = (
+                f"the state at {parent.removeprefix('/') or 'the top'!r} has no "
+                f"{' and no '.join(missing)}, as those that tb_optax 0.1 has saved: "
+                f"make it TempBalanceState(count, multipliers, alpha, "
+                f"target=multipliers, refreshed=0), as docs/devices.md shows."
+            )
+            raise ValueError(msg)
+
+
+def ends_of_ramp(
+    state: TempBalanceState,
+) -> tuple[Float[Array, " layers"], Float[Array, " layers"]]:
+    """Return the multipliers at which a ramp goes on, and those at which it ends."""
+    # Of a population too, whose states are stacked.
+    set_by_host = jnp.equal(state.refreshed, state.count)[..., None]
+    here = jnp.where(set_by_host, state.target, state.multipliers)
+    return here, jnp.where(set_by_host, state.multipliers, state.target)
 
 
 def _unwrap(value):

@@ -1,5 +1,6 @@
 """The Optax transform that scales each layer's updates by its multiplier."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Float
 
 from tb_optax.analysis import (
     Analysis,
@@ -16,20 +18,36 @@ from tb_optax.analysis import (
     layer_analysis,
     leaf_multipliers,
 )
-from tb_optax.checks import check_int
+from tb_optax.checks import check_int, check_number
 from tb_optax.layers import layer_of_leaf
 from tb_optax.leaves import is_array, leaves_of, path_of, shapes_of
 from tb_optax.sharding import mesh_of, on_mesh
 from tb_optax.spread import spread_refresh
-from tb_optax.state import TempBalanceState, as_vectors, check_length
+from tb_optax.state import (
+    TempBalanceState,
+    as_vectors,
+    check_fields,
+    check_length,
+    ends_of_ramp,
+)
 
 # An array is what `optax.inject_hyperparams` passes.
 Interval: TypeAlias = int | np.integer | jax.Array | None
+Number: TypeAlias = int | float | np.number | jax.Array
 Analyze: TypeAlias = Callable[[Any], Analysis]
 
 
 def scale_by_temp_balance(
-    analyze: Analyze | None = None, *, interval: Interval, spread: bool = False
+    analyze: Analyze | None = None,
+    *,
+    interval: Interval,
+    spread: bool = False,
+    start: Number = 0,
+    stop: Number | None = None,
+    ramp: Number = 0,
+    smoothing: Number = 0.0,
+    weight_decay: Number = 0.0,
+    mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scale the updates of every layer by its multiplier (TempBalance).
 
@@ -42,6 +60,13 @@ def scale_by_temp_balance(
     weight decay, before or after the learning rate. Before momentum it is a different
     method; before Adam it has no effect. `temp_balance` places it for you.
 
+    With a weight decay it balances both by one analysis: u <- m_i·(u + decay·m_i·p),
+    p the parameter. It then belongs **between** Adam and the learning rate, since a
+    decay is added to updates that are subtracted later.
+
+    All numbers may be arrays, traced ones too, as `optax.inject_hyperparams` passes
+    them; their ranges are not checked then.
+
     Args:
         analyze: `layer_analysis(...)`, or a function from parameters to `Analysis`;
             None is `layer_analysis()`.
@@ -52,14 +77,27 @@ def scale_by_temp_balance(
             the parameters of its own step; `alpha` in the state fills piece by
             piece, and the new multipliers take effect together with the last, at
             count % interval == 0. Needs an int interval and the metric alpha.
+        start: the first count at which a refresh may be, an int >= 0; the multipliers
+            are 1 until then.
+        stop: the last count at which one may be, an int >= start; the multipliers
+            stay afterwards. None never stops.
+        ramp: updates over which the multipliers move linearly from those in force to
+            those of a refresh, that of the refresh included, an int >= 0. 0 and 1 take
+            them at once.
+        smoothing: weight of the past in alpha, a number >= 0 and < 1:
+            alpha <- smoothing·alpha + (1 - smoothing)·(alpha of the refresh), for
+            layers that are fitted at both. Needs an interval and the metric alpha.
+        weight_decay: coefficient of a balanced weight decay, a number >= 0.
+        mask: which leaves decay, a tree of booleans or a function from parameters to
+            one, as in `optax.add_decayed_weights`; None is all of them.
 
     Returns:
         A transform whose `update` needs `params` and ignores extra arguments.
 
     Raises:
-        ValueError: if interval is below 1, or `spread` does not go with the rest; in
-            `update`, if params is None, there is
-            no layer to balance, or a layer is not in the parameters.
+        ValueError: if a number is out of its range, or the options do not go together;
+            in `update`, if params is None, there is no layer to balance, a layer is
+            not in the parameters, or the state is one of version 0.1.
 
     >>> params = {"a": {"kernel": jax.random.normal(jax.random.key(0), (64, 64))},
     ...           "b": {"kernel": jax.random.normal(jax.random.key(1), (64, 128))}}
@@ -73,31 +111,11 @@ def scale_by_temp_balance(
         Zhou et al, `Temperature Balancing, Layer-wise Weight Analysis, and Neural
         Network Training <https://arxiv.org/abs/2312.00359>`_, 2023
     """
-    if analyze is None:
-        analyze = layer_analysis()
-    if not callable(analyze):
-        msg = (
-            f"analyze must be a function such as layer_analysis(...), got {analyze!r}."
-        )
-        raise ValueError(msg)
-    # Inside inject_hyperparams the interval is an array, whose value is not known.
-    if interval is not None and not isinstance(interval, jax.Array):
-        check_int("interval", interval, at_least=1)
-
-    if spread:
-        _check_spread(analyze, interval)
-
-    def init_fn(params: optax.Params) -> TempBalanceState:
-        try:
-            count = len(_resolve(analyze, params).layers)
-        except ValueError:
-            # Trees of placeholders pass through here; `update` tells what is wrong.
-            count = 0
-        return TempBalanceState(
-            count=jnp.zeros((), jnp.int32),
-            multipliers=jnp.ones((count,), float),
-            alpha=jnp.zeros((count,), float),
-        )
+    name = "scale_by_temp_balance"
+    refresh = _Refresh(
+        name, analyze, interval, spread, start, stop, ramp, smoothing
+    ).checked()
+    decay = _decay(weight_decay, mask)
 
     def update_fn(
         updates: optax.Updates,
@@ -106,28 +124,8 @@ def scale_by_temp_balance(
         **extra_args: Any,
     ) -> tuple[optax.Updates, TempBalanceState]:
         del extra_args
-        if params is None:
-            msg = (
-                "scale_by_temp_balance needs the parameters: call "
-                "update(updates, state, params)."
-            )
-            raise ValueError(msg)
-        plan = _resolve(analyze, params)
-        check_length(state.multipliers, plan.layers)
-        multipliers, alpha = state.multipliers, state.alpha
-        if interval is not None:
-            if isinstance(analyze, LayerAnalysis):
-                analyze.warn_if_ineffective(plan.layers, plan.kernels)
-            if spread:
-                multipliers, alpha = _spread(
-                    analyze, plan.layers, interval, state, plan.kernels
-                )
-            else:
-                due = state.count % interval == 0
-                multipliers, alpha = _refreshed(
-                    analyze, plan.layers, due, state, plan.kernels
-                )
-        by_path = leaf_multipliers(plan.owners, multipliers)
+        by_path, state = refresh.advance(state, params)
+        updates = decay(updates, params, by_path)
 
         def scale(keys, update):
             multiplier = by_path.get(path_of(keys))
@@ -135,11 +133,80 @@ def scale_by_temp_balance(
                 return update
             return (update * multiplier).astype(update.dtype)
 
-        updates = jax.tree_util.tree_map_with_path(scale, updates)
-        count = jnp.asarray(optax.safe_increment(state.count))
-        return updates, TempBalanceState(count, multipliers, alpha)
+        return jax.tree_util.tree_map_with_path(scale, updates), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(refresh.init, update_fn)
+
+
+def add_balanced_weight_decay(
+    weight_decay: Number,
+    analyze: Analyze | None = None,
+    *,
+    interval: Interval,
+    mask: Any = None,
+    spread: bool = False,
+    start: Number = 0,
+    stop: Number | None = None,
+    ramp: Number = 0,
+    smoothing: Number = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Add a weight decay with the multiplier of each layer on it (AlphaDecay).
+
+    With u the incoming update and p the parameter of a leaf that belongs to layer i,
+
+        u <- u + weight_decay · m_i · p,
+
+    and m_i = 1 for what belongs to none. As `optax.add_decayed_weights`, it is
+    decoupled between Adam and the learning rate, and an L2 penalty before Adam.
+
+    Args:
+        weight_decay: coefficient of the decay, a number >= 0.
+        analyze: see `scale_by_temp_balance`, as for all that follows but `mask`.
+        interval: updates between two refreshes.
+        mask: which leaves decay, a tree of booleans or a function from parameters to
+            one, as in `optax.add_decayed_weights`; None is all of them.
+        spread: whether to cut a refresh into pieces.
+        start: the first count at which a refresh may be.
+        stop: the last one.
+        ramp: updates over which the multipliers move to those of a refresh.
+        smoothing: weight of the past in alpha.
+
+    Returns:
+        A transform whose `update` needs `params`, with a `TempBalanceState`.
+
+    Raises:
+        ValueError: as `scale_by_temp_balance`.
+
+    >>> params = {"a": {"kernel": jax.random.normal(jax.random.key(0), (64, 64))},
+    ...           "b": {"kernel": jax.random.normal(jax.random.key(1), (64, 128))}}
+    >>> tx = optax.chain(
+    ...     optax.scale_by_adam(),
+    ...     add_balanced_weight_decay(0.1, interval=100),
+    ...     optax.scale_by_learning_rate(1e-3),
+    ... )
+    >>> updates, state = tx.update(params, tx.init(params), params)
+
+    References:
+        He et al, `AlphaDecay: Module-wise Weight Decay for Heavy-Tailed Balancing in
+        LLMs <https://arxiv.org/abs/2506.14562>`_, 2025
+    """
+    name = "add_balanced_weight_decay"
+    refresh = _Refresh(
+        name, analyze, interval, spread, start, stop, ramp, smoothing
+    ).checked()
+    decay = _decay(weight_decay, mask)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, TempBalanceState]:
+        del extra_args
+        by_path, state = refresh.advance(state, params)
+        return decay(updates, params, by_path), state
+
+    return optax.GradientTransformationExtraArgs(refresh.init, update_fn)
 
 
 def temp_balance(
@@ -148,6 +215,10 @@ def temp_balance(
     *,
     interval: Interval,
     spread: bool = False,
+    start: Number = 0,
+    stop: Number | None = None,
+    ramp: Number = 0,
+    smoothing: Number = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Chain an optimizer with TempBalance in its right place, last.
 
@@ -158,15 +229,199 @@ def temp_balance(
         analyze: see `scale_by_temp_balance`.
         interval: see `scale_by_temp_balance`.
         spread: see `scale_by_temp_balance`.
+        start: see `scale_by_temp_balance`.
+        stop: see `scale_by_temp_balance`.
+        ramp: see `scale_by_temp_balance`.
+        smoothing: see `scale_by_temp_balance`.
 
     Returns:
         The chain.
 
     >>> tx = temp_balance(optax.adamw(1e-3), interval=500)
     """
-    return optax.chain(
-        optimizer, scale_by_temp_balance(analyze, interval=interval, spread=spread)
+    balance = scale_by_temp_balance(
+        analyze,
+        interval=interval,
+        spread=spread,
+        start=start,
+        stop=stop,
+        ramp=ramp,
+        smoothing=smoothing,
     )
+    return optax.chain(optimizer, balance)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Refresh:
+    """When and from what the multipliers of a state are renewed.
+
+    The fields are the arguments of `scale_by_temp_balance`; `name` is that of the
+    transform, for messages.
+    """
+
+    name: str
+    analyze: Any
+    interval: Interval
+    spread: bool
+    start: Number
+    stop: Number | None
+    ramp: Number
+    smoothing: Number
+
+    def checked(self) -> "_Refresh":
+        """Return this with the default analysis, if the options go together."""
+        analyze = layer_analysis() if self.analyze is None else self.analyze
+        if not callable(analyze):
+            msg = (
+                f"analyze must be a function such as layer_analysis(...), got "
+                f"{analyze!r}."
+            )
+            raise ValueError(msg)
+        # Inside inject_hyperparams numbers are arrays, whose values are not known.
+        for name, value, least in (
+            ("interval", self.interval, 1),
+            ("start", self.start, 0),
+            ("stop", self.stop, 0 if isinstance(self.start, jax.Array) else self.start),
+            ("ramp", self.ramp, 0),
+        ):
+            if value is not None and not isinstance(value, jax.Array):
+                check_int(name, value, at_least=int(least))
+        if not isinstance(self.smoothing, jax.Array):
+            check_number("smoothing", self.smoothing, at_least=0, below=1)
+        own = dataclasses.replace(self, analyze=analyze)
+        if self.spread:
+            _check_spread(analyze, self.interval)
+        if own.smooths(if_unknown=False):
+            _check_smoothing(analyze, self.interval, self.smoothing)
+        if self.interval is None and not (_is(self.start, 0) and self.stop is None):
+            _check_host("start", self.start, not _is(self.start, 0))
+            _check_host("stop", self.stop, self.stop is not None)
+        return own
+
+    def smooths(self, if_unknown: bool) -> bool:
+        """Return whether alpha is smoothed, which a traced number does not tell."""
+        if isinstance(self.smoothing, jax.core.Tracer):
+            return if_unknown
+        return bool(self.smoothing != 0)
+
+    def init(self, params: optax.Params) -> TempBalanceState:
+        """Return the state before the first update."""
+        try:
+            count = len(_resolve(self.analyze, params).layers)
+        except ValueError:
+            # Trees of placeholders pass through here; `update` tells what is wrong.
+            count = 0
+        return TempBalanceState(
+            count=jnp.zeros((), jnp.int32),
+            multipliers=jnp.ones((count,), float),
+            alpha=jnp.zeros((count,), float),
+            target=jnp.ones((count,), float),
+            refreshed=jnp.zeros((), jnp.int32),
+        )
+
+    def advance(
+        self, state: Any, params: optax.Params | None
+    ) -> tuple[dict[str, Float[Array, "..."]], TempBalanceState]:
+        """Return the multipliers of this update by path of leaf, and the next state."""
+        if params is None:
+            msg = (
+                f"{self.name} needs the parameters: call "
+                f"update(updates, state, params)."
+            )
+            raise ValueError(msg)
+        if not isinstance(state, TempBalanceState):
+            check_fields(state)
+        plan = _resolve(self.analyze, params)
+        check_length(state.multipliers, plan.layers)
+        here, target = ends_of_ramp(state)
+        # Without a ramp whatever the state says is in force, as after `optax.tree.set`.
+        target = jnp.where(self.ramp > 1, target, state.multipliers)
+        alpha, refreshed = state.alpha, state.refreshed
+        if self.interval is not None:
+            if isinstance(self.analyze, LayerAnalysis):
+                self.analyze.warn_if_ineffective(plan.layers, plan.kernels)
+            renew = self._in_pieces if self.spread else self._at_once
+            done, target, alpha = renew(plan, state._replace(multipliers=target))
+            refreshed = jnp.where(done, state.count, refreshed)
+        multipliers = target
+        if not _is(self.ramp, 0):
+            multipliers = _ramped(here, target, refreshed + self.ramp - state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        state = TempBalanceState(count, multipliers, alpha, target, refreshed)
+        return leaf_multipliers(plan.owners, multipliers), state
+
+    def _weight(self) -> Number | None:
+        """Return the weight of the past in alpha; None where it has none."""
+        applies = isinstance(self.analyze, LayerAnalysis)
+        applies = applies and self.analyze.options.metric == "alpha"
+        return self.smoothing if self.smooths(if_unknown=applies) else None
+
+    def _at_once(self, plan: Resolved, state: TempBalanceState):
+        """Refresh if count % interval is 0."""
+        due = self._allows(state.count) & (state.count % self.interval == 0)
+        multipliers, alpha = _refreshed(
+            self.analyze, plan.layers, due, state, plan.kernels, self._weight()
+        )
+        return due, multipliers, alpha
+
+    def _in_pieces(self, plan: Resolved, state: TempBalanceState):
+        """Refresh whole at the first time that is due, later one piece per update."""
+        interval, count = self.interval, state.count
+        first = -(-self.start // interval) * interval
+        end = -(-count // interval) * interval  # Of the refresh it belongs to.
+        active = self._allows(jnp.where(count < first, -1, end))
+        multipliers, alpha = _spread(
+            self.analyze,
+            plan.layers,
+            interval,
+            (count == first, None if active is True else active),
+            state,
+            plan.kernels,
+            self._weight(),
+        )
+        return active & (count == end), multipliers, alpha
+
+    def _allows(self, count) -> bool | jax.Array:
+        """Whether `start` and `stop` allow a refresh at a count."""
+        after = True if _is(self.start, 0) else count >= self.start
+        return after if self.stop is None else after & (count <= self.stop)
+
+
+def _is(value: Any, number: int) -> bool:
+    """Whether a value is this number; False for an array, which may change."""
+    return not isinstance(value, jax.Array) and value == number
+
+
+def _ramped(here, target, left):
+    """Move to the target in so many equal steps, this one included."""
+    left = jnp.asarray(left, here.dtype)
+    moved = here + (target - here) / jnp.maximum(left, 1)
+    return jnp.where(left > 1, moved, target).astype(here.dtype)
+
+
+def _decay(weight_decay: Number, mask: Any) -> Callable[..., optax.Updates]:
+    """Return a function that adds a balanced weight decay to updates."""
+    if not isinstance(weight_decay, jax.Array):
+        check_number("weight_decay", weight_decay, at_least=0)
+    of_mask = optax.add_decayed_weights(1.0, mask)
+
+    def decay(updates, params, by_path):
+        if _is(weight_decay, 0):
+            return updates
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros_like(leaf) if is_array(leaf) else leaf, updates
+        )
+        terms, _ = of_mask.update(zeros, of_mask.init(params), params)
+
+        def add(keys, update, term):
+            if not is_array(update):
+                return update
+            factor = weight_decay * by_path.get(path_of(keys), 1)
+            return (update + factor * term).astype(update.dtype)
+
+        return jax.tree_util.tree_map_with_path(add, updates, terms)
+
+    return decay
 
 
 def _resolve(analyze: Analyze, params: Any) -> Resolved:
@@ -183,40 +438,88 @@ def _resolve(analyze: Analyze, params: Any) -> Resolved:
 
 # Compiled once, whether `update` is jitted or not.
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _refreshed(analyze, layers, due, state: TempBalanceState, kernels):
+def _refreshed(
+    analyze, layers, due, state: TempBalanceState, kernels, weight: Any = None
+):
     """Recompute multipliers and alpha if a refresh is due."""
     return jax.lax.cond(
         due,
-        lambda: as_vectors(_analyzed(analyze, layers, kernels), state),
+        lambda: as_vectors(_analyzed(analyze, layers, kernels, state, weight), state),
         lambda: (state.multipliers, state.alpha),
     )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _spread(
-    analyze: LayerAnalysis, layers, interval: int, state: TempBalanceState, kernels
+    analyze: LayerAnalysis,
+    layers,
+    interval: int,
+    when: Any,
+    state: TempBalanceState,
+    kernels,
+    weight: Any = None,
 ):
-    """Compute this step's piece of a refresh; at count 0 the whole of it."""
+    """Compute this step's piece of a refresh; at the first one the whole of it.
+
+    `when` says whether it is the first, and whether a piece is due; None is yes.
+    """
+    is_first, active = when
 
     def one_piece():
         refresh = functools.partial(
             spread_refresh, layers=layers, options=analyze.options, pieces=interval
         )
         piece = (state.count - 1) % interval
-        mesh = mesh_of(kernels, analyze.mesh)
-        return on_mesh(mesh, refresh, kernels, piece, state.multipliers, state.alpha)
+        own = analyze.kernels_of(layers, kernels)
+        mesh = mesh_of(own, analyze.mesh)
+        vectors = (state.multipliers, state.alpha)
+        past = None if weight is None else jnp.asarray(weight)
+        return on_mesh(mesh, refresh, own, piece, *vectors, past)
+
+    def piece_if_due():
+        if active is None:
+            return one_piece()
+        return jax.lax.cond(active, one_piece, lambda: (state.multipliers, state.alpha))
 
     return jax.lax.cond(
-        state.count == 0,
-        lambda: as_vectors(_analyzed(analyze, layers, kernels), state),
-        one_piece,
+        is_first if active is None else is_first & active,
+        lambda: as_vectors(_analyzed(analyze, layers, kernels, state, weight), state),
+        piece_if_due,
     )
 
 
-def _analyzed(analyze, layers, kernels) -> Analysis:
+def _analyzed(analyze, layers, kernels, state: TempBalanceState, weight) -> Analysis:
     if isinstance(analyze, LayerAnalysis):
-        return analyze.run(layers, kernels)
+        past = None if weight is None else (state.alpha, jnp.asarray(weight))
+        return analyze.run(layers, kernels, past)
     return analyze(kernels)
+
+
+def _check_smoothing(analyze, interval, smoothing) -> None:
+    metric = analyze.options.metric if isinstance(analyze, LayerAnalysis) else None
+    if interval is None:
+        msg = (
+            f"smoothing = {smoothing!r} needs an interval, got interval = None: the "
+            f"multipliers of the host are taken as they are; average before "
+            f"set_multipliers, or leave smoothing out."
+        )
+        raise ValueError(msg)
+    if metric != "alpha":
+        msg = (
+            f"smoothing = {smoothing!r} needs a layer_analysis(...) with "
+            f"metric='alpha', which is all that the state carries from refresh to "
+            f"refresh, got {metric or analyze!r}; leave smoothing out."
+        )
+        raise ValueError(msg)
+
+
+def _check_host(name: str, value, given: bool) -> None:
+    if given and not isinstance(value, jax.Array):
+        msg = (
+            f"{name} = {value!r} needs an interval, got interval = None: the host "
+            f"decides when it refreshes; leave {name} out."
+        )
+        raise ValueError(msg)
 
 
 def _check_spread(analyze, interval) -> None:

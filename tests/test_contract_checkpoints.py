@@ -45,5 +45,6 @@ def test_fields_on_disk_are_those_of_the_state(tmp_path):
         checkpointer.save(tmp_path / "state", state)
         checkpointer.wait_until_finished()
         raw = checkpointer.restore(tmp_path / "state")
-    assert set(raw) == {"count", "multipliers", "alpha"}
+    fields = {"count", "multipliers", "alpha", "target", "refreshed"}
+    assert set(raw) == fields
     table.assert_equal(jnp.asarray(raw["alpha"]), tb_optax.get_state(state).alpha)

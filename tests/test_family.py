@@ -1,0 +1,333 @@
+"""The parts of the family: columns, groups, maps, analyzed trees, fixed factors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import tb_optax
+from tb_optax import Layer, MatrixAxes, linear, mean_one, nested
+from tb_optax.marchenko_pastur import random_alpha
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+DENSE = MatrixAxes((0,), (1,))
+SHAPES = {
+    "h.0.a": (16, 24),
+    "h.0.b": (16, 16),
+    "h.1.a": (16, 24),
+    "h.1.b": (20, 20),
+    "head": (16, 40),
+}
+LAYERS = tuple(Layer(name, DENSE) for name in SHAPES)
+
+
+def make_params(seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        name: jnp.asarray(rng.normal(size=shape) * (1 + np.arange(shape[1])) ** -p)
+        for p, (name, shape) in zip(
+            (0.3, 0.9, 0.6, 0.1, 0.5), SHAPES.items(), strict=True
+        )
+    }
+
+
+def analysis(params=None, layers=LAYERS, **options):
+    analyze = tb_optax.layer_analysis(layers, min_eigenvalues=1, **options)
+    return analyze(make_params() if params is None else params)
+
+
+# --- columns ------------------------------------------------------------------------
+
+
+def test_entropies_are_those_of_the_eigenvalues():
+    params = make_params() | {"head": jnp.zeros((16, 40))}
+    for metric in ("entropy", "alpha"):  # By singular values, and by Gram matrices.
+        table = analysis(params, metric=metric)
+        for i, name in enumerate([*SHAPES][:-1]):
+            sigma = np.linalg.svd(np.asarray(params[name], float), compute_uv=False)
+            p = sigma**2 / np.sum(sigma**2) + 6e-5
+            entropy = -np.sum(p * np.log(p)) / np.log(len(sigma) + 6e-5)
+            np.testing.assert_allclose(table.entropy[i], entropy, rtol=1e-4)
+            p = sigma / sigma.sum()
+            rank = np.exp(-np.sum(p * np.log(p)))
+            np.testing.assert_allclose(table.effective_rank[i], rank, rtol=1e-3)
+        assert table.entropy[-1] == table.effective_rank[-1] == 0
+
+
+def test_entropies_do_not_depend_on_the_scale():
+    table = analysis(layers=LAYERS[:2])
+    huge = analysis({name: 1e25 * w for name, w in make_params().items()}, LAYERS[:2])
+    np.testing.assert_allclose(huge.entropy, table.entropy, rtol=1e-5)
+    np.testing.assert_allclose(huge.effective_rank, table.effective_rank, rtol=1e-5)
+
+
+def test_the_error_of_alpha_is_that_of_independent_eigenvalues():
+    """Of Pareto samples alpha scatters by it."""
+    rng = np.random.default_rng(0)
+    logs = np.sort(rng.exponential(1 / 1.5, (200, 400)), axis=-1)
+    law = tb_optax.fit_median(1e6)(jnp.asarray(logs), jnp.ones((200, 400), bool))
+    error = np.mean((np.asarray(law.alpha) - 1) / np.sqrt(np.asarray(law.tail_size)))
+    np.testing.assert_allclose(np.std(law.alpha), error, rtol=0.15)
+    table = analysis()
+    expected = (table.alpha - 1) / np.sqrt(table.tail_size)
+    np.testing.assert_allclose(table.alpha_error, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("q", "alpha"),
+    [(1, 2.1217), (3 / 4, 2.3507), (1 / 2, 2.7058), (1 / 4, 3.4546), (1 / 16, 5.878)],
+)
+def test_random_alpha_has_the_known_limits(q, alpha):
+    m = 2**20
+    found = random_alpha(int(q * m), m, int(q * m), tb_optax.fit_median())
+    np.testing.assert_allclose(found, alpha, rtol=1e-4)
+
+
+RANDOM = {  # Shape, and axes.
+    "square": ((64, 64), DENSE),
+    "small": ((16, 128), DENSE),
+    "wide": ((256, 1024), DENSE),
+    "conv": ((3, 3, 64, 64), MatrixAxes((2,), (3,), pooled=(0, 1))),
+    "thin": ((5, 5, 16, 48), MatrixAxes((2,), (3,), pooled=(0, 1))),
+}
+
+
+@pytest.mark.parametrize("fit", [tb_optax.fit_median(), tb_optax.fit_median(1.5)])
+def test_an_untrained_matrix_has_the_relative_alpha_one(fit):
+    """By NumPy's singular values: within 8/(n·sqrt(k)) each, 3/n in the mean."""
+    rng = np.random.default_rng(0)
+    for shape, _ in RANDOM.values():
+        matrices, n, m = int(np.prod(shape[:-2])), *sorted(shape[-2:])
+        drawn = rng.normal(size=(10, matrices, n, m))
+        sigma = np.linalg.svd(drawn, compute_uv=False).reshape(10, -1)
+        logs = jnp.asarray(2 * np.log(np.sort(sigma, axis=-1)))
+        alpha = np.asarray(fit(logs, jnp.ones(logs.shape, bool)).alpha)
+        relative = alpha / random_alpha(n, m, matrices * n, fit)
+        assert np.abs(relative - 1).max() <= 8 / (n * np.sqrt(matrices)), shape
+        assert abs(relative.mean() - 1) <= 3 / n, shape
+
+
+def test_the_table_has_the_random_alpha_of_each_shape():
+    layers = tuple(Layer(name, axes) for name, (_, axes) in RANDOM.items())
+    rng = np.random.default_rng(1)
+    params = {name: rng.normal(size=shape) for name, (shape, _) in RANDOM.items()}
+    params = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), params)
+    table = analysis(params, layers, metric=tb_optax.relative_alpha)
+    side = np.asarray([64, 16, 256, 64, 16])
+    pooled = np.asarray([1, 1, 1, 9, 25])
+    relative = tb_optax.relative_alpha(table)
+    assert (np.abs(relative - 1) <= 8 / (side * np.sqrt(pooled))).all(), relative
+
+
+def test_relative_alpha_needs_the_median_fit():
+    with pytest.raises(ValueError, match="relative_alpha needs fit_median"):
+        tb_optax.layer_analysis(
+            fit=tb_optax.fit_min_ks(), metric=tb_optax.relative_alpha
+        )
+    table = analysis(fit=tb_optax.fit_min_ks())
+    np.testing.assert_array_equal(table.random_alpha, 0)
+    with pytest.raises(ValueError, match="relative_alpha needs fit_median"):
+        tb_optax.relative_alpha(table)
+
+
+# --- groups and maps ----------------------------------------------------------------
+
+
+def test_groups_share_the_map_of_their_means():
+    plain, table = analysis(), analysis(groups=tb_optax.by_block)
+    means = np.asarray(plain.alpha[:4]).reshape(2, 2).mean(axis=1)
+    expected = np.repeat(np.where(means == means.max(), 1.5, 0.5), 2)
+    np.testing.assert_allclose(table.multipliers, [*expected, 1], rtol=1e-6)
+    assert table.tuned.tolist() == [True] * 4 + [False]
+
+
+def test_a_dead_layer_is_left_out_of_its_group():
+    params = make_params() | {"h.0.a": jnp.full((16, 24), jnp.inf)}
+    table = analysis(params, groups=tb_optax.by_block, assign=tb_optax.sigmoid())
+    alone = analysis(params, groups=None)
+    x = alone.alpha[1] - (alone.alpha[1] + alone.alpha[2:4].mean()) / 2
+    power = (1.0 if x > 0 else 2.0) * (1 / (1 + np.exp(-10 * x)) - 0.5)
+    np.testing.assert_allclose(table.multipliers[1], 10**power, rtol=1e-4)
+    assert table.multipliers[0] == table.multipliers[4] == 1
+    gone = params | {"h.0.b": jnp.zeros((16, 16))}
+    table = analysis(gone, groups=tb_optax.by_block)
+    np.testing.assert_array_equal(table.multipliers, 1)
+
+
+def test_slices_of_stacks_are_blocks_by_their_index():
+    stack = MatrixAxes((1,), (2,), stacked=(0,))
+    layers = [Layer("attn/w", stack, index=(i,)) for i in range(2)]
+    assert [tb_optax.by_block(layer) for layer in layers] == ["[0]", "[1]"]
+    assert tb_optax.by_block(Layer("conv2d/kernel", DENSE)) is None
+    assert tb_optax.by_block(Layer("fc1/kernel", DENSE)) == "fc1"
+
+
+@pytest.mark.parametrize("ungrouped", [False, True])
+def test_the_mean_of_the_tuned_multipliers_is_one(ungrouped):
+    sizes = np.asarray([np.prod(shape) for shape in SHAPES.values()])
+    for by_size in (False, True):
+        assign = mean_one(linear(1, 3), by_size=by_size, ungrouped=ungrouped)
+        table = analysis(assign=assign, groups=tb_optax.by_block)
+        weights = sizes if by_size else np.ones(5)
+        kept = slice(None) if ungrouped else slice(4)
+        mean = np.average(table.multipliers[kept], weights=weights[kept])
+        np.testing.assert_allclose(mean, 1, rtol=1e-5)
+        assert (table.multipliers[4] == 1) == (not ungrouped)
+
+
+def test_a_map_may_see_layers_and_sizes():
+    seen = []
+
+    def assign(metric, tuned, rows):
+        seen.extend(rows)
+        return jnp.where(tuned, 2.0, 1) + 0 * metric
+
+    assign.needs_layers = True
+    table = analysis(assign=assign)
+    np.testing.assert_array_equal(table.multipliers, 2)
+    sizes = [int(np.prod(shape)) for shape in SHAPES.values()]
+    assert seen == [*zip(LAYERS, sizes, strict=True)]
+    seen.clear()
+    analysis(assign=assign, groups=tb_optax.by_block)
+    assert seen == [(LAYERS[0], sizes[0] + sizes[1]), (LAYERS[2], sizes[2] + sizes[3])]
+
+
+def test_nested_maps_multiply():
+    inner, outer = linear(0.8, 1.2), linear(0.5, 1.5)
+    table = analysis(assign=nested(outer, inner))
+    blocks = analysis(assign=outer, groups=tb_optax.by_block).multipliers
+    alphas = np.asarray(table.alpha[:4]).reshape(2, 2)
+    within = np.where(alphas == alphas.max(axis=1, keepdims=True), 1.2, 0.8).ravel()
+    expected = np.asarray(blocks[:4]) * within
+    np.testing.assert_allclose(table.multipliers, [*expected, 1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: tb_optax.sigmoid(below=-1), "below must be a finite number >= 0"),
+        (
+            lambda: tb_optax.sigmoid(temperature=0),
+            "temperature must be a finite number",
+        ),
+        (lambda: tb_optax.standard_sigmoid(0), "temperature must be a finite number"),
+        (lambda: mean_one(3), "assign must be a function, got 3"),
+        (lambda: nested(None, None), "layers must be a function, got None"),
+        (
+            lambda: tb_optax.layer_analysis(groups=3),
+            "groups must be a function or None",
+        ),
+        (lambda: tb_optax.layer_analysis(kernels=3), "kernels must be a function or"),
+    ],
+)
+def test_what_makes_no_map_raises(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# --- analyzed trees, and factors by name ----------------------------------------------
+
+
+def test_low_rank_updates_take_the_multiplier_of_what_they_update():
+    """LoRA: W + B·A is analyzed, W is frozen, B and A are scaled."""
+    frozen = make_params()
+    rng = np.random.default_rng(3)
+    params = {
+        f"{name}/{part}": jnp.asarray(rng.normal(size=size), jnp.float32)
+        for name, (rows, columns) in SHAPES.items()
+        for part, size in (("down", (rows, 2)), ("up", (2, columns)))
+    }
+
+    def whole(params):
+        return {
+            name: w + params[f"{name}/down"] @ params[f"{name}/up"]
+            for name, w in frozen.items()
+        }
+
+    layers = [Layer(name, DENSE, (f"{name}/down", f"{name}/up")) for name in SHAPES]
+    analyze = tb_optax.layer_analysis(layers, kernels=whole, min_eigenvalues=1)
+    expected = analysis(whole(params))
+    table = analyze(params)
+    np.testing.assert_allclose(table.multipliers, expected.multipliers, rtol=1e-4)
+    tx = tb_optax.scale_by_temp_balance(analyze, interval=2, spread=True)
+    updates, state = tx.update(params, tx.init(params), params)
+    np.testing.assert_allclose(state.multipliers, expected.multipliers, rtol=1e-4)
+    for i, name in enumerate(SHAPES):
+        scaled = params[f"{name}/up"] * expected.multipliers[i]
+        np.testing.assert_allclose(updates[f"{name}/up"], scaled, rtol=1e-4)
+    _, state = jax.jit(tx.update)(params, state, params)
+    assert state.count == 2
+
+
+def test_the_change_of_a_fine_tuning_is_analyzed_in_place():
+    """W - W_0 has the paths of the parameters: its layers own their leaves."""
+    start, params = make_params(), make_params(7)
+    analyze = tb_optax.layer_analysis(
+        LAYERS,
+        kernels=lambda own: jax.tree.map(jnp.subtract, own, start),
+        min_eigenvalues=1,
+    )
+    table = analyze(params)
+    expected = analysis(jax.tree.map(jnp.subtract, params, start))
+    np.testing.assert_allclose(table.multipliers, expected.multipliers, rtol=1e-5)
+    tx = tb_optax.scale_by_temp_balance(analyze, interval=1)
+    updates, _ = tx.update(params, tx.init(params), params)
+    for i, name in enumerate(SHAPES):
+        scaled = params[name] * expected.multipliers[i]
+        np.testing.assert_allclose(updates[name], scaled, rtol=1e-4)
+    missing = tb_optax.layer_analysis([Layer("nowhere", DENSE)], kernels=lambda p: p)
+    with pytest.raises(ValueError, match="'nowhere' is not in the parameters"):
+        missing(params)
+
+
+def test_a_fixed_factor_by_name_leaves_the_ranking_alone():
+    params = make_params()
+    is_head = {name: name == "head" for name in params}
+    analyze = tb_optax.layer_analysis(LAYERS, min_eigenvalues=1)
+    balance = tb_optax.scale_by_temp_balance(analyze, interval=1)
+    tx = optax.chain(optax.sgd(1.0), balance, optax.masked(optax.scale(0.1), is_head))
+    updates, state = tx.update(params, tx.init(params), params)
+    expected = analyze(params).multipliers
+    logged = tb_optax.log_dict(state, LAYERS)
+    np.testing.assert_allclose(logged["multiplier/head"], expected[-1], rtol=1e-6)
+    np.testing.assert_allclose(
+        updates["head"], -0.1 * expected[-1] * params["head"], rtol=1e-5
+    )
+
+
+# --- recipes ------------------------------------------------------------------------
+
+
+def test_recipes_are_their_parts():
+    params = make_params()
+    recipes = tb_optax.recipes
+    embedding = [Layer("h.0.b", DENSE, ("bias",)), *LAYERS[:1], *LAYERS[2:]]
+    own = params | {"bias": jnp.ones(16)}
+    ends = {"ends": ("h.0.b", "head"), "total_steps": 30, "share": 0.2}
+    tx = recipes.llr(embedding, interval=3, ramp=2, min_eigenvalues=1, **ends)
+    state, seen = tx.init(own), []
+    for _ in range(12):
+        updates, state = tx.update(own, state, own)
+        seen.append(np.asarray(state.multipliers))
+    assert seen[-1].max() == seen[-1][0] == seen[-1][-1] == 3
+    np.testing.assert_allclose(seen[0], (1 + seen[-1]) / 2, rtol=1e-5)
+    assert state.refreshed == 3  # Refreshes at 0 and 3; 6 is past the first fifth.
+    np.testing.assert_array_equal(updates["bias"], 1)
+    hybrid = recipes.model_balancing(
+        LAYERS, interval=1, weight_decay=0.1, min_eigenvalues=1
+    )
+    analyze = tb_optax.layer_analysis(
+        LAYERS,
+        fit=tb_optax.fit_median(1.5),
+        assign=tb_optax.sigmoid(),
+        groups=tb_optax.by_block,
+        min_eigenvalues=1,
+    )
+    parts = tb_optax.scale_by_temp_balance(analyze, interval=1, weight_decay=0.1)
+    for name in params:
+        one, other = (
+            tx.update(params, tx.init(params), params)[0] for tx in (hybrid, parts)
+        )
+        np.testing.assert_array_equal(one[name], other[name])
