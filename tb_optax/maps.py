@@ -406,7 +406,7 @@ class _Grouped:
         place, members = _members(self.groups, rows)
         if not len(members):
             return jnp.ones_like(metric)
-        own = jnp.asarray(members) & tuned
+        own = jnp.asarray(members) & tuned[None]
         means = jax.vmap(lambda mask: _mean(metric, mask))(own)
         sizes = np.asarray([size for _, size in rows])
         of_groups = [
@@ -434,9 +434,9 @@ def _check_map(name: str, value) -> None:
 
 def _mean(values, tuned):
     """Mean over the tuned layers; 1 where there is none."""
-    count = tuned.sum()
+    count = tuned.sum(dtype=values.dtype)
     total = jnp.where(tuned, values, 0).sum()
-    return jnp.where(count > 0, total / jnp.maximum(count, 1), 1).astype(values.dtype)
+    return jnp.where(count > 0, total / jnp.maximum(count, 1), 1)
 
 
 def _extremes(metric, tuned):

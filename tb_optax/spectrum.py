@@ -92,11 +92,11 @@ def entropies(
     def shares(values):
         return values / jnp.where(some, total(values), 1)
 
-    rank = total(logs > 2 * math.log(6e-5))
+    rank = total((logs > 2 * math.log(6e-5)).astype(logs.dtype))
     known = jnp.log(jnp.where(some, rank, 2) + 6e-5)
     entropy = shannon(shares(jnp.exp(logs)) + 6e-5) / known
     effective_rank = jnp.exp(shannon(shares(jnp.exp(logs / 2))))
-    return tuple(jnp.where(some, x, 0)[:, 0] for x in (entropy, effective_rank))
+    return jnp.where(some, entropy, 0)[:, 0], jnp.where(some, effective_rank, 0)[:, 0]
 
 
 class Route(NamedTuple):

@@ -131,7 +131,8 @@ def scale_by_temp_balance(
             multiplier = by_path.get(path_of(keys))
             if multiplier is None or not is_array(update):
                 return update
-            return (update * multiplier).astype(update.dtype)
+            with jax.numpy_dtype_promotion("standard"):
+                return (update * multiplier).astype(update.dtype)
 
         return jax.tree_util.tree_map_with_path(scale, updates), state
 
@@ -417,7 +418,8 @@ def _decay(weight_decay: Number, mask: Any) -> Callable[..., optax.Updates]:
             if not is_array(update):
                 return update
             factor = weight_decay * by_path.get(path_of(keys), 1)
-            return (update + factor * term).astype(update.dtype)
+            with jax.numpy_dtype_promotion("standard"):
+                return (update + factor * term).astype(update.dtype)
 
         return jax.tree_util.tree_map_with_path(add, updates, terms)
 
