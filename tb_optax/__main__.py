@@ -249,34 +249,27 @@ def _analysis(given: argparse.Namespace) -> functools.partial[LayerAnalysis]:
 def _report(checkpoint: Checkpoint, given: argparse.Namespace) -> Report:
     """Find the layers of a checkpoint, and say of every leaf what it is."""
     tree = checkpoint.shapes()
-    axes, leaves = dict(given.axes), leaves_of(tree)
-    unclear = {p: r.reason for p, r in read_leaves(leaves, axes).items() if r.unclear}
-    skipped = {glob.escape(path): None for path in unclear}
-    found = find_layers(tree, axes={**axes, **skipped} or None)
-    reasons = {p: f"UNCLEAR: {reason}; pass --axes" for p, reason in unclear.items()}
-    outside = _outside_params(leaves)
-    kept = []
+    reasons = _reasons(checkpoint, tree, dict(given.axes))
+    skipped = {glob.escape(path): None for path in reasons}
+    found = find_layers(tree, axes={**dict(given.axes), **skipped})
+    patterns, kept = given.layers or ["*"], []
     for layer in found:
-        wanted = given.layers is None or any(
-            fnmatch.fnmatchcase(checkpoint.names[layer.path], p) for p in given.layers
-        )
-        if layer.path not in outside and wanted:
+        name = checkpoint.names[layer.path]
+        if layer.path in reasons:
+            continue
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             kept.append(layer)
-        elif layer.path not in outside:
+        else:
             reasons[layer.path] = "left out by --layers"
-    reasons |= dict.fromkeys(outside, "outside of params")
-    for path, leaf in leaves.items():
-        if leaf.value is None:
-            problem = checkpoint.leaves[checkpoint.names[path]].problem
-            reasons[path] = problem or "it holds no numbers"
     if not kept:
+        unclear = sum(reason.startswith("UNCLEAR") for reason in reasons.values())
         names = listing(checkpoint.names[layer.path] for layer in found)
         msg = (
-            f"{checkpoint.path} has no layer to analyze: of {len(leaves)} leaves "
-            f"{len(unclear)} are unclear (see --axes); layers are {names or 'none'}."
+            f"{checkpoint.path} has no layer to analyze: of {len(checkpoint.leaves)} "
+            f"leaves {unclear} are unclear (see --axes); layers are {names or 'none'}."
         )
         raise CheckpointError(msg)
-    layers = expand_stacks(kept, shapes_of(leaves))
+    layers = expand_stacks(kept, shapes_of(leaves_of(tree)))
     layers = sorted(layers, key=lambda layer: (_natural(layer.path), layer.index))
     report = Report(checkpoint, tuple(layers), _verdicts(checkpoint, kept, reasons))
     if not given.quadrature:
@@ -284,10 +277,25 @@ def _report(checkpoint: Checkpoint, given: argparse.Namespace) -> Report:
     return report
 
 
-def _outside_params(leaves: Mapping[str, Any]) -> set[str]:
-    """Return what is not under `params` in a file that has it, as moments of Adam."""
-    inside = {path for path in leaves if path.startswith("params/")}
-    return leaves.keys() - inside if inside else set()
+def _reasons(
+    checkpoint: Checkpoint, tree: Any, axes: Mapping[str, MatrixAxes | None]
+) -> dict[str, str]:
+    """Say why leaves are left out, by path: what the rules of `find_layers` do not.
+
+    Where a file has leaves under `params`, others such as the moments of Adam are out.
+    """
+    leaves = leaves_of(tree)
+    has_params = any(path.startswith("params/") for path in leaves)
+    reasons = {}
+    for path, reading in read_leaves(leaves, axes).items():
+        if leaves[path].value is None:
+            problem = checkpoint.leaves[checkpoint.names[path]].problem
+            reasons[path] = problem or "it holds no numbers"
+        elif has_params and not path.startswith("params/"):
+            reasons[path] = "outside of params"
+        elif reading.unclear:
+            reasons[path] = f"UNCLEAR: {reading.reason}; pass --axes"
+    return reasons
 
 
 def _natural(path: str) -> list[Any]:

@@ -284,8 +284,6 @@ _SAFETENSORS = {
     **{f"I{bits}": f"<i{bits // 8}" for bits in (8, 16, 32, 64)},
     **{f"U{bits}": f"<u{bits // 8}" for bits in (8, 16, 32, 64)},
 }
-
-
 # The longest header that the specification allows, in bytes.
 _MOST_HEADER = 10**8
 
@@ -321,8 +319,8 @@ def _read_shards(path: Path) -> dict[str, StoredLeaf]:
     place = json.loads(path.read_bytes())["weight_map"]
     leaves: dict[str, StoredLeaf] = {}
     for shard in sorted(set(place.values())):
-        if Path(shard).name != shard:
-            msg = f"the shard {shard!r} is not next to its index"
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            msg = f"the shard {shard!r} is no safetensors file next to its index"
             raise ValueError(msg)
         found = open_checkpoint(path.parent / shard).leaves
         twice = found.keys() & leaves.keys()
@@ -354,6 +352,9 @@ def _read_npz(path: Path) -> dict[str, StoredLeaf]:
                 msg = f"its member {info.filename!r} is no array of NumPy"
                 raise ValueError(msg)
             name = info.filename.removesuffix(".npy")
+            if name in leaves:
+                msg = f"two leaves are called {name!r}"
+                raise ValueError(msg)
             with archive.open(info) as member:
                 leaves[name] = _npy_leaf(path, info, member)
     return leaves

@@ -224,7 +224,8 @@ BAD_FILES = {
     "a.safetensors.index.json": [
         (b"{", "damaged"),
         (b"[]", "damaged"),
-        (b'{"weight_map": {"w": "../a.safetensors"}}', "not next to its index"),
+        (b'{"weight_map": {"w": "../a.safetensors"}}', "no safetensors file next to"),
+        (b'{"weight_map": {"w": ".."}}', "no safetensors file next to its index"),
         (b'{"weight_map": {"w": "gone.safetensors"}}', "does not exist"),
     ],
     "a.txt": [(b"hello", r"its name must end in \.safetensors")],

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import math
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -340,3 +342,37 @@ def test_a_trained_language_encoder(tmp_path, capsys):
     assert "mean of 37 fitted of 37" in table
     names = [row["layer"] for row in rows if "query" in row["layer"]]
     assert names == [f"encoder.layer.{i}.attention.self.query.weight" for i in range(6)]
+
+
+# Runs the command, and prints the peak of its memory in kilobytes, as Linux counts it.
+PEAK = """
+import pathlib, re, sys
+from tb_optax.__main__ import main
+assert main(sys.argv[1:]) == 0
+print(re.search(r"VmHWM:\\s*(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+"""
+
+
+@pytest.mark.long
+def test_memory_holds_one_kernel(tmp_path):
+    """At most 600 MB and three times the largest kernel, of a file of 2 GB."""
+    largest = normal(2048, 8192)
+    shapes = {"wte.weight": (120_000, 4096)}  # An embedding, which is not read.
+    shapes |= {f"h.{i}.mlp.fc.weight": largest.shape for i in range(2)}
+    entries, stop = {}, 0
+    for name, shape in shapes.items():
+        start, stop = stop, stop + 4 * math.prod(shape)
+        entry = {"dtype": "F32", "shape": shape, "data_offsets": [start, stop]}
+        entries[name] = entry
+    header = json.dumps(entries).encode()
+    path = tmp_path / "a.safetensors"
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name in entries:
+            file.seek(8 + len(header) + entries[name]["data_offsets"][0])
+            file.write(largest.tobytes() if name.startswith("h.") else b"")
+    assert path.stat().st_size > 2e9
+    command = [sys.executable, "-c", PEAK, str(path)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True)
+    peak = 1024 * int(printed.stdout.split()[-1])
+    assert peak < 600e6 + 3 * largest.nbytes

@@ -56,7 +56,7 @@ def main(arguments=None) -> float:
     images = jnp.asarray(digits.data / 16, jnp.float32)
     labels, train = jnp.asarray(digits.target), 1400
 
-    dense = [layer for n in (128, 96, 64) for layer in (nn.Dense(n), nn.relu)]
+    dense = [layer for n in (128, 112, 96, 64) for layer in (nn.Dense(n), nn.relu)]
     model = nn.Sequential([*dense, nn.Dense(10)])
     state = make_state(model, images, given.steps)
     with ocp.CheckpointManager(given.directory.absolute()) as manager:
