@@ -213,13 +213,6 @@ def test_nested_maps_multiply():
             "temperature must be a finite number",
         ),
         (lambda: tb_optax.standard_sigmoid(0), "temperature must be a finite number"),
-        (lambda: mean_one(3), "assign must be a function, got 3"),
-        (lambda: nested(None, None), "layers must be a function, got None"),
-        (
-            lambda: tb_optax.layer_analysis(groups=3),
-            "groups must be a function or None",
-        ),
-        (lambda: tb_optax.layer_analysis(kernels=3), "kernels must be a function or"),
     ],
 )
 def test_what_makes_no_map_raises(make, message):
