@@ -96,7 +96,7 @@ def entropies(
     known = jnp.log(jnp.where(some, rank, 2) + 6e-5)
     entropy = shannon(shares(jnp.exp(logs)) + 6e-5) / known
     effective_rank = jnp.exp(shannon(shares(jnp.exp(logs / 2))))
-    return tuple(jnp.where(some, x, 0)[:, 0] for x in (entropy, effective_rank))
+    return jnp.where(some, entropy, 0)[:, 0], jnp.where(some, effective_rank, 0)[:, 0]
 
 
 class Route(NamedTuple):

@@ -138,7 +138,11 @@ def set_multipliers(opt_state: Any, multipliers: Any, which: Which = None) -> An
 
 
 def log_dict(
-    opt_state: Any, layers: Sequence[Layer], params: Any = None, which: Which = None
+    opt_state: Any,
+    layers: Sequence[Layer],
+    params: Any = None,
+    *,
+    which: Which = None,
 ) -> dict[str, Float[Array, ""]]:
     """Return alpha and multiplier of every layer as scalars by name, for a logger.
 

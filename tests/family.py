@@ -207,5 +207,10 @@ def one_block(number, scale):
         blocks = [block_number(layer) for layer, _ in rows]
         return np.where(np.asarray(blocks) == str(number), scale, 1.0) + 0 * metric
 
+    return seeing_layers(assign)
+
+
+def seeing_layers(assign: Any) -> Any:
+    """Mark a map as one that gets the layers."""
     assign.needs_layers = True
     return assign

@@ -94,11 +94,12 @@ def members_of(groups, layers):
 def test_maps_of_model_balancing(x64):
     del x64
     info, arrays = recorded("model_balancing_maps")
-    for vector in info["vectors"]:
+    for number, vector in enumerate(info["vectors"]):
         name, names = vector["name"], vector["layer_names"]
         scores = arrays[f"scores/{name}"]
         for row, config in enumerate(info["configs"]):
-            if vector["status"][row] != "ok":
+            # Half of the pairs, to save time.
+            if vector["status"][row] != "ok" or (row + number) % 2:
                 continue
             published = arrays[f"value/{name}"][row] / config["epoch_val"]
             where, kind = f"{name}, {row}", config["hyperparam"]

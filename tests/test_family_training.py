@@ -5,6 +5,7 @@ rates in place of multipliers, the test drives the multipliers from the host.
 """
 
 import functools
+from typing import Any
 
 import family
 import jax
@@ -271,7 +272,9 @@ class Scheduled:
     def __init__(self, config, scheduled, groups):
         self.config, self.scheduled = config, scheduled
         self.base = np.full(groups + 1, config["eta"])
-        self.position, self.ramp, self.before = 0, None, None
+        self.position = 0
+        self.ramp: Any = None
+        self.before: Any = None
 
     def share(self, step):
         """Linear warm-up, then a cosine to alpha_f; beyond its end it starts again."""
