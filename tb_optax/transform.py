@@ -262,12 +262,12 @@ class _Refresh:
 
     name: str
     analyze: Any
-    interval: Interval
+    interval: Any
     spread: bool
-    start: Number
-    stop: Number | None
-    ramp: Number
-    smoothing: Number
+    start: Any
+    stop: Any
+    ramp: Any
+    smoothing: Any
 
     def checked(self) -> "_Refresh":
         """Return this with the default analysis, if the options go together."""

@@ -15,7 +15,7 @@ import numpy as np
 from golden import LINEAR
 
 import tb_optax
-from tb_optax import Layer
+from tb_optax import Layer, linear, log2, mean_one, nested, sigmoid, sqrt, step
 from tb_optax.analysis import Options, assign_multipliers
 
 FITS = {
@@ -164,3 +164,53 @@ def name_without_number(layer: Layer) -> str | None:
 def third_part(layer: Layer) -> str:
     """The groups of `layerwise_sigmoid`."""
     return layer.path.split(".")[2]
+
+
+BY_NAME = {"tb_sqrt": sqrt(), "tb_log2": log2()}
+
+
+def map_of_balancing(config, kind):
+    """The library's map and groups for a rule of Model Balancing."""
+    rule, unit = config["temp_balance"], config["tb_unit"]
+    prefix = "wd" if kind == "wd" and rule == "tb_layer_blocks" else "lr"
+    low = config[f"{prefix}_min_ratio"]
+    high = low + config[f"{prefix}_slope"]
+    own = sigmoid(config["sigmoid_min"], config["sigmoid_max"], config["exp_temp"])
+    schedules = {"sigmoid": own, "linear_map": linear(low, high)}
+    schedule = schedules.get(config["schedule_func"], step(low, high))
+    groups = block_number if rule == "tb_layer_blocks" and unit == "block" else None
+    assign = {
+        "tb_linear_map": linear(low, high),
+        "tbr": step(low, high),
+        "tb_std_sigmoid": own,
+        "tb_layer_groups": nested(None, linear(high, low), name_without_number),
+        **BY_NAME,
+    }.get(rule, schedule)
+    if rule == "tb_layer_blocks" and unit == "layer":
+        assign = nested(schedule, linear(low, high), block_number)
+    if rule == "tb_layer_blocks" and unit == "sliding_window":
+        assign = one_block(config["tb_window_idx"], config["tb_window_scale"])
+    normalized = rule in ("tb_linear_map", "tb_layer_blocks") and unit in (
+        "block",
+        "layer",
+    )
+    if config["tb_lr_normalize"] == "True" and normalized:
+        assign = mean_one(assign, ungrouped=True)
+    return assign, groups
+
+
+def one_block(number, scale):
+    """A map of the user: one block at another rate."""
+
+    def assign(metric, tuned, rows):
+        del tuned
+        blocks = [block_number(layer) for layer, _ in rows]
+        return np.where(np.asarray(blocks) == str(number), scale, 1.0) + 0 * metric
+
+    return seeing_layers(assign)
+
+
+def seeing_layers(assign: Any) -> Any:
+    """Mark a map as one that gets the layers."""
+    assign.needs_layers = True
+    return assign

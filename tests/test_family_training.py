@@ -5,6 +5,7 @@ rates in place of multipliers, the test drives the multipliers from the host.
 """
 
 import functools
+from typing import Any
 
 import family
 import jax
@@ -15,7 +16,7 @@ import pytest
 from family import LINEAR, block_number, recorded, third_part
 
 import tb_optax
-from tb_optax import Layer, linear, log2, nested, sigmoid, sqrt, standard_sigmoid
+from tb_optax import Layer, linear, log2, nested, sqrt, standard_sigmoid
 from tb_optax.recipes import largest_at_ends
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "x64")
@@ -171,47 +172,61 @@ def test_a_training_with_alpha_decay(optimizer):
 def test_a_training_with_model_balancing(name):
     """Scores of step t are first used by update t + 1, on a rate that moves."""
     info, arrays = recorded(f"model_balancing_train_{name}")
-    options = info["options"]
-    followers: dict[str, list[str]] = {}
-    for path in info["param_names"]:
-        if not (block := block_number(Layer(path, LINEAR))):
-            continue
-        if path.removesuffix(".weight") not in info["layer_names"]:
-            followers.setdefault(block, []).append(path)
-    layers = []
-    for layer in info["layer_names"][:-1]:
-        own = Layer(f"{layer}.weight", LINEAR)
-        follows = followers.pop(block_number(own) or "", [])
-        layers.append(Layer(own.path, LINEAR, tuple(follows)))
-    analyze = tb_optax.layer_analysis(
-        layers,
-        fit=tb_optax.fit_median(options["xmin_pos"]),
-        assign=sigmoid(options.get("sigmoid_min", 2), options.get("sigmoid_max", 1)),
-        groups=block_number,
-    )
+    options = family.recorded("model_balancing_roberta64")[0]["map_defaults"]
+    options = options | info["options"]
+    both = options["hyperparam_to_tune"] == "hybrid"
+    layers = balanced_layers(info)
+    analyses = {}
+    for kind in ("lr", "wd"):
+        rule = {"temp_balance": options[f"temp_balance_{kind}"]}
+        assign, groups = family.map_of_balancing(options | rule, kind)
+        analyses[kind] = tb_optax.layer_analysis(
+            layers,
+            fit=tb_optax.fit_median(options["xmin_pos"]),
+            assign=assign,
+            groups=groups,
+        )
     decays = {path: path in info["decay_parameters"] for path in info["param_names"]}
-    adam, rate = adam_parts(base_rates(info))
-    both = info["options"]["hyperparam_to_tune"] == "hybrid"
-    plain = optax.add_decayed_weights(0.0 if both else info["weight_decay"], decays)
-    balance = tb_optax.scale_by_temp_balance(
-        analyze,
-        interval=None,
-        weight_decay=info["weight_decay"] if both else 0.0,
-        mask=decays,
+    decay = tb_optax.add_balanced_weight_decay(
+        info["weight_decay"], analyses["wd"], interval=None, mask=decays
     )
-    due = {}
+    adam, rate = adam_parts(base_rates(info))
+    if not both:
+        decay = optax.add_decayed_weights(info["weight_decay"], decays)
+    balance = tb_optax.scale_by_temp_balance(analyses["lr"], interval=None)
+    first = info["warmup_steps"] + 1 if options.get("after_warm") == "True" else 0
+    newest = {}
 
     def refresh(step, params, state):
-        if step - 1 in due:
-            state = tb_optax.set_multipliers(state, due.pop(step - 1))
+        if newest and step - 1 >= first:
+            if both:
+                state = tb_optax.set_multipliers(state, newest["wd"], which=0)
+            which = int(both)
+            state = tb_optax.set_multipliers(state, newest["lr"], which=which)
         if step in info["refresh_steps"]:
-            due[step] = analyze(params)
+            newest.update({kind: own(params) for kind, own in analyses.items()})
         return state
 
     loss = functools.partial(roberta_loss, info=info)
     batches = [arrays["input_ids"].astype(np.int32), arrays["labels"].astype(np.int32)]
-    tx = optax.chain(adam, plain, balance, rate)
+    tx = optax.chain(adam, decay, balance, rate)
     assert_as_recorded(*train(tx, loss, initial(arrays), batches, refresh), arrays)
+
+
+def balanced_layers(info):
+    """All layers of blocks, each with its bias and the norms that come after it."""
+    names = [name for name in info["layer_names"] if block_number(Layer(name, LINEAR))]
+    follows = {name: [] for name in names}
+    current = None
+    for path in info["param_names"]:
+        module = path.rpartition(".")[0]
+        if module in follows and path.endswith(".weight"):
+            current = module
+        elif block_number(Layer(path, LINEAR)):
+            follows[module if module in follows else current].append(path)
+    return [
+        Layer(f"{name}.weight", LINEAR, tuple(own)) for name, own in follows.items()
+    ]
 
 
 def base_rates(info):
@@ -257,11 +272,15 @@ class Scheduled:
     def __init__(self, config, scheduled, groups):
         self.config, self.scheduled = config, scheduled
         self.base = np.full(groups + 1, config["eta"])
-        self.position, self.ramp, self.before = 0, None, None
+        self.position = 0
+        self.ramp: Any = None
+        self.before: Any = None
 
     def share(self, step):
         """Linear warm-up, then a cosine to alpha_f; beyond its end it starts again."""
         config = self.config
+        if step and step % config["T"] == 0:
+            return 1e-7
         step %= config["T"]
         if step < config["warmup"]:
             return step / max(1, config["warmup"])
@@ -324,7 +343,7 @@ def test_schedules_of_llr(name):
 
         def scheduled(step, config=config, kept=kept, names=names):
             _, scores = at_step(step)[config["xmin_pos"] == 1.5]
-            rates = family.multipliers(scores[kept], names, map_of_llr(config))
+            rates = family.multipliers(scores[kept], names, map_of_llr(config)).copy()
             if config["embed_lr"] > 0:
                 rates[[0, -1]] = config["embed_lr"] / config["eta"]
             return config["eta"] * rates

@@ -1,6 +1,7 @@
 """When multipliers change: start, stop, ramps, smoothing, weight decay; two states."""
 
 import functools
+from typing import Any
 
 import configurations as table
 import jax
@@ -22,7 +23,7 @@ PATH = [
 
 
 @functools.cache
-def compiled(**options):
+def compiled(**options) -> Any:
     tx = tb_optax.scale_by_temp_balance(ANALYZE, **options)
     return tx.init, jax.jit(tx.update)
 
@@ -78,7 +79,7 @@ def test_refreshes_are_between_start_and_stop(start, stop, refreshes, spread):
         if i == refreshes[0]:
             table.assert_close(state.multipliers, analyzed(i).multipliers)
         np.testing.assert_array_equal(state.multipliers, state.target)
-    differs = np.diff(stacked(states), axis=0).any(axis=1)
+    differs = np.any(np.diff(stacked(states), axis=0), axis=1).tolist()
     changed = [i for i in range(1, 10) if differs[i - 1]]
     assert changed == [r for r in refreshes if r > 0], changed
 
@@ -143,8 +144,9 @@ def test_all_numbers_may_be_traced():
     make = optax.inject_hyperparams(
         tb_optax.scale_by_temp_balance, static_args=("analyze",)
     )
-    injected = make(ANALYZE, interval=3, **OPTIONS)
-    update = jax.jit(injected.update)
+    injected: Any = make(ANALYZE, interval=3, **OPTIONS)
+    update: Any = jax.jit(injected.update)
+    state: Any
     state, plain_state = (
         injected.init(PATH[0]),
         compiled(interval=3, **OPTIONS)[0](PATH[0]),
@@ -170,9 +172,9 @@ def test_the_structure_never_changes():
 def test_multi_steps_count_updates_of_the_optimizer():
     inner = tb_optax.scale_by_temp_balance(ANALYZE, interval=1, ramp=2)
     tx = optax.MultiSteps(inner, 2)
-    state = tx.init(PATH[0])
+    state, update = tx.init(PATH[0]), jax.jit(tx.update)
     for i in range(8):
-        _, state = jax.jit(tx.update)(PATH[i // 2], state, PATH[i // 2])
+        _, state = update(PATH[i // 2], state, PATH[i // 2])
     found = tb_optax.get_multipliers(state)
     np.testing.assert_allclose(found, ramps(range(4), 2, 4)[-1], rtol=1e-5)
 
