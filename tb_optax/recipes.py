@@ -25,6 +25,15 @@ from tb_optax.power_law import fit_median
 from tb_optax.submatrices import windows
 from tb_optax.transform import add_balanced_weight_decay, scale_by_temp_balance
 
+__all__ = [
+    "alpha_decay",
+    "farms",
+    "largest_at_ends",
+    "llr",
+    "model_balancing",
+    "temp_balance",
+]
+
 
 def temp_balance(
     layers: Sequence[Layer] | None = None,
