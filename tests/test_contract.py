@@ -417,13 +417,20 @@ def test_rank_promotion_is_never_implicit(row):
         {"fit": tb_optax.fit_min_ks(), "assign": tb_optax.sqrt()},
         {"fit": tb_optax.fit_peak(), "assign": tb_optax.step()},
         {"fit": tb_optax.fit_peak(published_window=False), "assign": tb_optax.log2()},
+        {"assign": tb_optax.mean_one(tb_optax.sigmoid(), by_size=True)},
+        {"assign": tb_optax.nested(tb_optax.linear(), tb_optax.standard_sigmoid())},
+        {"groups": lambda layer: layer.path[:7], "metric": tb_optax.relative_alpha},
+        {"windows": tb_optax.windows(rows=4)},
+        {"spectrum": tb_optax.quadrature(above=4)},
     ],
-    ids=["median", "floor", "min_ks", "peak", "corrected_peak"],
+    ids=lambda options: " ".join(options) or "default",
 )
-def test_rank_promotion_in_the_analysis_is_never_implicit(options):
-    with jax.numpy_rank_promotion("raise"):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_promotion_in_the_analysis_is_implicit(options, dtype):
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), table.make_params())
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         analyze = tb_optax.layer_analysis(min_eigenvalues=4, **options)
-        jax.eval_shape(analyze, table.make_params())
+        jax.eval_shape(analyze, params)
 
 
 @every_row

@@ -155,6 +155,7 @@ def test_training_goes_on_and_the_next_refresh_recovers(first):
 CHECKS = {
     "debug_nans": lambda: jax.debug_nans(True),
     "enable_checks": lambda: jax.enable_checks(True),
+    "dtype_promotion": lambda: jax.numpy_dtype_promotion("strict"),
     "rank_promotion": lambda: jax.numpy_rank_promotion("raise"),
     "transfer_guard": lambda: jax.transfer_guard("disallow"),
 }

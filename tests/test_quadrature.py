@@ -270,13 +270,6 @@ def test_dtypes_mixed_in_one_tree():
         np.testing.assert_allclose(found.alpha[row], alone.alpha[0], rtol=tolerance)
 
 
-def test_no_automatic_rank_promotion():
-    """It would raise under JAX's strictest setting: every broadcast is explicit."""
-    with jax.numpy_rank_promotion("raise"):
-        shapes = jax.eval_shape(ANALYZE.__call__, make_params())
-    assert shapes.alpha.shape == (len(shapes.layers),)
-
-
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
 def test_it_lowers_for_every_platform(platform):
     analysis = layer_analysis([Layer("w", DENSE)], spectrum=quadrature(above=8))
