@@ -369,12 +369,7 @@ class nested:
         return jnp.where(jnp.asarray(place >= 0), inner, 1)
 
 
-def apply_map(
-    assign: Assign,
-    metric: Float[Array, " layers"],
-    tuned: Bool[Array, " layers"],
-    rows: Rows,
-) -> Float[Array, " layers"]:
+def apply_map(assign: Assign, metric, tuned, rows: Rows):
     """Call a map with the layers, if it needs them, or without."""
     if getattr(assign, "needs_layers", False):
         return assign(metric, tuned, rows)

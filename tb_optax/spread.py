@@ -93,14 +93,7 @@ def spread_refresh(
         Multipliers, new ones from all alphas after the last piece; alphas.
     """
     matrices = [functools.partial(layer_matrices, kernels, layer) for layer in layers]
-    kinds: dict[tuple, list[int]] = {}
-    for i, layer in enumerate(layers):
-        if is_large(layer, kernels[layer.path].shape, options):
-            key = estimate_key(kernels, layer)
-        else:
-            own = jax.eval_shape(matrices[i])
-            key = (own.shape, own.dtype, bool(layer.axes.pooled))
-        kinds.setdefault(key, []).append(i)
+    kinds = _kinds(kernels, layers, options)
     kind_of, place_of = np.zeros((2, len(layers)), np.int32)
     for number, members in enumerate(kinds.values()):
         kind_of[members], place_of[members] = number, np.arange(len(members))
@@ -146,3 +139,16 @@ def spread_refresh(
         return found.astype(multipliers.dtype)
 
     return jax.lax.cond(piece == pieces - 1, assign, lambda: multipliers), alpha
+
+
+def _kinds(kernels, layers: Sequence[Layer], options: Options) -> dict[Any, list[int]]:
+    """Group the layers that share one compiled analysis."""
+    kinds: dict[Any, list[int]] = {}
+    for i, layer in enumerate(layers):
+        if is_large(layer, kernels[layer.path].shape, options):
+            key = estimate_key(kernels, layer)
+        else:
+            own = jax.eval_shape(functools.partial(layer_matrices, kernels, layer))
+            key = (own.shape, own.dtype, bool(layer.axes.pooled))
+        kinds.setdefault(key, []).append(i)
+    return kinds
