@@ -350,7 +350,7 @@ def check_fields(state: Any) -> None:
 
 def ends_of_ramp(
     state: TempBalanceState,
-) -> tuple[Float[Array, " layers"], Float[Array, " layers"]]:
+) -> tuple[Float[Array, "*states layers"], Float[Array, "*states layers"]]:
     """Return the multipliers at which a ramp goes on, and those at which it ends."""
     # Of a population too, whose states are stacked.
     set_by_host = jnp.equal(state.refreshed, state.count)[..., None]

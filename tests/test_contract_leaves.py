@@ -342,5 +342,5 @@ def test_a_state_without_ours_says_so(read):
         optax.identity(),
         tb_optax.scale_by_temp_balance(ANALYZE, interval=None),
     )
-    with pytest.raises(ValueError, match=r"2 TempBalanceStates.*, at 0, 2"):
+    with pytest.raises(ValueError, match=r"2 TempBalanceStates.*, at '0', '2'"):
         read(twice.init(params))
