@@ -76,7 +76,7 @@ def temp_balance(
     >>> for _ in range(3):
     ...     updates, state = tx.update(params, state, params)
     ...     params = optax.apply_updates(params, updates)
-    >>> print(get_multipliers(state).round(4))
+    >>> print(get_multipliers(state).round(1))
     [0.5 1.5]
 
     References:
@@ -137,7 +137,7 @@ def farms(
     >>> for _ in range(3):
     ...     updates, state = tx.update(params, state, params)
     ...     params = optax.apply_updates(params, updates)
-    >>> print(get_multipliers(state).round(4))
+    >>> print(get_multipliers(state).round(1))
     [1.9 0.1]
 
     References:
@@ -204,7 +204,7 @@ def alpha_decay(
     >>> for _ in range(3):
     ...     updates, state = tx.update(params, state, params)
     ...     params = optax.apply_updates(params, updates)
-    >>> print(get_multipliers(state).round(4))
+    >>> print(get_multipliers(state).round(1))
     [0.5 3. ]
 
     References:
@@ -355,7 +355,7 @@ def llr(
     >>> for _ in range(3):
     ...     updates, state = tx.update(params, state, params)
     ...     params = optax.apply_updates(params, updates)
-    >>> print(get_multipliers(state).round(4))
+    >>> print(get_multipliers(state).round(1))
     [1. 3.]
 
     References:
