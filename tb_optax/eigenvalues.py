@@ -325,8 +325,8 @@ def _count_below(
         (first, before), (second, between) = rows[..., None]
         pivot = jnp.clip(first - shifts - before * inverse, -1e30, 1e30)
         inverse = pivot / ((second - shifts) * pivot - between)
-        negative = jnp.signbit(jnp.stack([pivot, inverse]))
-        return (inverse, count + jnp.sum(negative, axis=0, dtype=count.dtype)), None
+        count += jnp.signbit(pivot).astype(count.dtype)
+        return (inverse, count + jnp.signbit(inverse).astype(count.dtype)), None
 
     # Varying from device to device, in the sense of `shard_map`, as the pivots do.
     pivot = pairs[0, 0, 0][:, None] - shifts
