@@ -41,7 +41,6 @@ from tb_optax.spectrum import (
     Spectra,
     as_matrices,
     compute_spectra,
-    entropies,
 )
 from tb_optax.submatrices import Windows, cut_of, windows
 
@@ -1007,3 +1006,37 @@ def _is_fitted(
         & (law.alpha <= MAX_ALPHA)
         & (log_xmin > log_top + spectra.log_noise)
     )
+
+
+def entropies(
+    log_eigenvalues: Float[Array, "layers n"], weights: Float[Array, "layers n"]
+) -> tuple[Float[Array, " layers"], Float[Array, " layers"]]:
+    """Compute entropy and effective rank; `Analysis` has their formulas.
+
+    Args:
+        log_eigenvalues: logarithms in any unit, -inf for zeros.
+        weights: how many eigenvalues each stands for; 0 for padding.
+
+    Returns:
+        Both; 0 where all eigenvalues are zero.
+    """
+    logs = jnp.where(weights > 0, log_eigenvalues, -jnp.inf)
+    top = jnp.max(logs, axis=-1, keepdims=True)
+    some = top > -jnp.inf
+    logs = logs - jnp.where(some, top, 0)
+
+    def total(values):
+        return jnp.sum(weights * values, axis=-1, keepdims=True)
+
+    def shannon(probability):
+        logarithm = jnp.log(jnp.where(probability > 0, probability, 1))
+        return -total(probability * logarithm)
+
+    def shares(values):
+        return values / jnp.where(some, total(values), 1)
+
+    rank = total((logs > 2 * math.log(6e-5)).astype(logs.dtype))
+    known = jnp.log(jnp.where(some, rank, 2) + 6e-5)
+    entropy = shannon(shares(jnp.exp(logs)) + 6e-5) / known
+    effective_rank = jnp.exp(shannon(shares(jnp.exp(logs / 2))))
+    return jnp.where(some, entropy, 0)[:, 0], jnp.where(some, effective_rank, 0)[:, 0]

@@ -35,8 +35,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tb_optax.checks import check_int
 from tb_optax.layers import Layer, MatrixAxes
+from tb_optax.leaves import computing_dtype
 from tb_optax.sharding import over_devices
-from tb_optax.spectrum import computing_dtype
 
 # Lanczos vectors that are kept at once, in bytes; a stack of matrices is never cut.
 _BASIS_BYTES = 2**28

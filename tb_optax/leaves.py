@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 
 T = TypeVar("T")
 
@@ -167,3 +168,9 @@ def listing(names: Iterable[str], limit: int = 8) -> str:
     names = list(names)
     listed = ", ".join(repr(name) for name in names[:limit])
     return listed + (f", ... ({len(names)} in all)" if len(names) > limit else "")
+
+
+def computing_dtype(*arrays: Any) -> np.dtype:
+    """Float64 if an array has it, else float32: half precision is cast up."""
+    wide = any(array.dtype == np.float64 for array in arrays)
+    return np.dtype(np.float64 if wide else np.float32)

@@ -17,13 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from tb_optax.eigenvalues import (
-    Bucket,
-    Decomposed,
-    gram_eigenvalues,
-    singular_values,
-)
+from tb_optax.eigenvalues import Bucket, Decomposed, gram_eigenvalues, singular_values
 from tb_optax.layers import MatrixAxes
+from tb_optax.leaves import computing_dtype
 from tb_optax.sharding import over_devices
 
 
@@ -65,40 +61,6 @@ class Spectra(NamedTuple):
         return jnp.ldexp(values * self.factor[rows], 2 * self.exponent[rows])
 
 
-def entropies(
-    log_eigenvalues: Float[Array, "layers n"], weights: Float[Array, "layers n"]
-) -> tuple[Float[Array, " layers"], Float[Array, " layers"]]:
-    """Compute entropy and effective rank; `Analysis` has their formulas.
-
-    Args:
-        log_eigenvalues: logarithms in any unit, -inf for zeros.
-        weights: how many eigenvalues each stands for; 0 for padding.
-
-    Returns:
-        Both; 0 where all eigenvalues are zero.
-    """
-    logs = jnp.where(weights > 0, log_eigenvalues, -jnp.inf)
-    top = jnp.max(logs, axis=-1, keepdims=True)
-    some = top > -jnp.inf
-    logs = logs - jnp.where(some, top, 0)
-
-    def total(values):
-        return jnp.sum(weights * values, axis=-1, keepdims=True)
-
-    def shannon(probability):
-        logarithm = jnp.log(jnp.where(probability > 0, probability, 1))
-        return -total(probability * logarithm)
-
-    def shares(values):
-        return values / jnp.where(some, total(values), 1)
-
-    rank = total((logs > 2 * math.log(6e-5)).astype(logs.dtype))
-    known = jnp.log(jnp.where(some, rank, 2) + 6e-5)
-    entropy = shannon(shares(jnp.exp(logs)) + 6e-5) / known
-    effective_rank = jnp.exp(shannon(shares(jnp.exp(logs / 2))))
-    return jnp.where(some, entropy, 0)[:, 0], jnp.where(some, effective_rank, 0)[:, 0]
-
-
 class Route(NamedTuple):
     """A way from matrices to eigenvalues.
 
@@ -114,13 +76,6 @@ class Route(NamedTuple):
 
 GRAM = Route(gram_eigenvalues, 1)
 SINGULAR_VALUES = Route(singular_values, 2)
-
-
-def computing_dtype(*arrays: Float[Array, "..."]) -> np.dtype:
-    """Float64 if an array has it, else float32: half precision is cast up."""
-    return np.result_type(
-        np.float32, *(np.float64 for x in arrays if x.dtype == np.float64)
-    )
 
 
 def as_matrices(

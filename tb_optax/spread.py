@@ -22,7 +22,7 @@ from tb_optax.analysis import (
 )
 from tb_optax.lanczos import Spectrum, estimate_key, estimate_one_of, exact
 from tb_optax.layers import Layer, MatrixAxes
-from tb_optax.spectrum import computing_dtype
+from tb_optax.leaves import computing_dtype
 from tb_optax.submatrices import Windows, cut_of
 
 
