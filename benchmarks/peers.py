@@ -3,8 +3,10 @@
 Each is a function without arguments that returns when its work is done.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from benchmarks.networks import Network
 
 Params = Mapping[str, Array]
 Alphas = Callable[[], np.ndarray]
+Way = Callable[[Network, Params], Alphas]
 
 OURS = "tb_optax"
 QUADRATURE = "tb_optax, quadrature"
@@ -25,15 +28,9 @@ TORCH = "torch.linalg.svdvals"
 _CONV_NORM = 0.5
 
 
-def tb_optax_way(network: Network, params: Params) -> Alphas:
+def tb_optax_way(network: Network, params: Params, **options: Any) -> Alphas:
     """Return the analysis of this library, multipliers included."""
-    analyze = tb_optax.layer_analysis(network.layers)
-    return lambda: np.asarray(jax.block_until_ready(analyze(params)).alpha)
-
-
-def quadrature_way(network: Network, params: Params) -> Alphas:
-    """Return the analysis of this library, large kernels by quadrature."""
-    analyze = tb_optax.layer_analysis(network.layers, spectrum=tb_optax.quadrature())
+    analyze = tb_optax.layer_analysis(network.layers, **options)
     return lambda: np.asarray(jax.block_until_ready(analyze(params)).alpha)
 
 
@@ -70,9 +67,11 @@ def torch_way(network: Network, params: Params) -> Alphas:
     return lambda: np.asarray([hill(weight) for weight in weights])
 
 
-def ways(network: Network) -> dict[str, Callable[[Network, Params], Alphas]]:
+def ways(network: Network) -> dict[str, Way]:
     """Return the ways of a network by title; quadrature if a kernel is large enough."""
     sides = [min(shape[-2:]) for shape in network.shapes.values()]
-    large = max(sides) > tb_optax.quadrature().above
-    quadrature = {QUADRATURE: quadrature_way} if large else {}
-    return {OURS: tb_optax_way, **quadrature, TORCH: torch_way}
+    found: dict[str, Way] = {OURS: tb_optax_way, TORCH: torch_way}
+    estimate = tb_optax.quadrature()
+    if max(sides) > estimate.above:
+        found[QUADRATURE] = functools.partial(tb_optax_way, spectrum=estimate)
+    return found

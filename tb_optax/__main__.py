@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tb_optax.analysis import LayerAnalysis, esd, layer_analysis
+from tb_optax.analysis import LayerAnalysis, assign_multipliers, esd, layer_analysis
 from tb_optax.checkpoints import Checkpoint, CheckpointError, open_checkpoint
 from tb_optax.checks import optional
 from tb_optax.describe import describe
@@ -35,7 +35,6 @@ from tb_optax.find import find_layers, read_leaves
 from tb_optax.lanczos import exact, quadrature
 from tb_optax.layers import Layer, MatrixAxes, expand_stacks
 from tb_optax.leaves import leaves_of, listing, shapes_of
-from tb_optax.maps import linear
 from tb_optax.power_law import fit_median, fit_min_ks, fit_peak
 
 FITS = {"median": fit_median(), "min_ks": fit_min_ks(), "peak": fit_peak()}
@@ -404,12 +403,11 @@ def _aspect(layer: Layer, shape: tuple[int, ...]) -> float:
 
 def _assign(rows: list[dict[str, Any]]) -> None:
     """Fill in the multipliers of the default map over all rows."""
-    alpha = jnp.asarray([row["alpha"] for row in rows])
-    tuned = jnp.asarray(
-        [row["fitted"] and row["eigenvalue_count"] >= MIN_EIGENVALUES for row in rows]
-    )
-    multipliers = jnp.where(tuned, linear(0.5, 1.5)(alpha, tuned), 1)
-    for row, multiplier, is_tuned in zip(rows, multipliers, tuned, strict=True):
+    names = ("alpha", "fitted", "eigenvalue_count")
+    alpha, fitted, count = (jnp.asarray([row[c] for row in rows]) for c in names)
+    options = layer_analysis(min_eigenvalues=MIN_EIGENVALUES).options
+    found = assign_multipliers(alpha, fitted, count, options, ())
+    for row, multiplier, is_tuned in zip(rows, *found, strict=True):
         row["multipliers"], row["tuned"] = float(multiplier), bool(is_tuned)
 
 

@@ -106,8 +106,7 @@ class windows:
     def cut_of(self, inputs: int, outputs: int, positions: int | None) -> Cut:
         """Return the geometry of a kernel; `positions` is None without pooled axes."""
         if positions is None:
-            columns, width = self._starts(inputs, max(1, int(self.rows * self.ratio)))
-            rows, height = self._starts(outputs, self.rows)
+            (columns, width), (rows, height) = self._grid(inputs, outputs)
             return Cut(1, len(rows) * len(columns), (width, height))
         height, width = self._block(min(inputs, outputs))
         shape = (width, height) if outputs >= inputs else (height, width)
@@ -119,8 +118,7 @@ class windows:
         """Cut matrices; the blocks of a layer follow each other."""
         inputs, outputs = stack.shape[2:]
         if not pooled:
-            columns, width = self._starts(inputs, max(1, int(self.rows * self.ratio)))
-            rows, height = self._starts(outputs, self.rows)
+            (columns, width), (rows, height) = self._grid(inputs, outputs)
             # (rows, columns, layers, 1, inputs, outputs)
             cut = _slices(_slices(stack, 2, columns, width), 4, rows, height)
             cut = jnp.moveaxis(cut[:, :, :, 0], 2, 0)
@@ -136,6 +134,11 @@ class windows:
             stack = stack.reshape(*stack.shape[:2], cut.blocks, width, height)
             stack = stack.transpose(0, 2, 1, 3, 4)
         return stack.reshape(-1, *stack.shape[2:])
+
+    def _grid(self, inputs: int, outputs: int):
+        """Return where windows start, and their size, along inputs and outputs."""
+        columns = self._starts(inputs, max(1, int(self.rows * self.ratio)))
+        return columns, self._starts(outputs, self.rows)
 
     def _starts(self, size: int, window: int) -> tuple[list[int], int]:
         """Return where windows start along a side, and how much of it each takes."""

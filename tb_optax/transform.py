@@ -294,7 +294,7 @@ class _Refresh:
             _check_spread(analyze, self.interval)
         if own.smooths(if_unknown=False):
             _check_smoothing(analyze, self.interval, self.smoothing)
-        if self.interval is None and not (_is(self.start, 0) and self.stop is None):
+        if self.interval is None:
             _check_host("start", self.start, not _is(self.start, 0))
             _check_host("stop", self.stop, self.stop is not None)
         return own
@@ -353,8 +353,7 @@ class _Refresh:
 
     def _weight(self) -> Number | None:
         """Return the weight of the past in alpha; None where it has none."""
-        applies = isinstance(self.analyze, LayerAnalysis)
-        applies = applies and self.analyze.options.metric == "alpha"
+        applies = _metric_of(self.analyze) == "alpha"
         return self.smoothing if self.smooths(if_unknown=applies) else None
 
     def _at_once(self, plan: Resolved, state: TempBalanceState):
@@ -497,8 +496,24 @@ def _analyzed(analyze, layers, kernels, state: TempBalanceState, weight) -> Anal
     return analyze(kernels)
 
 
+def _metric_of(analyze):
+    """Return the metric of an analysis; None for a function of the user."""
+    return analyze.options.metric if isinstance(analyze, LayerAnalysis) else None
+
+
+def _check_alpha(option: str, analyze, unit: str, remedy: str = "") -> None:
+    """Raise ValueError unless the analysis ranks by what the state carries."""
+    metric = _metric_of(analyze)
+    if metric != "alpha":
+        msg = (
+            f"{option} needs a layer_analysis(...) with metric='alpha', which is all "
+            f"that the state carries from {unit} to {unit}, got "
+            f"{metric or analyze!r}{remedy}."
+        )
+        raise ValueError(msg)
+
+
 def _check_smoothing(analyze, interval, smoothing) -> None:
-    metric = analyze.options.metric if isinstance(analyze, LayerAnalysis) else None
     if interval is None:
         msg = (
             f"smoothing = {smoothing!r} needs an interval, got interval = None: the "
@@ -506,13 +521,8 @@ def _check_smoothing(analyze, interval, smoothing) -> None:
             f"set_multipliers, or leave smoothing out."
         )
         raise ValueError(msg)
-    if metric != "alpha":
-        msg = (
-            f"smoothing = {smoothing!r} needs a layer_analysis(...) with "
-            f"metric='alpha', which is all that the state carries from refresh to "
-            f"refresh, got {metric or analyze!r}; leave smoothing out."
-        )
-        raise ValueError(msg)
+    option, remedy = f"smoothing = {smoothing!r}", "; leave smoothing out"
+    _check_alpha(option, analyze, "refresh", remedy)
 
 
 def _check_host(name: str, value, given: bool) -> None:
@@ -528,11 +538,4 @@ def _check_spread(analyze, interval) -> None:
     if not isinstance(interval, (int, np.integer)):
         msg = f"spread=True needs an int interval, got interval = {interval!r}."
         raise ValueError(msg)
-    metric = analyze.options.metric if isinstance(analyze, LayerAnalysis) else None
-    if metric != "alpha":
-        msg = (
-            f"spread=True needs a layer_analysis(...) with metric='alpha', which is "
-            f"all that the state carries from piece to piece, got "
-            f"{metric or analyze!r}."
-        )
-        raise ValueError(msg)
+    _check_alpha("spread=True", analyze, "piece")

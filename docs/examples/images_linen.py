@@ -1,6 +1,6 @@
 """Train a network in Flax linen: `TrainState`, a schedule, checkpoints, resuming.
 
-    python docs/examples/images_linen.py --steps 300 --directory /tmp/digits
+    python docs/examples/images_linen.py --steps 300 --directory runs/digits
 
 Started again with the same directory, it goes on where it was stopped.
 """
