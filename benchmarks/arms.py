@@ -44,12 +44,12 @@ class Recipe(NamedTuple):
     seed: Seed
 
 
-def cosine(rate: float, epochs: int) -> optax.Schedule:
+def cosine(rate: float | Array, epochs: int) -> optax.Schedule:
     """Return a cosine from a rate to 0."""
     return optax.cosine_decay_schedule(rate, epochs)
 
 
-def cosine_with_a_restart(rate: float, epochs: int) -> optax.Schedule:
+def cosine_with_a_restart(rate: float | Array, epochs: int) -> optax.Schedule:
     """Return two cosines from a rate to 0, each over half of the epochs (SGDR)."""
     halves = [(epochs + 1) // 2, max(1, epochs // 2)]
     return optax.join_schedules([cosine(rate, half) for half in halves], halves[:1])
@@ -140,7 +140,7 @@ class Arm:
     name: ArmName
     title: str
     optimizer: Callable[[Recipe], optax.GradientTransformation]
-    by_epoch: Callable[[float, int], optax.Schedule] = cosine
+    by_epoch: Callable[[float | Array, int], optax.Schedule] = cosine
     scale: Callable[[Analyze], optax.GradientTransformation] | None = None
     control: Callable[[Analyze, Seed], Analyze] | None = None
     parts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -150,9 +150,16 @@ class Arm:
         """Whether the optimizer holds multipliers that an analysis refreshes."""
         return self.scale is not None
 
-    def schedule(self, config: Config, steps_per_epoch: int) -> optax.Schedule:
-        """Return the learning rate by steps; it changes between epochs."""
-        rate = settings(config, self.name).learning_rate
+    def schedule(
+        self, config: Config, steps_per_epoch: int, rate: float | Array
+    ) -> optax.Schedule:
+        """Return the learning rate by steps; a cosine changes between epochs only."""
+        if config.warmup:
+            rising = config.warmup * steps_per_epoch
+            falling = max(1, config.epochs * steps_per_epoch - rising)
+            up = optax.linear_schedule(0.0, rate, rising)
+            down = optax.linear_schedule(rate, 0.0, falling)
+            return optax.join_schedules([up, down], [rising])
         by_epoch = self.by_epoch(rate, config.epochs)
         return lambda count: by_epoch(jnp.floor_divide(count, steps_per_epoch))
 
@@ -170,10 +177,15 @@ class Arm:
         return analyze if self.control is None else self.control(analyze, seed)
 
     def build(
-        self, config: Config, analyze: Analyze, steps_per_epoch: int, seed: Seed
+        self,
+        config: Config,
+        analyze: Analyze,
+        steps_per_epoch: int,
+        seed: Seed,
+        rate: float | Array,
     ) -> optax.GradientTransformation:
         """Return the optimizer."""
-        schedule = self.schedule(config, steps_per_epoch)
+        schedule = self.schedule(config, steps_per_epoch, rate)
         recipe = Recipe(config, settings(config, self.name), schedule, seed)
         optimizer = self.optimizer(recipe)
         if self.scale is None:

@@ -31,7 +31,8 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
-from benchmarks import data, report
+from benchmarks import data, machine, report, studies
+from benchmarks.arms import ARMS
 from benchmarks.commandline import check_names
 from benchmarks.configs import ArmName
 from benchmarks.errors import UserError
@@ -98,10 +99,59 @@ class Command:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class StudyCommand:
+    """A command line for a study, whose seeds and arms are part of the protocol.
+
+    Attributes:
+        study: name in benchmarks/studies.py.
+        data_dir: where the data are; default: the standard library, or the hub.
+        out: directory; default: runs/STUDY.
+        resume: continue what is in the directory.
+        cores: cores to use; default: all there are.
+        plots: draw pictures, too.
+    """
+
+    study: tyro.conf.Positional[str]
+    data_dir: Path | None = None
+    out: Path | None = None
+    resume: bool = False
+    cores: int | None = None
+    plots: bool = True
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    return resumable(lambda stopping: _run(given, stopping))
+    run = _run_study if given and given[0] in studies.STUDIES else _run
+    return resumable(lambda stopping: run(given, stopping))
+
+
+def _run_study(arguments: Sequence[str], stopping: Callable[[], bool]) -> None:
+    command = tyro.cli(
+        StudyCommand,
+        prog="python -m benchmarks.compare",
+        description="Tune the rate of each arm, and compare fresh seeds.",
+        args=arguments,
+    )
+    machine.bind_cores(command.cores)
+    out = command.out or Path("runs", command.study)
+    directory = studies.Directory(out, command.study)
+    if directory.commands() and not command.resume:
+        msg = f"{out} is not empty; give --resume or another --out"
+        raise UserError(msg)
+    study = directory.study
+    dataset = study.load(study.config, command.data_dir)
+    directory.open(dataset.digest(), "benchmarks.compare", arguments)
+    try:
+        studies.train(directory, dataset, stopping)
+    finally:
+        if command.plots:
+            from benchmarks import findings  # Matplotlib is an extra.
+
+            findings.write(directory)
+            print((out / findings.REPORT).read_text(encoding="utf-8"))
+    print(out)
 
 
 def _run(arguments: Sequence[str], stopping: Callable[[], bool]) -> None:
@@ -127,7 +177,7 @@ def _run(arguments: Sequence[str], stopping: Callable[[], bool]) -> None:
             for run in group:
                 run.open(dataset)
             if place not in trainers:
-                trainers[place] = Trainer(first.config, first.arm, dataset)
+                trainers[place] = Trainer(first.config, ARMS[first.arm], dataset)
             trainers[place].train(group, progress, stopping)
             _report(known, plots=command.plots)
     if not groups:

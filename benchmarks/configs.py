@@ -52,6 +52,8 @@ _LIMITS: dict[str, _Limit] = {
     "low": _NOT_NEGATIVE,
     "high": _NOT_NEGATIVE,
     "interval": _COUNT,
+    "warmup": _NOT_NEGATIVE,
+    "smoothing": ("at least 0, below 1", lambda share: 0 <= share < 1),
     "arms": ("each arm once", lambda arms: 0 < len(arms) == len(set(arms))),
     "seed": ("0 to 4294967295", lambda seed: 0 <= seed < 2**32),
 }
@@ -86,6 +88,9 @@ class Config:
         init: whose default initialization the weights have.
         interval: epochs from one analysis of the weights to the next.
         compute: type that training computes in.
+        warmup: epochs in which the rate rises, step by step, before it falls to 0 in
+            a straight line; 0 is the cosine of `learning_rate`.
+        smoothing: share of the label that is spread over all classes in training.
         arms: what is compared; see README.md.
         seed: seed of the initial weights, of the order of the rows and of their
             augmentation.
@@ -112,6 +117,8 @@ class Config:
     init: Init = "flax"
     interval: int = 1
     compute: Compute = "float32"
+    warmup: int = 0
+    smoothing: float = 0.0
     arms: tuple[ArmName, ...] = ("cal", "tb")
     seed: int = 43
 
@@ -121,6 +128,44 @@ class Config:
             if value is not None and not holds(value):
                 msg = f"{option(name)} is {value!r}; allowed: {allowed}"
                 raise UserError(msg)
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageConfig:
+    """Everything that the numbers of a language model's run depend on.
+
+    Attributes:
+        epochs: evaluations; the last is after the last update.
+        steps: updates from one evaluation to the next.
+        batch_size: windows of a step.
+        length: bytes of a window that are predicted.
+        windows: windows that an evaluation reads of the validation or test files.
+        width: features of a position.
+        depth: number of blocks.
+        heads: attention heads of a block.
+        tied: whether the logits are products with the embedding.
+        learning_rate: largest rate; it rises to it in the first tenth of the updates,
+            and a cosine takes it to a tenth.
+        weight_decay: coefficient of w next to the update of Adam, of kernels alone.
+        refresh: updates from one analysis to the next, for all methods but LLR.
+        interval: evaluations from one analysis that is written down to the next.
+        seed: seed of the initial weights and of the windows of all steps.
+    """
+
+    epochs: int = 6
+    steps: int = 50
+    batch_size: int = 12
+    length: int = 128
+    windows: int = 192
+    width: int = 96
+    depth: int = 4
+    heads: int = 4
+    tied: bool = False
+    learning_rate: float = 4e-3
+    weight_decay: float = 0.1
+    refresh: int = 30
+    interval: int = 6
+    seed: int = 1
 
 
 DIGITS = Config(

@@ -2,8 +2,8 @@
 
 A data set of the hub is read from there or from a directory with its parquet files. An
 image is a struct of `bytes` (a PNG or JPEG file, gray or in color) and `path`; a label
-is an integer. Local files are streamed: nothing is cached, so a changed file is never
-mistaken for an older one, and nothing is written next to the data.
+is an integer. Local files are read batch by batch: nothing is cached, so a changed file
+is never mistaken for an older one, and nothing is written next to the data.
 
 The hub must have exactly the published rows. A directory may have fewer, as a part of a
 data set is one too; more are a mistake, such as two downloads in one place.
@@ -14,24 +14,20 @@ import dataclasses
 import io
 import itertools
 import logging
-import tempfile
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 import numpy as np
+import pyarrow
 import sklearn.datasets
 from PIL import Image
+from pyarrow import parquet
 
 from benchmarks.configs import Config
 from benchmarks.errors import UserError, first_line
 from benchmarks.images import Dataset, Preparation
 from benchmarks.runs import Run
-
-# What goes wrong is raised as well.
-for _reader in ("datasets", "huggingface_hub"):
-    logging.getLogger(_reader).setLevel(logging.CRITICAL)
 
 Rows = tuple[np.ndarray, np.ndarray]
 
@@ -226,6 +222,10 @@ def read(
 
 def _hub(source: Source, split: Split) -> Generator[dict[str, Any], None, None]:
     """Yield rows from the hub, through its own cache."""
+    import datasets  # Not needed, and often not there, where the files are local.
+
+    for reader in ("datasets", "huggingface_hub"):  # What goes wrong is raised, too.
+        logging.getLogger(reader).setLevel(logging.CRITICAL)
     name = source.repository
     try:
         rows = datasets.load_dataset(
@@ -261,22 +261,14 @@ def _local(
     if not files:
         msg = f"{data_dir}: no file {split.name}-*.parquet"
         raise UserError(msg)
-    with tempfile.TemporaryDirectory() as cache:
-        for file in files:
-            try:
-                rows = datasets.load_dataset(
-                    "parquet",
-                    data_files={split.name: [file]},
-                    split=split.name,
-                    streaming=True,
-                    cache_dir=cache,
-                )
-                yield from _rows(rows.decode(False), source, file)
-            except UserError:
-                raise
-            except Exception as error:  # Each layer below has errors of its own.
-                msg = f"{file} cannot be read as parquet ({first_line(error)})"
-                raise UserError(msg) from error
+    for file in files:
+        try:
+            with parquet.ParquetFile(file) as content:
+                for batch in content.iter_batches(batch_size=1000):
+                    yield from _rows(batch.to_pylist(), source, file)
+        except (pyarrow.ArrowException, OSError) as error:
+            msg = f"{file} cannot be read as parquet ({first_line(error)})"
+            raise UserError(msg) from error
 
 
 def _rows(rows: Any, source: Source, place: str) -> Iterator[dict[str, Any]]:

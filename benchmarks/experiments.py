@@ -17,16 +17,16 @@ from jax import Array
 from tqdm import tqdm
 
 from benchmarks import machine
-from benchmarks.arms import ARMS
 from benchmarks.configs import Config
 from benchmarks.errors import UserError
 from benchmarks.files import TEMPORARY, Row, append_lines, read_json, write_json
-from benchmarks.images import Dataset
 from benchmarks.loop import Program, TrainState, make_program
 from benchmarks.preemption import Preempted
 from benchmarks.runs import LAYERS, METRICS, Run
 
 _RECORD = "experiment.json"
+
+MakeProgram = Callable[[Any, Any, Any], Program]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,15 +142,29 @@ def unfinished(runs: Sequence[Run], at_once: int = 1) -> list[tuple[Run, ...]]:
 
 
 class Trainer:
-    """Trains runs that differ in their seeds alone, with one compiled program."""
+    """Trains runs that differ in seed or learning rate, with one compiled program.
 
-    def __init__(self, config: Config, arm: str, dataset: Dataset):
-        self._config, self._arm, self._dataset = config, ARMS[arm], dataset
-        self.program = make_program(config, self._arm, dataset)
+    Args:
+        config: what they have in common.
+        arm: how they train.
+        dataset: what they train on.
+        make: makes the program of these three; default: that of images.
+    """
+
+    def __init__(
+        self, config: Any, arm: Any, dataset: Any, make: MakeProgram | None = None
+    ):
+        self._config, self._arm, self._dataset = config, arm, dataset
+        self.program = (make or make_program)(config, arm, dataset)
         self._compiled: dict[int, Program] = {}  # By the number of runs at once.
 
     def train(
-        self, runs: Sequence[Run], progress: tqdm, stopping: Callable[[], bool]
+        self,
+        runs: Sequence[Run],
+        progress: tqdm,
+        stopping: Callable[[], bool],
+        *,
+        test: Callable[[int], bool] | None = None,
     ) -> list[TrainState]:
         """Train to the last epoch; return the states.
 
@@ -159,6 +173,8 @@ class Trainer:
                 program, and each is given the same share of the seconds.
             progress: counts the epochs of all runs.
             stopping: whether to stop after the epoch that runs.
+            test: whether the test rows are read after an epoch, counted from 1; None
+                reads them after each.
 
         Raises:
             Preempted: if it is to stop.
@@ -177,7 +193,12 @@ class Trainer:
                 if stopping():
                     msg = f"{title} is saved after {epoch} of {epochs} epochs"
                     raise Preempted(msg)
-                states, rows = self._epoch(program, runs, states, parts, epoch)
+                read = {
+                    name: rows
+                    for name, rows in parts.items()
+                    if name != "test" or test is None or test(epoch + 1)
+                }
+                states, rows = self._epoch(program, runs, states, read, epoch)
                 if epoch + 1 == epochs:
                     states, _ = self._analyze(program, runs, states, epochs)
                 for run, state, row, save in zip(
@@ -185,8 +206,8 @@ class Trainer:
                 ):
                     append_lines(run.path / METRICS, [{"epoch": epoch + 1, **row}])
                     save(epoch + 1, state)
-                accuracy = np.mean([row["test_accuracy"] for row in rows])
-                progress.set_postfix_str(f"test accuracy {accuracy:.1%}")
+                loss = np.mean([row["train_loss"] for row in rows])
+                progress.set_postfix_str(f"training loss {loss:.3f}")
                 progress.update(len(runs))
             return states
 
@@ -213,10 +234,10 @@ class Trainer:
             else program.evaluate(tuple(states), *rows)
             for part, rows in parts.items()
         }
-        rate = float(jnp.asarray(self._arm.schedule(self._config, 1)(epoch)))
         rows = []
-        for place in range(len(runs)):
-            row: Row = {"learning_rate": rate}
+        for place, run in enumerate(runs):
+            schedule = self._arm.schedule(self._config, 1, run.rate)
+            row: Row = {"learning_rate": float(jnp.asarray(schedule(epoch)))}
             for part in parts:
                 row[f"{part}_loss"] = float(scores[part][place].loss)
                 row[f"{part}_accuracy"] = float(scores[part][place].accuracy)
@@ -254,7 +275,8 @@ class Trainer:
 
     def _compile(self, count: int) -> Program:
         if count not in self._compiled:
-            self._compiled[count] = self.program.compiled(self._dataset, count)
+            rows = self._dataset.parts()["train"]
+            self._compiled[count] = self.program.compiled(rows, count)
         return self._compiled[count]
 
 

@@ -42,17 +42,21 @@ def read_json(path: Path, **fields: type) -> Row:
 
 
 def append_lines(path: Path, rows: Iterable[Row]) -> None:
-    """Add a line per row. JSON has no NaN and no infinity: null stands for both."""
+    """Add a line per row."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(as_lines(rows))
+
+
+def as_lines(rows: Iterable[Row]) -> str:
+    """Return a line per row. JSON has no NaN and no infinity: null stands for both."""
 
     def finite(value: Any) -> Any:
         return value if not isinstance(value, float) or math.isfinite(value) else None
 
-    lines = [
+    return "".join(
         json.dumps({name: finite(value) for name, value in row.items()}) + "\n"
         for row in rows
-    ]
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(lines))
+    )
 
 
 def read_lines(path: Path) -> list[Row]:

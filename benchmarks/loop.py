@@ -1,17 +1,18 @@
 """The compiled parts of training: a step, an epoch of steps, an evaluation, a refresh.
 
-The seed is part of the state, so that one compiled program serves all seeds, and the
-random numbers of an epoch depend on seed and epoch alone, so that a resumed run draws
-the same ones.
+Seed and learning rate are part of the state, so that one compiled program serves them
+all. The random numbers of an epoch depend on seed and epoch alone, so that a resumed
+run draws the same ones.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import Array
@@ -27,6 +28,7 @@ class TrainState(NamedTuple):
     """What an epoch changes or follows, and a checkpoint holds."""
 
     seed: Array  # shape (), dtype uint32
+    rate: Array  # shape (), the learning rate that the schedule starts from
     params: Any
     batch_stats: Any
     opt_state: Any
@@ -50,10 +52,10 @@ class Program:
     Attributes:
         layers: the layers that are analyzed, in the order of execution.
         abstract: shapes and placement of the state.
-        start: `(seed) -> state`, before the first step.
-        train: `(states, images, labels, epoch) -> [(state, scores), ...]`, for a tuple
-            of states of different seeds at once; consumes them.
-        evaluate: `(states, images, labels) -> [scores, ...]`, with running averages.
+        start: `(seed, rate) -> state`, before the first step.
+        train: `(states, *rows, epoch) -> [(state, scores), ...]`, for a tuple of states
+            of different seeds or rates at once; consumes them.
+        evaluate: `(states, *rows) -> [scores, ...]`, with running averages.
         refresh: `(state) -> state, analysis`; consumes the state, and sets the
             multipliers if the arm has some.
     """
@@ -65,14 +67,14 @@ class Program:
     evaluate: Any
     refresh: Any
 
-    def compiled(self, data: Dataset, count: int) -> "Program":
-        """Compile what is timed, for `count` states at once and these rows."""
-        images, labels = jax.eval_shape(lambda rows: rows, data.parts()["train"])
+    def compiled(self, rows: Sequence[np.ndarray], count: int) -> "Program":
+        """Compile what is timed, for `count` states at once and these training rows."""
+        rows = jax.eval_shape(lambda *rows: rows, *rows)
         epoch = jax.ShapeDtypeStruct((), jnp.int32)
         states = (self.abstract,) * count
         return dataclasses.replace(
             self,
-            train=self.train.lower(states, images, labels, epoch).compile(),
+            train=self.train.lower(states, *rows, epoch).compile(),
             refresh=self.refresh.lower(self.abstract).compile(),
         )
 
@@ -96,13 +98,14 @@ def make_program(config: Config, arm: Arm, data: Dataset) -> Program:
     def analysis(seed: Seed) -> Analyze:
         return arm.analysis(config, layers, seed)
 
-    def optimizer(seed: Seed) -> optax.GradientTransformation:
-        return arm.build(config, analysis(seed), steps, seed)
+    def optimizer(seed: Seed, rate: Array) -> optax.GradientTransformation:
+        return arm.build(config, analysis(seed), steps, seed, rate)
 
-    def start(seed: Seed) -> TrainState:
-        own = jnp.uint32(seed)
-        params, batch_stats = _initial(shape, own)
-        return TrainState(own, params, batch_stats, optimizer(own).init(params))
+    def start(seed: Seed, rate: float | Array) -> TrainState:
+        seed, rate = jnp.uint32(seed), jnp.float32(rate)
+        params, batch_stats = _initial(shape, seed)
+        opt_state = optimizer(seed, rate).init(params)
+        return TrainState(seed, rate, params, batch_stats, opt_state)
 
     def refresh(state: TrainState) -> tuple[TrainState, tb_optax.Analysis]:
         analyzed = analysis(state.seed)(state.params)
@@ -111,14 +114,27 @@ def make_program(config: Config, arm: Arm, data: Dataset) -> Program:
             state = state._replace(opt_state=opt_state)
         return state, analyzed
 
+    loss_fn = image_loss(nnx.graphdef(model), config.smoothing)
+    train = _epoch(
+        training_step(loss_fn, optimizer), data.preparation, config.batch_size
+    )
+    evaluate = _evaluation(nnx.graphdef(plain), data.preparation, config.batch_size)
+    return assembled(layers, start, train, evaluate, refresh)
+
+
+def assembled(
+    layers: tuple[tb_optax.Layer, ...],
+    start: Callable[[Seed, Any], TrainState],
+    train: Callable[..., tuple[TrainState, Scores]],
+    evaluate: Callable[..., Scores],
+    refresh: Callable[[TrainState], tuple[TrainState, tb_optax.Analysis]],
+) -> Program:
+    """Return the program of functions of one state."""
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        jax.eval_shape(start, 0),
+        jax.eval_shape(start, 0, 0.0),
     )
-    step = training_step(image_loss(nnx.graphdef(model)), optimizer)
-    train = _epoch(step, data.preparation, config.batch_size)
-    evaluate = _evaluation(nnx.graphdef(plain), data.preparation, config.batch_size)
     return Program(
         layers,
         abstract,
@@ -136,13 +152,13 @@ def balanced_layers(model: models.Model, config: Config) -> tuple[tb_optax.Layer
 
 
 def training_step(
-    loss_fn: LossFn, optimizer: Callable[[Array], optax.GradientTransformation]
+    loss_fn: LossFn, optimizer: Callable[[Array, Array], optax.GradientTransformation]
 ) -> Callable[..., tuple[TrainState, Scores]]:
     """Return `(state, *batch) -> state, scores`: gradients, updates, new parameters.
 
     Args:
         loss_fn: `(params, batch_stats, *batch) -> loss, (batch_stats, scores)`.
-        optimizer: builds the optimizer of a seed.
+        optimizer: builds the optimizer of a seed and a learning rate.
     """
 
     def step(state: TrainState, *batch: Array) -> tuple[TrainState, Scores]:
@@ -150,22 +166,25 @@ def training_step(
         (_, (batch_stats, scores)), gradients = gradient_fn(
             state.params, state.batch_stats, *batch
         )
-        updates, opt_state = optimizer(state.seed).update(
+        updates, opt_state = optimizer(state.seed, state.rate).update(
             gradients, state.opt_state, state.params
         )
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.seed, params, batch_stats, opt_state), scores
+        state = state._replace(
+            params=params, batch_stats=batch_stats, opt_state=opt_state
+        )
+        return state, scores
 
     return step
 
 
-def image_loss(graph: nnx.GraphDef) -> LossFn:
+def image_loss(graph: nnx.GraphDef, smoothing: float = 0.0) -> LossFn:
     """Return the mean cross-entropy of a model of images, in training mode."""
 
     def loss_fn(params: Any, batch_stats: Any, images: Array, labels: Array):
         model = nnx.merge(graph, params, batch_stats)
         logits = model(images, train=True)
-        loss = _cross_entropy(logits, labels).mean()
+        loss = cross_entropy(logits, labels, smoothing).mean()
         accuracy = jnp.mean(logits.argmax(-1) == labels)
         stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
         return loss, (stats, Scores(loss, accuracy))
@@ -184,7 +203,7 @@ class _Shape(NamedTuple):
     compute: str
 
     def build(self, seed: Seed) -> models.Model:
-        init_key, _ = _keys(seed)
+        init_key, _ = keys(seed)
         return models.build(**self._asdict(), rngs=nnx.Rngs(init_key))
 
 
@@ -195,7 +214,7 @@ def _initial(shape: _Shape, seed: Array) -> tuple[Any, Any]:
     return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
 
 
-def _keys(seed: Seed) -> tuple[Array, Array]:
+def keys(seed: Seed) -> tuple[Array, Array]:
     """Return the key of the initial weights, and that of row order and augmentation."""
     init_key, order_key = jax.random.split(jax.random.key(seed))
     return init_key, order_key
@@ -229,7 +248,7 @@ def _epoch(
         state: TrainState, images: Array, labels: Array, epoch: Array
     ) -> tuple[TrainState, Scores]:
         steps = len(images) // batch_size
-        _, key = _keys(state.seed)
+        _, key = keys(state.seed)
         order_key, augment_key = jax.random.split(jax.random.fold_in(key, epoch))
         order = jax.random.permutation(order_key, len(images))[: steps * batch_size]
 
@@ -258,7 +277,7 @@ def _evaluation(
         def body(_: None, row: Array) -> tuple[None, Scores]:
             label = labels[row % rows]
             logits = model(preparation.normalize(images[row % rows]), train=False)
-            loss = _cross_entropy(logits, label)
+            loss = cross_entropy(logits, label)
             right = logits.argmax(-1) == label
             return None, Scores(
                 jnp.where(row < rows, loss, 0).sum(), jnp.sum(right & (row < rows))
@@ -270,6 +289,11 @@ def _evaluation(
     return evaluate
 
 
-def _cross_entropy(logits: Array, labels: Array) -> Array:
+def cross_entropy(logits: Array, labels: Array, smoothing: float = 0.0) -> Array:
+    """Return the loss of each label, a share of which is spread over all classes."""
     logits = logits.astype(jnp.float32)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    if not smoothing:
+        return losses
+    spread = -jax.nn.log_softmax(logits).mean(-1)
+    return (1 - smoothing) * losses + smoothing * spread

@@ -264,9 +264,15 @@ def paired(one: pd.Series, other: pd.Series, form: str, *, ratio: bool = False) 
     mean = form.format(pairs.mean())
     if len(pairs) == 1:
         return mean
-    margin = stats.t.ppf(0.975, len(pairs) - 1) * stats.sem(pairs)
-    low, high = pairs.mean() - margin, pairs.mean() + margin
-    return f"{mean} [{form.format(low)}, {form.format(high)}]"
+    center, margin = interval(pairs)
+    low, high = form.format(center - margin), form.format(center + margin)
+    return f"{mean} [{low}, {high}]"
+
+
+def interval(samples: pd.Series) -> tuple[float, float]:
+    """Return the mean of two or more samples, and half its interval of 95 %."""
+    margin = stats.t.ppf(0.975, len(samples) - 1) * stats.sem(samples)
+    return float(samples.mean()), float(margin)
 
 
 def _mean(samples: pd.Series, form: str) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from benchmarks.configs import Config, option
+from benchmarks.configs import LanguageConfig, option
 from benchmarks.errors import UserError, first_line
 from benchmarks.files import (
     TEMPORARY,
@@ -31,10 +31,13 @@ from benchmarks.files import (
     read_lines,
     write_json,
 )
-from benchmarks.images import Dataset
 from benchmarks.loop import Program, TrainState
+from benchmarks.published import settings
 
 METRICS, LAYERS = "metrics.jsonl", "layers.jsonl"
+
+# Where the data lie may change; what they are may not, and has a digest.
+_FREE = ("arms", "data_dir")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,15 +46,22 @@ class Run:
 
     Attributes:
         path: its directory.
-        config: its experiment and seed.
+        config: its experiment and seed, a `Config` or a `LanguageConfig`.
         arm: name in `benchmarks.arms`.
         variant: name of the experiment in a grid.
     """
 
     path: Path
-    config: Config
+    config: Any
     arm: str
     variant: str = "base"
+
+    @property
+    def rate(self) -> float:
+        """The learning rate that the schedule starts from."""
+        if isinstance(self.config, LanguageConfig):
+            return self.config.learning_rate
+        return settings(self.config, self.arm).learning_rate
 
     def __str__(self) -> str:
         return f"{self.variant}/{self.arm} seed {self.config.seed}"
@@ -107,7 +117,7 @@ class Run:
             msg = f"the data are not those of the run in {place}; give another --out"
             raise UserError(msg)
 
-    def open(self, data: Dataset) -> None:
+    def open(self, data: Any) -> None:
         """Start the run, or cut off what a kill has left after its saved state."""
         if not self.begun():
             self.path.mkdir(parents=True, exist_ok=True)
@@ -115,7 +125,7 @@ class Run:
             content = {
                 "config": self._recorded(),
                 "data_sha256": data.digest(),
-                "train_rows": len(data.train_labels),
+                "train_rows": len(data.parts()["train"][-1]),
                 "device": jax.devices()[0].device_kind,
                 "versions": {name: version(name) for name in packages},
             }
@@ -160,15 +170,13 @@ class Run:
             if done:
                 state = _restore(manager, done, program.abstract)
             else:
-                state = program.start(self.config.seed)
+                state = program.start(self.config.seed, self.rate)
             yield state, save
 
     def _recorded(self) -> dict[str, Any]:
         """Return what the numbers depend on, as JSON gives it back."""
         content = dataclasses.asdict(self.config) | {"arm": self.arm}
-        # Where the data lie may change; what they are may not, and has a digest.
-        del content["arms"], content["data_dir"]
-        return content
+        return {name: content[name] for name in content if name not in _FREE}
 
     def _progress(self) -> dict[str, Any]:
         file = self.path / "progress.json"

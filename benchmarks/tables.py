@@ -5,15 +5,22 @@
 
 writes `benchmarks/README.md`, or says whether it is what would be written. Files named
 `spectral*.json`, `step_cost*.json` and `compare_*.json` have a section each, in the
-order of their names, and so do directories named `accelerator*`; those of a comparison
-show the pictures of their name.
+order of their names, and so do directories named `accelerator*` and those that hold a
+study of `benchmarks.studies`; a comparison shows the pictures of its name.
 """
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import accelerator, commandline, report, speed_tables
+from benchmarks import (
+    accelerator,
+    commandline,
+    findings,
+    report,
+    speed_tables,
+    studies,
+)
 from benchmarks.errors import UserError
 from benchmarks.files import read_json
 
@@ -73,6 +80,11 @@ def render(directory: Path) -> str:
         pictures = sorted(directory.glob(f"{path.stem}_*.png"))
         links = [f"{commandline.RESULTS.name}/{picture.name}" for picture in pictures]
         parts += report.section(read_json(path), links)
+    for path in sorted(directory.rglob(studies.STUDY)):
+        study = studies.Directory(path.parent, read_json(path, name=str)["name"])
+        place = Path(commandline.RESULTS.name, path.parent.relative_to(directory))
+        links = [str(place / file.name) for file in sorted(path.parent.glob("*.png"))]
+        parts += findings.section(study, links)
     return "\n\n".join(parts) + "\n"
 
 

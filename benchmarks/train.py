@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import tb_optax
 from benchmarks import data, report
+from benchmarks.arms import ARMS
 from benchmarks.configs import RECIPES, Config, DatasetName
 from benchmarks.experiments import Experiment, Trainer, label, unfinished
 from benchmarks.files import write_text
@@ -96,7 +97,7 @@ def _run(arguments: Sequence[str], stopping: Callable[[], bool]) -> None:
     with tqdm(total=total, initial=done, unit="epoch") as progress:
         for run in runs:
             run.open(dataset)
-            trainer = Trainer(config, run.arm, dataset)
+            trainer = Trainer(config, ARMS[run.arm], dataset)
             [state] = trainer.train([run], progress, stopping)
             layers = trainer.program.layers
             names = [label(layer.path) for layer in layers]

@@ -55,7 +55,8 @@ def two_steps(quick_compilation):
     results = {}
     for name, arm in arms.ARMS.items():
         analyze = arm.analysis(config, layers, config.seed)
-        optimizer = arm.build(config, analyze, 1, config.seed)
+        rate = settings(config, name).learning_rate
+        optimizer = arm.build(config, analyze, 1, config.seed, rate)
 
         def step(gradients, state, params, optimizer=optimizer):
             updates, state = optimizer.update(gradients, state, params)
@@ -135,7 +136,7 @@ def first_epoch(arm, **fields):
     )
     dataset = eight_images()
     program = loop.make_program(config, arms.ARMS[arm], dataset)
-    state = program.start(config.seed)
+    state = program.start(config.seed, 0.1)
     if arms.ARMS[arm].balanced:
         state, _ = program.refresh(state)
     rows = dataset.parts()["train"]
@@ -153,7 +154,7 @@ def test_an_epoch_depends_on_seed_and_number_alone(plain):
     program, _, scores = plain
     losses, rows = [], eight_images().parts()["train"]
     for seed, number in ((configs.DIGITS.seed, 0), (configs.DIGITS.seed, 1), (7, 0)):
-        start = program.start(seed)
+        start = program.start(seed, 0.1)
         [(_, own)] = program.train((start,), *rows, jnp.int32(number))
         losses.append(float(own.loss))
     assert losses[0] == scores.loss
@@ -203,8 +204,9 @@ def test_numbers_are_the_published_ones():
 
 def test_sgdr_restarts_at_half_of_the_epochs():
     config = dataclasses.replace(configs.CIFAR10, epochs=200)
-    rates = arms.ARMS["sgdr"].schedule(config, 10)
-    cosine = arms.ARMS["cal"].schedule(dataclasses.replace(config, epochs=100), 10)
+    rates = arms.ARMS["sgdr"].schedule(config, 10, 0.1)
+    half = dataclasses.replace(config, epochs=100)
+    cosine = arms.ARMS["cal"].schedule(half, 10, 0.1)
     for epoch in (0, 1, 50, 99):
         for step in (10 * epoch, 10 * epoch + 9, 10 * (epoch + 100)):
             np.testing.assert_allclose(rates(step), cosine(10 * epoch), rtol=1e-5)

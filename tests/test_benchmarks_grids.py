@@ -13,6 +13,7 @@ from runs import TINY
 
 from benchmarks import models
 from benchmarks.arms import ARMS
+from benchmarks.configs import CIFAR10
 from benchmarks.files import read_json, read_lines
 from benchmarks.grids import GRIDS
 from benchmarks.loop import balanced_layers
@@ -81,7 +82,8 @@ def test_ablations_start_from_the_published_numbers():
 def test_numbers_of_the_ablations():
     rates = GRIDS["learning-rate"].configs().values()
     for arm in ("cal", "tb"):
-        first = [np.asarray(ARMS[arm].schedule(config, 1)(0)) for config in rates]
+        given = [settings(config, arm).learning_rate for config in rates]
+        first = [np.asarray(ARMS[arm].schedule(CIFAR10, 1, rate)(0)) for rate in given]
         np.testing.assert_allclose(first, [0.05, 0.1, 0.15], rtol=1e-6)
     for name, config in GRIDS["bounds"].configs().items():
         numbers = settings(config, "tb")

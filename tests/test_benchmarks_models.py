@@ -199,9 +199,10 @@ def test_two_steps_of_every_family_move_all_weights(family, channels):
     _, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
     optimizer = optax.sgd(0.1, momentum=0.9)
     params, stats = nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
-    start = loop.TrainState(jnp.uint32(0), params, stats, optimizer.init(params))
+    opt_state = optimizer.init(params)
+    start = loop.TrainState(jnp.uint32(0), jnp.float32(0), params, stats, opt_state)
     step = jax.jit(
-        loop.training_step(loop.image_loss(nnx.graphdef(model)), lambda _: optimizer)
+        loop.training_step(loop.image_loss(nnx.graphdef(model)), lambda *_: optimizer)
     )
     images, labels = eight_images().parts()["train"]
     state, losses = start, []

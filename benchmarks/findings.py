@@ -1,0 +1,296 @@
+"""What a study came to: tables, pictures and a page, from its evaluations."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter
+
+from benchmarks.cells import Row, table
+from benchmarks.commandline import without_places
+from benchmarks.files import write_text
+from benchmarks.page import page
+from benchmarks.protocol import chosen, grid
+from benchmarks.report import interval, paired
+from benchmarks.studies import Directory
+
+REPORT, PAGE = "report.md", "report.html"
+RATES, DIFFERENCES = "rates.png", "differences.png"
+
+_HELD = (
+    "A difference is paired by seed, with the 95 % interval of its mean by Student's "
+    "t; below 0 is better. No finished run is left out; the test rows are read once."
+)
+
+
+def write(directory: Directory) -> None:
+    """Write the report, and the page with its pictures."""
+    pictures = []
+    for name, figure in figures(directory).items():
+        pictures.append(directory.path / name)
+        figure.savefig(pictures[-1], dpi=120)
+    links = [picture.name for picture in pictures]
+    write_text(directory.path / REPORT, "\n\n".join(section(directory, links)) + "\n")
+    headings = [(words, rows) for words, rows in tables(directory) if rows]
+    about = " ".join([_HELD, *_state(directory)])
+    text = page(f"Study {directory.name}", about, headings, pictures)
+    write_text(directory.path / PAGE, text)
+
+
+def section(directory: Directory, pictures: Sequence[str]) -> Iterator[str]:
+    """Give the parts of a study's section in Markdown."""
+    devices = {command["hardware"]["device"]: None for command in directory.commands()}
+    yield f"## Study {directory.name}: {', '.join(devices)}"
+    yield " ".join([_HELD, *_state(directory)])
+    for words, rows in tables(directory):
+        if rows:
+            yield f"{words}:"
+            yield table(rows)
+    for picture in pictures:
+        yield f"![{Path(picture).stem}]({picture})"
+    yield _setting(directory)
+
+
+def tables(directory: Directory) -> list[tuple[str, list[Row]]]:
+    """Return the tables: fresh seeds, equal seconds, the sweep."""
+    return [
+        ("Loss of fresh seeds after equally many steps", _fresh_rows(directory)),
+        (
+            "Validation loss of fresh seeds after equally many seconds",
+            _seconds_rows(directory),
+        ),
+        (
+            "Sweep: mean validation loss by learning rate; the chosen one is in bold",
+            _sweep_rows(directory),
+        ),
+    ]
+
+
+def _frame(directory: Directory, phase: str) -> pd.DataFrame:
+    """Return the evaluations of a phase; a loss that is not finite is NaN."""
+    rows = [
+        row
+        for trial, rows in directory.evaluations().items()
+        for row in rows
+        if trial.phase == phase
+    ]
+    frame = pd.DataFrame(rows)
+    return frame.astype({name: float for name in frame if str(name).endswith("loss")})
+
+
+def _last(frame: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Return a number after the last update: a line per seed, a column per arm."""
+    last = frame[frame["epoch"] == frame["epoch"].max()]
+    return last.pivot(index="seed", columns="arm", values=column)
+
+
+def _fresh_rows(directory: Directory) -> list[Row]:
+    frame, study = _frame(directory, "fresh"), directory.study
+    if frame.empty:
+        return []
+    validation, test = _last(frame, "validation_loss"), _last(frame, "test_loss")
+    accuracy = 100 * _last(frame, "test_accuracy")
+    first = study.swept[0]
+    rows = []
+    for arm in (arm for arm in study.arms if arm in test):
+        row = {
+            "arm": study.arms[arm].title,
+            "rate": f"{frame.loc[frame['arm'] == arm, 'rate'].iloc[0]:g}",
+            "seeds": str(test[arm].count()),
+            "validation loss": _mean(validation[arm], "{:.4f}"),
+            "test loss": _mean(test[arm], "{:.4f}"),
+            "test accuracy, %": _mean(accuracy[arm], "{:.2f}"),
+        }
+        row[f"to {study.arms[first].title}"] = (
+            "" if arm == first else paired(test[arm], test[first], "{:+.4f}")
+        )
+        held = _held_against(study, arm)
+        row["to its control"] = (
+            paired(test[arm], test[held], "{:+.4f}") if held in test else ""
+        )
+        rows.append(row)
+    return rows
+
+
+def _held_against(study: Any, arm: str) -> str | None:
+    """Return the mean-matched control of a method."""
+    return next((name for name, of in study.parents.items() if of == arm), None)
+
+
+def _mean(samples: pd.Series, form: str) -> str:
+    mean = form.format(samples.mean())
+    return mean if len(samples) == 1 else f"{mean} ± {form.format(samples.std())}"
+
+
+def _seconds_rows(directory: Directory) -> list[Row]:
+    """Compare every arm at the seconds that the first one takes for all its steps.
+
+    The seconds of an arm are the median over all its evaluations, sweep included. The
+    loss is interpolated between evaluations; an arm that is slower has not reached the
+    end of its schedule by then.
+    """
+    fresh, study = _frame(directory, "fresh"), directory.study
+    if fresh.empty:
+        return []
+    everything = pd.concat([fresh, _frame(directory, "sweep")])
+    everything["seconds"] = everything["train_seconds"] + everything["analysis_seconds"]
+    seconds = everything.groupby("arm")["seconds"].median()
+    first, last = study.swept[0], study.config.epochs
+    rows = []
+    for arm in (arm for arm in study.arms if arm in set(fresh["arm"])):
+        reached = min(last, last * seconds[first] / seconds[arm])
+        curves = fresh[fresh["arm"] == arm].pivot(
+            index="seed", columns="epoch", values="validation_loss"
+        )
+        losses = [
+            float(np.interp(reached, curves.columns.to_numpy(float), curve))
+            for curve in curves.to_numpy()
+        ]
+        rows.append(
+            {
+                "arm": study.arms[arm].title,
+                "seconds of a run": f"{last * seconds[arm]:.1f}",
+                f"to {study.arms[first].title}": f"{seconds[arm] / seconds[first]:.3f}",
+                "steps by then": f"{reached / last:.1%}",
+                "validation loss by then": _mean(pd.Series(losses), "{:.4f}"),
+            }
+        )
+    return rows
+
+
+def _sweep_rows(directory: Directory) -> list[Row]:
+    study, losses = directory.study, directory.losses()
+    frame = _frame(directory, "sweep")
+    if frame.empty:
+        return []
+    means = _sweep_means(frame)
+    rows = []
+    for arm in study.swept:
+        row = {"arm": study.arms[arm].title}
+        best = chosen(study, losses, arm)
+        for rate in sorted(means.columns):
+            mean = means.at[arm, rate] if arm in means.index else np.nan
+            cell = "" if pd.isna(mean) else f"{mean:.4f}"
+            done = all(rate in means for rate in grid(study, losses, arm))
+            row[f"{rate:g}"] = f"**{cell}**" if done and rate == best else cell
+        rows.append(row)
+    return rows
+
+
+def _sweep_means(frame: pd.DataFrame) -> pd.DataFrame:
+    last = frame[frame["epoch"] == frame["epoch"].max()]
+    return last.pivot_table(index="arm", columns="rate", values="validation_loss")
+
+
+def figures(directory: Directory) -> dict[str, Figure]:
+    """Return loss against rate of the sweep, and the differences of fresh seeds."""
+    found = {}
+    sweep, fresh = _frame(directory, "sweep"), _frame(directory, "fresh")
+    if not sweep.empty:
+        found[RATES] = _rates_figure(directory, sweep)
+    if not fresh.empty and fresh["seed"].nunique() > 1:
+        found[DIFFERENCES] = _differences_figure(directory, fresh)
+    return found
+
+
+def _rates_figure(directory: Directory, sweep: pd.DataFrame) -> Figure:
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    last = sweep[sweep["epoch"] == sweep["epoch"].max()]
+    means = _sweep_means(sweep)
+    for number, arm in enumerate(directory.study.swept):
+        if arm not in means.index:
+            continue
+        color, own = f"C{number}", last[last["arm"] == arm]
+        curve = means.loc[arm].dropna()
+        title = directory.study.arms[arm].title
+        axes.plot(curve.index, curve, color=color, marker="o", label=title)
+        axes.scatter(own["rate"], own["validation_loss"], color=color, s=9, alpha=0.6)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("validation loss")
+    axes.set_title("Sweep: mean over seeds, and each seed")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _differences_figure(directory: Directory, fresh: pd.DataFrame) -> Figure:
+    study, test = directory.study, _last(fresh, "test_loss")
+    first = study.swept[0]
+    pairs = [(arm, first) for arm in study.arms if arm != first]
+    pairs += [(of, name) for name, of in study.parents.items()]
+    pairs = [(arm, other) for arm, other in pairs if arm in test and other in test]
+    figure = Figure(figsize=(8, 0.9 + 0.32 * len(pairs)), layout="constrained")
+    axes = figure.subplots()
+    for place, (arm, other) in enumerate(pairs):
+        differences = (test[arm] - test[other]).dropna()
+        mean, margin = interval(differences)
+        color = "C0" if other == first else "C1"
+        axes.errorbar(mean, place, xerr=margin, fmt="o", color=color, capsize=3)
+        axes.scatter(differences, [place] * len(differences), s=8, color="0.6")
+    axes.axvline(0, color="0.5", linestyle=":")
+    titles = [f"{study.arms[a].title} - {study.arms[b].title}" for a, b in pairs]
+    axes.set_yticks(range(len(pairs)), titles, fontsize="small")
+    axes.invert_yaxis()
+    axes.set_xlabel("difference of the test loss; below 0, the first is better")
+    axes.set_title("Fresh seeds: each pair, mean and 95 % interval", fontsize="medium")
+    axes.grid(alpha=0.3, axis="x")
+    return figure
+
+
+def _state(directory: Directory) -> Iterator[str]:
+    """Say what is missing, and what has gone wrong."""
+    study, done = directory.study, directory.evaluations()
+    if missing := directory.todo():
+        fresh = all(trial.phase == "fresh" for trial in missing)
+        yield (
+            f"Not finished: {len(missing)} of the trials with fresh seeds are missing."
+            if fresh
+            else f"Not finished: {len(missing)} trials of the sweep are missing."
+        )
+    lost = [
+        str(trial)
+        for trial, rows in done.items()
+        if rows[-1]["validation_loss"] is None
+    ]
+    if lost:
+        yield f"The loss was not finite in {', '.join(lost)}."
+    ends = []
+    for arm in study.swept:
+        rates = sorted(grid(study, directory.losses(), arm))
+        if not missing and chosen(study, directory.losses(), arm) in (
+            rates[0],
+            rates[-1],
+        ):
+            ends.append(study.arms[arm].title)
+    if ends:
+        yield f"The best rate is at an end of the grid for {', '.join(ends)}."
+
+
+def _setting(directory: Directory) -> str:
+    config: Mapping[str, Any] = directory.recorded()["config"]
+    listed = ", ".join(
+        f"{name} {value}" for name, value in config.items() if value is not None
+    )
+    study = directory.study
+    seeds = (
+        ", ".join(map(str, study.sweep_seeds)),
+        ", ".join(map(str, study.fresh_seeds)),
+    )
+    parts = [
+        f"Seeds of the sweep: {seeds[0]}; fresh ones: {seeds[1]}. Setting: {listed}."
+    ]
+    for command in directory.commands():
+        hardware, versions = command["hardware"], command["versions"]
+        named = ", ".join(f"{name} {text}" for name, text in versions.items())
+        text = without_places(command["command"], "data-dir", "out")
+        parts.append(
+            f"On {hardware['device']}, {hardware['cores']} cores; {named}:\n\n"
+            f"```bash\n{text.replace(' --resume', '')}\n```"
+        )
+    return "\n\n".join(parts)

@@ -1,0 +1,283 @@
+"""Studies by name, and the directory of one: what is done of it survives anything.
+
+    study.json          what all trials have in common, digest of the data, machines
+    evaluations.jsonl   a line per evaluation of each finished trial
+    running/            the trials that are not finished, each with its checkpoint
+
+The first two files are enough to go on with on another machine.
+"""
+
+import dataclasses
+import itertools
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks import arms, data, images, language, loop, machine
+from benchmarks.configs import CIFAR10, Config, LanguageConfig
+from benchmarks.errors import UserError
+from benchmarks.experiments import Trainer
+from benchmarks.files import (
+    TEMPORARY,
+    Row,
+    append_lines,
+    as_lines,
+    read_json,
+    read_lines,
+    write_json,
+    write_text,
+)
+from benchmarks.protocol import Study, Trial, plan
+from benchmarks.runs import METRICS, Run
+
+STUDY, EVALUATIONS, RUNNING = "study.json", "evaluations.jsonl", "running"
+
+
+def _language(config: LanguageConfig, **numbers: Any) -> Study:
+    parents = {
+        name: arm.parent
+        for name, arm in language.ARMS.items()
+        if arm.parent is not None
+    }
+    return Study(
+        config,
+        language.ARMS,
+        parents,
+        load=language.load,
+        make=language.make_program,
+        **numbers,
+    )
+
+
+def _images(config: Config, directory: Path | None) -> images.Dataset:
+    place = None if directory is None else str(directory)
+    return data.load(dataclasses.replace(config, data_dir=place))
+
+
+_LANGUAGE = {
+    "rates": (2e-3, 4e-3, 8e-3, 1.6e-2),
+    "sweep_seeds": (1, 2),
+    "fresh_seeds": (11, 12, 13, 14, 15, 16),
+}
+
+_IMAGE_ARMS = ("cal", "tb", "farms", "relative", "mean", "shuffled")
+
+STUDIES: dict[str, Study] = {
+    # 0.5 million parameters, 300 updates: 40 s a trial on one core of a CPU.
+    "language-small": _language(LanguageConfig(), **_LANGUAGE),
+    # 12 million parameters, 10,000 updates of 16,384 bytes: for an accelerator.
+    "language": _language(
+        LanguageConfig(
+            epochs=20,
+            steps=500,
+            batch_size=64,
+            length=256,
+            windows=512,
+            width=384,
+            depth=6,
+            heads=6,
+            refresh=100,
+            interval=20,
+        ),
+        **(_LANGUAGE | {"rates": (1e-3, 2e-3, 4e-3, 8e-3)}),
+    ),
+    # ResNet-18 at half width: for an accelerator.
+    "images": Study(
+        dataclasses.replace(
+            CIFAR10,
+            width=0.5,
+            epochs=16,
+            batch_size=512,
+            compute="bfloat16",
+            validation=5000,
+            warmup=3,
+            smoothing=0.1,
+            interval=1,
+        ),
+        {name: arms.ARMS[name] for name in _IMAGE_ARMS},
+        {"mean": "tb", "shuffled": "tb"},
+        rates=(0.1, 0.2, 0.4, 0.8),
+        sweep_seeds=(1, 2),
+        fresh_seeds=tuple(range(11, 19)),
+        load=_images,
+        make=loop.make_program,
+    ),
+}
+STUDIES["images-check"] = dataclasses.replace(
+    # The same on two epochs of 2,000 rows: shows that the harness works.
+    STUDIES["images"],
+    config=dataclasses.replace(
+        STUDIES["images"].config,
+        width=0.125,
+        epochs=2,
+        subset=2000,
+        validation=500,
+        batch_size=128,
+        compute="float32",
+        warmup=1,
+    ),
+    rates=(0.05, 0.1),
+    sweep_seeds=(1,),
+    fresh_seeds=(11, 12),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Directory:
+    """The directory of a study."""
+
+    path: Path
+    name: str
+
+    @property
+    def study(self) -> Study:
+        """What is compared."""
+        return STUDIES[self.name]
+
+    def recorded(self) -> Row:
+        """Return what is written down of the study."""
+        file = self.path / STUDY
+        if not file.exists():
+            return {"commands": []}
+        return read_json(file, name=str, config=dict, commands=list)
+
+    def commands(self) -> list[Mapping[str, Any]]:
+        """Return what has trained here: commands, machines, versions."""
+        return self.recorded()["commands"]
+
+    def open(self, digest: str, program: str, arguments: Sequence[str]) -> None:
+        """Write down what trains now.
+
+        Raises:
+            UserError: if the directory has another study, or one of other data.
+        """
+        own = {
+            "name": self.name,
+            "config": _recorded(self.study.config),
+            "data_sha256": digest,
+        }
+        there = self.recorded()
+        commands = there["commands"]
+        if commands:
+            for field, value in own.items():
+                if there.get(field) != value:
+                    msg = (
+                        f"{self.path} has a study whose {field} is "
+                        f"{there.get(field)!r}, not {value!r}; give another --out"
+                    )
+                    raise UserError(msg)
+        elif _files(self.path):
+            msg = f"{self.path} holds no study: no {STUDY}; give another --out"
+            raise UserError(msg)
+        command = machine.describe(program, arguments)
+        del command["hardware"]["load_before"]  # Training takes too long for it.
+        if command not in commands:
+            commands.append(command)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / STUDY, own | {"commands": commands})
+        # What a kill has left of a line would damage the next one.
+        whole = self.evaluations()
+        lines = as_lines(itertools.chain(*whole.values()))
+        write_text(self.path / EVALUATIONS, lines)
+        for trial in whole:
+            shutil.rmtree(self.run(trial).path, ignore_errors=True)
+
+    def evaluations(self) -> dict[Trial, list[Row]]:
+        """Return the lines of each trial that is finished."""
+        found: dict[Trial, list[Row]] = {}
+        for row in read_lines(self.path / EVALUATIONS):
+            trial = Trial(*(row[field] for field in Trial._fields))
+            found.setdefault(trial, []).append(row)
+        last = self.study.config.epochs
+        return {trial: rows for trial, rows in found.items() if len(rows) == last}
+
+    def losses(self) -> dict[Trial, float]:
+        """Return the last validation loss of each trial that is finished."""
+        return {
+            trial: math.nan if loss is None else loss
+            for trial, rows in self.evaluations().items()
+            for loss in [rows[-1]["validation_loss"]]
+        }
+
+    def todo(self) -> list[Trial]:
+        """Return the trials that can be done now."""
+        return plan(self.study, self.losses())
+
+    def run(self, trial: Trial) -> Run:
+        """Return a trial as a run in a directory of its own."""
+        config = dataclasses.replace(
+            self.study.config, learning_rate=trial.rate, seed=trial.seed
+        )
+        path = self.path / RUNNING / str(trial)
+        return Run(path, config, trial.arm, f"{trial.phase} at {trial.rate:g}")
+
+    def keep(self, trial: Trial) -> None:
+        """Add a trial that has ended to the evaluations."""
+        run = self.run(trial)
+        number = len(self.commands()) - 1
+        head = {**trial._asdict(), "command": number}
+        rows = [head | row for row in read_lines(run.path / METRICS)]
+        append_lines(self.path / EVALUATIONS, rows)
+        shutil.rmtree(run.path)
+
+
+def train(
+    directory: Directory,
+    dataset: Any,
+    stopping: Callable[[], bool],
+    *,
+    after: Callable[[], None] = lambda: None,
+) -> None:
+    """Do all trials of a study, one after the other, each arm compiled once.
+
+    Args:
+        directory: of the study; has been opened.
+        dataset: what it trains on.
+        stopping: whether to stop after the epoch that runs.
+        after: called after each trial.
+
+    Raises:
+        Preempted: if it is to stop.
+    """
+    study, trainers = directory.study, {}
+    last = study.config.epochs
+    digest = dataset.digest()
+    while todo := directory.todo():
+        total, name = last * len(todo), directory.name
+        with tqdm(total=total, unit="epoch", desc=name) as progress:
+            for trial in todo:
+                run = directory.run(trial)
+                run.check()
+                run.check_data(digest)
+                run.open(dataset)
+                if trial.arm not in trainers:
+                    arm = study.arms[trial.arm]
+                    trainers[trial.arm] = Trainer(
+                        study.config, arm, dataset, study.make
+                    )
+                trainers[trial.arm].train(
+                    [run],
+                    progress,
+                    stopping,
+                    test=lambda epoch, trial=trial: (
+                        trial.phase == "fresh" and epoch == last
+                    ),
+                )
+                directory.keep(trial)
+                after()
+
+
+def _files(path: Path) -> list[Path]:
+    files = path.iterdir() if path.exists() else ()
+    return [file for file in files if file.suffix != TEMPORARY]
+
+
+def _recorded(config: Any) -> dict[str, Any]:
+    """Return what all numbers depend on, as JSON gives it back."""
+    left_out = ("arms", "data_dir", "seed", "learning_rate")
+    content = dataclasses.asdict(config)
+    return {name: value for name, value in content.items() if name not in left_out}
