@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
@@ -16,6 +15,7 @@ from jax import Array
 import tb_optax
 from benchmarks.baselines import add_spectral_norm_gradient, lookahead, scale_by_sgdp
 from benchmarks.configs import ArmName, Config, Fit, Metric
+from benchmarks.controls import Control, averaged, reversed_order, shuffled
 from benchmarks.published import Settings, settings
 
 Analyze = Callable[[optax.Params], tb_optax.Analysis]
@@ -55,63 +55,15 @@ def cosine_with_a_restart(rate: float | Array, epochs: int) -> optax.Schedule:
     return optax.join_schedules([cosine(rate, half) for half in halves], halves[:1])
 
 
-def averaged(analyze: Analyze, seed: Seed) -> Analyze:
-    """Give every layer the mean multiplier of the tuned layers; 1 if none is tuned."""
-    del seed
+def changed(analyze: Analyze, control: Control, seed: Seed) -> Analyze:
+    """Return an analysis whose multipliers a control changes."""
 
-    def averaging(params: optax.Params) -> tb_optax.Analysis:
+    def changing(params: optax.Params) -> tb_optax.Analysis:
         analysis = analyze(params)
-        count = jnp.sum(analysis.tuned)
-        total = jnp.sum(jnp.where(analysis.tuned, analysis.multipliers, 0))
-        mean = jnp.where(count > 0, total / jnp.maximum(count, 1), 1)
-        multipliers = jnp.full_like(analysis.multipliers, mean)
+        multipliers = control(analysis.multipliers, analysis.tuned, seed)
         return dataclasses.replace(analysis, multipliers=multipliers)
 
-    return averaging
-
-
-def shuffled(analyze: Analyze, seed: Seed) -> Analyze:
-    """Permute the multipliers of the tuned layers, the same way at every refresh."""
-
-    def shuffling(params: optax.Params) -> tb_optax.Analysis:
-        analysis = analyze(params)
-        place = jnp.arange(len(analysis.layers))
-        drawn = jax.random.permutation(jax.random.key(seed), place)
-        # Tuned layers first, in the order of the network and in the drawn order.
-        after = len(analysis.layers) + place
-        givers = jnp.argsort(jnp.where(analysis.tuned, drawn, after))
-        takers = jnp.argsort(jnp.where(analysis.tuned, place, after))
-        multipliers = analysis.multipliers
-        multipliers = multipliers.at[takers].set(multipliers[givers])
-        return dataclasses.replace(analysis, multipliers=multipliers)
-
-    return shuffling
-
-
-def scale_by_one_multiplier(analyze: Analyze) -> optax.GradientTransformation:
-    """Scale all updates, including those of the ends, by an averaged multiplier.
-
-        u <- m u  for every leaf
-
-    Args:
-        analyze: an analysis that gives all layers the same multiplier.
-
-    Returns:
-        A transform with the state of `tb_optax.scale_by_temp_balance`, refreshed by
-        `tb_optax.set_multipliers`.
-    """
-    balance = scale_by_multipliers(analyze)
-
-    def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, Any]:
-        _, following = balance.update(updates, state, params)
-        scaled = jax.tree.map(
-            lambda leaf: (state.multipliers[0] * leaf).astype(leaf.dtype), updates
-        )
-        return scaled, following
-
-    return optax.GradientTransformation(balance.init, update_fn)
+    return changing
 
 
 def scale_by_multipliers(analyze: Analyze) -> optax.GradientTransformation:
@@ -131,9 +83,9 @@ class Arm:
         title: its name in tables and pictures.
         optimizer: builds the part that moves the weights.
         by_epoch: turns the first rate and the number of epochs into the rate of each.
-        scale: builds the part that scales the updates by the multipliers of an
-            analysis, and holds them in its state; None for an arm without.
+        balanced: whether the optimizer holds multipliers that an analysis refreshes.
         control: changes the multipliers of an analysis before they are used.
+        once: whether the multipliers of the first analysis are kept.
         parts: options of `layer_analysis` that differ from those of TempBalance.
     """
 
@@ -141,14 +93,10 @@ class Arm:
     title: str
     optimizer: Callable[[Recipe], optax.GradientTransformation]
     by_epoch: Callable[[float | Array, int], optax.Schedule] = cosine
-    scale: Callable[[Analyze], optax.GradientTransformation] | None = None
-    control: Callable[[Analyze, Seed], Analyze] | None = None
+    balanced: bool = False
+    control: Control | None = None
+    once: bool = False
     parts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    @property
-    def balanced(self) -> bool:
-        """Whether the optimizer holds multipliers that an analysis refreshes."""
-        return self.scale is not None
 
     def schedule(
         self, config: Config, steps_per_epoch: int, rate: float | Array
@@ -174,7 +122,7 @@ class Arm:
             "assign": tb_optax.linear(numbers.low, numbers.high),
         }
         analyze = tb_optax.layer_analysis(layers, **(options | dict(self.parts)))
-        return analyze if self.control is None else self.control(analyze, seed)
+        return analyze if self.control is None else changed(analyze, self.control, seed)
 
     def build(
         self,
@@ -188,9 +136,9 @@ class Arm:
         schedule = self.schedule(config, steps_per_epoch, rate)
         recipe = Recipe(config, settings(config, self.name), schedule, seed)
         optimizer = self.optimizer(recipe)
-        if self.scale is None:
+        if not self.balanced:
             return optimizer
-        return optax.chain(optimizer, self.scale(analyze))
+        return optax.chain(optimizer, scale_by_multipliers(analyze))
 
 
 def _sgd(recipe: Recipe) -> optax.GradientTransformation:
@@ -233,8 +181,6 @@ def _adamw(recipe: Recipe) -> optax.GradientTransformation:
     return optax.adamw(recipe.schedule, weight_decay=100 * recipe.config.weight_decay)
 
 
-_tb, _one = scale_by_multipliers, scale_by_one_multiplier
-
 _FARMS = {"windows": tb_optax.windows(), "min_eigenvalues": 5}
 _RELATIVE = {"metric": tb_optax.relative_alpha}
 _SIGMOID = {"fit": tb_optax.fit_median(1.5), "assign": tb_optax.sigmoid()}
@@ -242,28 +188,32 @@ _SIGMOID = {"fit": tb_optax.fit_median(1.5), "assign": tb_optax.sigmoid()}
 
 def _mean(name: ArmName, title: str, parts: Mapping[str, Any]) -> Arm:
     """Return the mean-matched control of an arm with these parts."""
-    return Arm(name, title, _sgd, scale=_one, control=averaged, parts=parts)
+    return Arm(name, title, _sgd, balanced=True, control=averaged, parts=parts)
 
 
 _ALL = (
     Arm("cal", "cosine SGD", _sgd),
-    Arm("tb", "TempBalance", _sgd, scale=_tb),
+    Arm("tb", "TempBalance", _sgd, balanced=True),
     Arm("snr", "SNR", _snr),
-    Arm("tb_snr", "TempBalance + SNR", _snr, scale=_tb),
+    Arm("tb_snr", "TempBalance + SNR", _snr, balanced=True),
     Arm("sgdr", "SGDR", _sgd, by_epoch=cosine_with_a_restart),
     Arm("lars", "LARS", _lars),
     Arm("lamb", "LAMB", _lamb),
     Arm("lookahead", "Lookahead", _lookahead),
     Arm("sgdp", "SGDP", _sgdp),
-    Arm("tb_sgdp", "TempBalance + SGDP", _sgdp, scale=_tb),
+    Arm("tb_sgdp", "TempBalance + SGDP", _sgdp, balanced=True),
     Arm("adamw", "AdamW", _adamw),
-    Arm("mean", "cosine SGD, mean-matched", _sgd, scale=_one, control=averaged),
-    Arm("shuffled", "TempBalance, shuffled", _sgd, scale=_tb, control=shuffled),
-    Arm("farms", "FARMS", _sgd, scale=_tb, parts=_FARMS),
+    Arm("mean", "TempBalance, mean-matched", _sgd, balanced=True, control=averaged),
+    Arm("shuffled", "TempBalance, shuffled", _sgd, balanced=True, control=shuffled),
+    Arm(
+        "reversed", "TempBalance, reversed", _sgd, balanced=True, control=reversed_order
+    ),
+    Arm("shape_only", "TempBalance, first alphas kept", _sgd, balanced=True, once=True),
+    Arm("farms", "FARMS", _sgd, balanced=True, parts=_FARMS),
     _mean("farms_mean", "FARMS, mean-matched", _FARMS),
-    Arm("relative", "relative alpha", _sgd, scale=_tb, parts=_RELATIVE),
+    Arm("relative", "relative alpha", _sgd, balanced=True, parts=_RELATIVE),
     _mean("relative_mean", "relative alpha, mean-matched", _RELATIVE),
-    Arm("sigmoid", "Model Balancing by layers", _sgd, scale=_tb, parts=_SIGMOID),
+    Arm("sigmoid", "Model Balancing by layers", _sgd, balanced=True, parts=_SIGMOID),
     _mean("sigmoid_mean", "Model Balancing, mean-matched", _SIGMOID),
 )
 

@@ -23,6 +23,8 @@ ArmName = Literal[
     "adamw",
     "mean",
     "shuffled",
+    "reversed",
+    "shape_only",
     "farms",
     "farms_mean",
     "relative",

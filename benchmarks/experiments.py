@@ -221,7 +221,7 @@ class Trainer:
     ) -> tuple[list[TrainState], list[Row]]:
         """Train all runs for an epoch; return the new states and a row of each."""
         analysis_seconds = [0.0] * len(runs)
-        if epoch % self._config.interval == 0:
+        if epoch % self._config.interval == 0 and not (epoch and self._arm.once):
             states, analysis_seconds = self._analyze(program, runs, states, epoch)
         start = time.perf_counter()
         trained = program.train(tuple(states), *parts["train"], jnp.int32(epoch))

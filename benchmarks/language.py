@@ -26,7 +26,13 @@ from jax import Array
 
 import tb_optax
 from benchmarks.configs import LanguageConfig
-from benchmarks.controls import Control, averaged, controlled, reversed_order
+from benchmarks.controls import (
+    Control,
+    averaged,
+    controlled,
+    reversed_order,
+    shuffled,
+)
 from benchmarks.errors import UserError
 from benchmarks.loop import (
     Program,
@@ -153,7 +159,8 @@ class LanguageArm:
     control: Control | None = None
     parent: str | None = None
 
-    balanced = False  # The refreshes are in the training step.
+    # For the trainer: the refreshes are in the training step.
+    balanced = once = False
 
     def schedule(
         self, config: LanguageConfig, steps_per_epoch: int, rate: float | Array
@@ -282,6 +289,13 @@ _ALL = (
         "TempBalance, reversed",
         _temp_balance,
         control=reversed_order,
+        parent="temp_balance",
+    ),
+    LanguageArm(
+        "shuffled",
+        "TempBalance, shuffled",
+        _temp_balance,
+        control=shuffled,
         parent="temp_balance",
     ),
     LanguageArm(

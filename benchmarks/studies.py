@@ -37,15 +37,16 @@ from benchmarks.runs import METRICS, Run
 STUDY, EVALUATIONS, RUNNING = "study.json", "evaluations.jsonl", "running"
 
 
-def _language(config: LanguageConfig, **numbers: Any) -> Study:
+def _language(config: LanguageConfig, *left_out: str, **numbers: Any) -> Study:
+    named = {
+        name: language.ARMS[name] for name in language.ARMS if name not in left_out
+    }
     parents = {
-        name: arm.parent
-        for name, arm in language.ARMS.items()
-        if arm.parent is not None
+        name: arm.parent for name, arm in named.items() if arm.parent is not None
     }
     return Study(
         config,
-        language.ARMS,
+        named,
         parents,
         load=language.load,
         make=language.make_program,
@@ -64,11 +65,12 @@ _LANGUAGE = {
     "fresh_seeds": (11, 12, 13, 14, 15, 16),
 }
 
-_IMAGE_ARMS = ("cal", "tb", "farms", "relative", "mean", "shuffled")
+_IMAGE_CONTROLS = ("mean", "shuffled", "reversed", "shape_only")
+_IMAGE_ARMS = ("cal", "tb", *_IMAGE_CONTROLS, "farms", "farms_mean")
 
 STUDIES: dict[str, Study] = {
     # 0.5 million parameters, 300 updates: 40 s a trial on one core of a CPU.
-    "language-small": _language(LanguageConfig(), **_LANGUAGE),
+    "language-small": _language(LanguageConfig(), "shuffled", **_LANGUAGE),
     # 12 million parameters, 10,000 updates of 16,384 bytes: for an accelerator.
     "language": _language(
         LanguageConfig(
@@ -99,7 +101,7 @@ STUDIES: dict[str, Study] = {
             interval=1,
         ),
         {name: arms.ARMS[name] for name in _IMAGE_ARMS},
-        {"mean": "tb", "shuffled": "tb"},
+        dict.fromkeys(_IMAGE_CONTROLS, "tb") | {"farms_mean": "farms"},
         rates=(0.1, 0.2, 0.4, 0.8),
         sweep_seeds=(1, 2),
         fresh_seeds=tuple(range(11, 19)),
