@@ -109,6 +109,7 @@ class StudyCommand:
         out: directory; default: runs/STUDY.
         resume: continue what is in the directory.
         cores: cores to use; default: all there are.
+        timing: rounds in which all arms are timed in turn, once the study is finished.
         plots: draw pictures, too.
     """
 
@@ -117,6 +118,7 @@ class StudyCommand:
     out: Path | None = None
     resume: bool = False
     cores: int | None = None
+    timing: int = 0
     plots: bool = True
 
 
@@ -145,6 +147,8 @@ def _run_study(arguments: Sequence[str], stopping: Callable[[], bool]) -> None:
     directory.open(dataset.digest(), "benchmarks.compare", arguments)
     try:
         studies.train(directory, dataset, stopping)
+        if command.timing:
+            studies.measure(directory, dataset, command.timing)
     finally:
         if command.plots:
             from benchmarks import findings  # Matplotlib is an extra.

@@ -54,6 +54,28 @@ def section(directory: Directory, pictures: Sequence[str]) -> Iterator[str]:
     yield _setting(directory)
 
 
+def brief(directory: Directory) -> str:
+    """Return the one table that answers whether a method helps."""
+    study = directory.study
+    first = study.arms[study.swept[0]].title
+    rows = [
+        {
+            "arm": row["arm"],
+            "rate": row["rate"],
+            "test loss": row["test loss"],
+            f"less that of {first}": row[f"to {first}"],
+            "less that of its mean-matched control": row["to its control"],
+        }
+        for row in _fresh_rows(directory)
+        if "mean-matched" not in row["arm"]
+    ]
+    seeds = len(study.fresh_seeds)
+    return (
+        f"{table(rows)}\n\nMean ± sample deviation over {seeds} fresh seeds; "
+        "differences are paired by seed, with the 95 % interval of their mean."
+    )
+
+
 def tables(directory: Directory) -> list[tuple[str, list[Row]]]:
     """Return the tables: fresh seeds, equal seconds, the sweep."""
     return [
@@ -121,6 +143,7 @@ def _held_against(study: Any, arm: str) -> str | None:
 
 
 def _mean(samples: pd.Series, form: str) -> str:
+    samples = samples.dropna()
     mean = form.format(samples.mean())
     return mean if len(samples) == 1 else f"{mean} ± {form.format(samples.std())}"
 
@@ -128,32 +151,32 @@ def _mean(samples: pd.Series, form: str) -> str:
 def _seconds_rows(directory: Directory) -> list[Row]:
     """Compare every arm at the seconds that the first one takes for all its steps.
 
-    The seconds of an arm are the median over all its evaluations, sweep included. The
-    loss is interpolated between evaluations; an arm that is slower has not reached the
-    end of its schedule by then.
+    Seconds are those of `--timing`, all arms in turn; without it, those of the trials,
+    paired by seed and evaluation. The median counts. The loss is interpolated between
+    evaluations: an arm that is slower has not reached the end of its schedule by then.
     """
     fresh, study = _frame(directory, "fresh"), directory.study
     if fresh.empty:
         return []
-    everything = pd.concat([fresh, _frame(directory, "sweep")])
-    everything["seconds"] = everything["train_seconds"] + everything["analysis_seconds"]
-    seconds = everything.groupby("arm")["seconds"].median()
+    fresh["seconds"] = fresh["train_seconds"] + fresh["analysis_seconds"]
+    seconds = fresh.pivot(index=["seed", "epoch"], columns="arm", values="seconds")
+    if timed := directory.seconds():
+        seconds = pd.DataFrame(timed)
     first, last = study.swept[0], study.config.epochs
     rows = []
-    for arm in (arm for arm in study.arms if arm in set(fresh["arm"])):
-        reached = min(last, last * seconds[first] / seconds[arm])
+    for arm in (arm for arm in study.arms if arm in seconds):
+        ratio = float((seconds[arm] / seconds[first]).median())
+        reached = last / max(1.0, ratio)
         curves = fresh[fresh["arm"] == arm].pivot(
             index="seed", columns="epoch", values="validation_loss"
         )
-        losses = [
-            float(np.interp(reached, curves.columns.to_numpy(float), curve))
-            for curve in curves.to_numpy()
-        ]
+        places = curves.columns.to_numpy(float)
+        losses = [np.interp(reached, places, curve) for curve in curves.to_numpy()]
         rows.append(
             {
                 "arm": study.arms[arm].title,
-                "seconds of a run": f"{last * seconds[arm]:.1f}",
-                f"to {study.arms[first].title}": f"{seconds[arm] / seconds[first]:.3f}",
+                "seconds of a run": f"{last * seconds[arm].median():.1f}",
+                f"to {study.arms[first].title}": f"{ratio:.3f}",
                 "steps by then": f"{reached / last:.1%}",
                 "validation loss by then": _mean(pd.Series(losses), "{:.4f}"),
             }

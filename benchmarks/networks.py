@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 import tb_optax
+from benchmarks import models
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -69,20 +71,18 @@ class Network:
         return params
 
 
-def resnet(blocks: Sequence[int], *, width: float = 1.0, classes: int = 100) -> Shapes:
-    """Return the kernels of a residual network of basic blocks, as for CIFAR."""
-    channels = [max(1, round(width * size)) for size in (64, 128, 256, 512)]
-    shapes = {"conv1": (3, 3, 3, channels[0])}
-    inputs = channels[0]
-    for stage, (outputs, count) in enumerate(zip(channels, blocks, strict=True)):
-        for block in range(count):
-            name = f"stage{stage}/block{block}"
-            shapes[f"{name}/conv1"] = (3, 3, inputs, outputs)
-            shapes[f"{name}/conv2"] = (3, 3, outputs, outputs)
-            if stage > 0 and block == 0:
-                shapes[f"{name}/shortcut"] = (1, 1, inputs, outputs)
-            inputs = outputs
-    return {**shapes, "linear": (inputs, classes)}
+def of_model(name: str, *, width: float = 1.0) -> Shapes:
+    """Return the kernels of a network of `benchmarks.models` with 100 classes."""
+    model = nnx.eval_shape(
+        lambda: models.build(name, num_classes=100, width=width, rngs=nnx.Rngs(0))
+    )
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    leaves, _ = jax.tree.flatten_with_path(params)
+    shapes = {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in leaves}
+    return {
+        layer.path.removesuffix("/kernel"): shapes[layer.path].shape
+        for layer in models.layers_in_order(model)
+    }
 
 
 def bottleneck_resnet(blocks: Sequence[int], *, classes: int = 1000) -> Shapes:
@@ -99,33 +99,6 @@ def bottleneck_resnet(blocks: Sequence[int], *, classes: int = 1000) -> Shapes:
             if block == 0:
                 shapes[f"{name}/shortcut"] = (1, 1, inputs, 4 * middle)
             inputs = 4 * middle
-    return {**shapes, "linear": (inputs, classes)}
-
-
-def vgg(stages: Sequence[int], *, classes: int = 100) -> Shapes:
-    """Return the kernels of a VGG with one linear head, as for CIFAR."""
-    shapes: Shapes = {}
-    inputs = 3
-    for outputs, count in zip((64, 128, 256, 512, 512), stages, strict=True):
-        for _ in range(count):
-            shapes[f"conv{len(shapes)}"] = (3, 3, inputs, outputs)
-            inputs = outputs
-    return {**shapes, "linear": (inputs, classes)}
-
-
-def wide_resnet(depth: int, factor: int, *, classes: int = 100) -> Shapes:
-    """Return the kernels of a WRN-depth-factor."""
-    shapes = {"conv1": (3, 3, 3, 16)}
-    inputs = 16
-    for stage in range(3):
-        outputs = 16 * 2**stage * factor
-        for block in range((depth - 4) // 6):
-            name = f"stage{stage}/block{block}"
-            shapes[f"{name}/conv1"] = (3, 3, inputs, outputs)
-            shapes[f"{name}/conv2"] = (3, 3, outputs, outputs)
-            if inputs != outputs:
-                shapes[f"{name}/shortcut"] = (1, 1, inputs, outputs)
-            inputs = outputs
     return {**shapes, "linear": (inputs, classes)}
 
 
@@ -157,11 +130,11 @@ def gated_block(width: int, hidden: int) -> Shapes:
 def networks() -> Mapping[str, Network]:
     """Return all networks by the names they have on the command line."""
     return {
-        "resnet18": Network("ResNet-18", resnet((2, 2, 2, 2))),
-        "resnet34": Network("ResNet-34", resnet((3, 4, 6, 3))),
-        "vgg16": Network("VGG-16-BN", vgg((2, 2, 3, 3, 3))),
-        "wrn16x8": Network("WRN-16-8", wide_resnet(16, 8)),
-        "wrn28x6": Network("WRN-28-6", wide_resnet(28, 6)),
+        "resnet18": Network("ResNet-18", of_model("resnet18")),
+        "resnet34": Network("ResNet-34", of_model("resnet34")),
+        "vgg16": Network("VGG-16-BN", of_model("vgg16")),
+        "wrn16x8": Network("WRN-16-8", of_model("wrn16_8")),
+        "wrn28x6": Network("WRN-28-6", of_model("wrn28_6")),
         "vit_b16": Network("ViT-B/16", vision_transformer()),
         "gpt2": Network("GPT-2 small, 12 blocks", transformer(12)),
         "llm_block": Network("4096-wide LLM block", gated_block(4096, 11008)),

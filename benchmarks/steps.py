@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +14,11 @@ from flax import nnx
 import tb_optax
 from benchmarks import models
 from benchmarks.compilation import temporary_bytes
+from benchmarks.loop import TrainState, image_loss, training_step
 
 CLASSES = 100
 LEARNING_RATE = 0.01
 MOMENTUM = 0.9
-
-
-class StepState(NamedTuple):
-    """What a step changes."""
-
-    params: Any
-    batch_stats: Any
-    opt_state: Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,7 +34,11 @@ class Task:
     def build(self) -> models.Model:
         """Build the model."""
         return models.build(
-            self.model, num_classes=CLASSES, width=self.width, rngs=nnx.Rngs(0)
+            self.model,
+            num_classes=CLASSES,
+            width=self.width,
+            compute=self.dtype,
+            rngs=nnx.Rngs(0),
         )
 
     def analyze(self) -> Callable[[Any], tb_optax.Analysis]:
@@ -67,33 +64,16 @@ class Task:
 
         return initial()
 
-    def start(self, optimizer: optax.GradientTransformation) -> StepState:
+    def start(self, optimizer: optax.GradientTransformation) -> TrainState:
         """Return the state before the first step, in arrays of its own."""
         params, stats = jax.tree.map(jnp.copy, self._initial)
-        return StepState(params, stats, optimizer.init(params))
+        opt_state = optimizer.init(params)
+        return TrainState(jnp.uint32(0), jnp.float32(0), params, stats, opt_state)
 
     def step(self, optimizer: optax.GradientTransformation) -> Any:
-        """Return `(state, images, labels) -> state, loss`, jitted, which donates.
-
-        Parameters are kept in float32 and cast to the dtype of the task.
-        """
+        """Return `(state, images, labels) -> state, scores`, jitted, which donates."""
         graph = nnx.graphdef(nnx.eval_shape(self.build))
-
-        def loss_fn(params: Any, stats: Any, images: Any, labels: Any):
-            cast = jax.tree.map(lambda leaf: leaf.astype(self.dtype), params)
-            model = nnx.merge(graph, cast, stats)
-            logits = model(images, train=True).astype(jnp.float32)
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return losses.mean(), nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-
-        def step(state: StepState, images: Any, labels: Any):
-            gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
-            (loss, stats), gradients = gradient_fn(
-                state.params, state.batch_stats, images, labels
-            )
-            params, opt_state = _updated(optimizer, gradients, state)
-            return StepState(params, stats, opt_state), loss
-
+        step = training_step(image_loss(graph), lambda *_: optimizer)
         return jax.jit(step, donate_argnums=0)
 
 
@@ -109,10 +89,9 @@ class Runner:
 
     def __call__(self, steps: int = 1) -> None:
         """Take steps and wait for the last of them."""
-        loss = None
         for _ in range(steps):
-            self.state, loss = self._step(self.state, *self._examples)
-        jax.block_until_ready((self.state, loss))
+            self.state, _ = self._step(self.state, *self._examples)
+        jax.block_until_ready(self.state)
 
     def move_to(self, count: int) -> None:
         """Let the next call be the update of this count."""
@@ -135,8 +114,8 @@ def optimizers(
     }
 
 
-def at_count(state: StepState, count: int) -> StepState:
-    """Return the state as the transform sees it behind so many updates."""
+def at_count(state: TrainState, count: int) -> TrainState:
+    """Return the state as the transform sees it after so many updates."""
 
     def moved(node: Any) -> Any:
         if isinstance(node, tb_optax.TempBalanceState):
@@ -153,10 +132,3 @@ def at_count(state: StepState, count: int) -> StepState:
 
 def _sgd() -> optax.GradientTransformation:
     return optax.sgd(LEARNING_RATE, MOMENTUM)
-
-
-def _updated(
-    optimizer: optax.GradientTransformation, gradients: Any, state: StepState
-) -> tuple[Any, Any]:
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    return optax.apply_updates(state.params, updates), opt_state

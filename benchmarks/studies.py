@@ -2,6 +2,7 @@
 
     study.json          what all trials have in common, digest of the data, machines
     evaluations.jsonl   a line per evaluation of each finished trial
+    timing.json         seconds of all arms in turn, if they were measured
     running/            the trials that are not finished, each with its checkpoint
 
 The first two files are enough to go on with on another machine.
@@ -11,10 +12,13 @@ import dataclasses
 import itertools
 import math
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from tqdm import tqdm
 
 from benchmarks import arms, data, images, language, loop, machine
@@ -35,6 +39,7 @@ from benchmarks.protocol import Study, Trial, plan
 from benchmarks.runs import METRICS, Run
 
 STUDY, EVALUATIONS, RUNNING = "study.json", "evaluations.jsonl", "running"
+TIMING = "timing.json"
 
 
 def _language(config: LanguageConfig, *left_out: str, **numbers: Any) -> Study:
@@ -112,6 +117,8 @@ STUDIES: dict[str, Study] = {
 STUDIES["images-check"] = dataclasses.replace(
     # The same on two epochs of 2,000 rows: shows that the harness works.
     STUDIES["images"],
+    arms={name: arms.ARMS[name] for name in ("cal", "tb", "mean")},
+    parents={"mean": "tb"},
     config=dataclasses.replace(
         STUDIES["images"].config,
         width=0.125,
@@ -205,6 +212,11 @@ class Directory:
             for loss in [rows[-1]["validation_loss"]]
         }
 
+    def seconds(self) -> dict[str, list[float]]:
+        """Return the seconds of each arm that `measure` has written down."""
+        file = self.path / TIMING
+        return read_json(file, seconds=dict)["seconds"] if file.exists() else {}
+
     def todo(self) -> list[Trial]:
         """Return the trials that can be done now."""
         return plan(self.study, self.losses())
@@ -225,6 +237,27 @@ class Directory:
         rows = [head | row for row in read_lines(run.path / METRICS)]
         append_lines(self.path / EVALUATIONS, rows)
         shutil.rmtree(run.path)
+
+
+def measure(directory: Directory, dataset: Any, rounds: int) -> None:
+    """Time all arms in turn, from one evaluation to the next; write it down."""
+    study = directory.study
+    rows = jax.device_put(dataset.parts()["train"])
+    programs, states = {}, {}
+    for name, arm in study.arms.items():
+        program = study.make(study.config, arm, dataset)
+        programs[name] = program.compiled(rows, 1)
+        states[name] = program.start(0, study.rates[0])
+    seconds: dict[str, list[float]] = {name: [] for name in study.arms}
+    for number in range(rounds):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            [(states[name], scores)] = program.train(
+                (states[name],), *rows, jnp.int32(number)
+            )
+            jax.block_until_ready((states[name], scores))
+            seconds[name].append(time.perf_counter() - start)
+    write_json(directory.path / TIMING, {"seconds": seconds})
 
 
 def train(

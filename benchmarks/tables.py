@@ -3,12 +3,14 @@
     python -m benchmarks.tables
     python -m benchmarks.tables --check
 
-writes `benchmarks/README.md`, or says whether it is what would be written. Files named
+writes `benchmarks/README.md`, and the table of a study into the pages that show one, or
+says whether they are what would be written. Files named
 `spectral*.json`, `step_cost*.json` and `compare_*.json` have a section each, in the
 order of their names, and so do directories named `accelerator*` and those that hold a
 study of `benchmarks.studies`; a comparison shows the pictures of its name.
 """
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +30,11 @@ README = Path(__file__).parent / "README.md"
 
 _COMMAND = "python -m benchmarks.tables"
 
+# Pages with a table of a study, and how they mark it.
+_ROOT = Path(__file__).parents[1]
+ANSWERS = (_ROOT / "README.md", _ROOT / "docs" / "does-it-help.md")
+_ANSWER = re.compile(r"<!-- study ([\w-]+): [^>]*-->(.*?)<!-- end -->", re.DOTALL)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
@@ -41,13 +48,25 @@ def _run(arguments: Sequence[str] | None) -> None:
     add("--out", type=Path, default=README, help="Markdown file")
     add("--check", action="store_true", help="write nothing; fail if it is out of date")
     options = parser.parse_args(arguments)
-    text = render(options.results)
-    if not options.check:
-        options.out.write_text(text, encoding="utf-8")
-    elif options.out.read_text(encoding="utf-8") != text:
-        msg = f"{options.out} is out of date; run {_COMMAND}"
-        raise UserError(msg)
+    texts = {options.out: render(options.results)}
+    if options.results == commandline.RESULTS:
+        texts |= {path: answered(path, options.results) for path in ANSWERS}
+    for path, text in texts.items():
+        if not options.check:
+            path.write_text(text, encoding="utf-8")
+        elif path.read_text(encoding="utf-8") != text:
+            msg = f"{path} is out of date; run {_COMMAND}"
+            raise UserError(msg)
     print(options.out)
+
+
+def answered(path: Path, directory: Path) -> str:
+    """Return the text of a page with the table of the study that it names."""
+    text = path.read_text(encoding="utf-8")
+    head, name, _, tail = _ANSWER.split(text)
+    study = studies.Directory(directory / f"compare_{name}", name)
+    marked = f"<!-- study {name}: `{_COMMAND}` -->"
+    return f"{head}{marked}\n\n{findings.brief(study)}\n\n<!-- end -->{tail}"
 
 
 def render(directory: Path) -> str:

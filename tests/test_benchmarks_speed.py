@@ -21,7 +21,7 @@ from benchmarks import (
     tables,
     timing,
 )
-from benchmarks.networks import networks, resnet
+from benchmarks.networks import networks, of_model
 from benchmarks.steps import Task
 
 ROOT = Path(__file__).parents[1]
@@ -57,11 +57,11 @@ def test_residual_networks_have_the_published_numbers_of_parameters():
 
 def test_wide_residual_network_has_the_published_number_of_parameters():
     network = networks()["wrn16x8"]
-    # Norms stand before the convolutions of the blocks and behind the last one.
+    # Norms come before the convolutions of the blocks and after the last one.
     shapes = {
         path: shape
         for path, shape in network.shapes.items()
-        if path.startswith("stage") and not path.endswith("shortcut")
+        if path.startswith("blocks") and not path.endswith("shortcut")
     }
     norms = norm_channels(shapes, of_inputs=True) + 512
     assert network.size + 2 * norms + 100 == 11_007_540
@@ -83,7 +83,7 @@ def test_the_other_networks_are_those_that_are_named():
     )
     assert len(networks()["wrn28x6"].layers) == 1 + 24 + 3 + 1
     assert networks()["resnet18"].matrices == 157
-    narrow = list(resnet((2, 2, 2, 2), width=0.25).values())
+    narrow = list(of_model("resnet18", width=0.25).values())
     assert (narrow[0], narrow[-1]) == ((3, 3, 3, 16), (128, 100))
 
 
