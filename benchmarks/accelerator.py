@@ -125,11 +125,11 @@ def _run(arguments: Sequence[str] | None) -> None:
             report.add(key, measure())
     if options.cifar10 is not None:
         deadline = started + 60 * options.minutes
-        _images(options.out / IMAGES, options.cifar10, toy, given, deadline)
+        train_images(options.out / IMAGES, options.cifar10, toy, given, deadline)
     print("\n\n".join(sections(options.out)))
 
 
-def _images(
+def train_images(
     path: Path, data: Path, toy: bool, given: Sequence[str], deadline: float
 ) -> None:
     """Train what the time allows of the study; what is not finished is dropped."""

@@ -4,13 +4,22 @@ import dataclasses
 import itertools
 import math
 import os
+import time
 from typing import Any
 
 import numpy as np
 import pytest
 from runs import assert_fails, timeless
 
-from benchmarks import compare, findings, language, loop, protocol, studies
+from benchmarks import (
+    accelerator,
+    compare,
+    findings,
+    language,
+    loop,
+    protocol,
+    studies,
+)
 from benchmarks.configs import LanguageConfig
 from benchmarks.files import read_json, read_lines
 from benchmarks.protocol import Trial, chosen, grid, plan
@@ -253,3 +262,19 @@ def test_a_study_goes_on_with_its_own_data_and_setting_alone(
     other = dataclasses.replace(tiny, config=dataclasses.replace(TINY, width=64))
     monkeypatch.setitem(studies.STUDIES, "tiny", other)
     fails(finished, "another --out", "'width': 56")
+
+
+def test_several_machines_with_little_time_make_one_study(
+    tiny, text, finished, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(studies.STUDIES, "images-check", tiny)
+    path = tmp_path / "images"
+    done = []
+    for seconds in (0.0, 1.0, math.inf):
+        deadline = time.monotonic() + seconds
+        accelerator.train_images(path, text, True, [], deadline)
+        done.append(len(read_lines(path / "evaluations.jsonl")))
+        assert not (path / "running").exists()
+    assert done[0] == 0
+    lines = timeless(path / "evaluations.jsonl")
+    assert lines == timeless(finished / "evaluations.jsonl")
