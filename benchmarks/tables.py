@@ -4,10 +4,10 @@
     python -m benchmarks.tables --check
 
 writes `benchmarks/README.md`, and the table of a study into the pages that show one, or
-says whether they are what would be written. Files named
-`spectral*.json`, `step_cost*.json` and `compare_*.json` have a section each, in the
-order of their names, and so do directories named `accelerator*` and those that hold a
-study of `benchmarks.studies`; a comparison shows the pictures of its name.
+says whether they are what would be written. Files named `spectral*.json`,
+`step_cost*.json` and `compare_*.json` have a section each, in the order of their names,
+and so do directories named `accelerator*` and those that hold a study; a comparison
+shows the pictures of its name.
 """
 
 import re

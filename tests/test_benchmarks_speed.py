@@ -287,3 +287,6 @@ def test_tables_are_checked_against_the_results(tmp_path, capsys):
 def test_readme_is_generated_from_the_results():
     text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     assert text == tables.render(commandline.RESULTS)
+    for path in tables.ANSWERS:
+        text = path.read_text(encoding="utf-8")
+        assert text == tables.answered(path, commandline.RESULTS)
