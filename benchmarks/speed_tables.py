@@ -19,12 +19,14 @@ from benchmarks.timing import Summary, ratios, summary
 _OURS = "tb_optax"
 _QUADRATURE = "tb_optax, quadrature"
 _TORCH = "torch.linalg.svdvals"
+_WEIGHTWATCHER = "WeightWatcher"
 _EPOCH = 50_000  # Images of CIFAR.
 
 # Bounds of analysis time / the published way: on a CPU by network, on a GPU for all.
 _OF_TORCH_CPU = dict.fromkeys(("resnet18", "wrn28x6", "vgg16", "vit_b16"), 0.5)
 _OF_TORCH_GPU = 0.1
 _QUADRATURE_OF_EXACT = 0.25  # Of a 4096-wide LLM block.
+_OF_WEIGHTWATCHER = {"fit": 0.1, "whole": 0.5}
 _OF_STEP = 1.02
 _OF_MEDIAN_STEP = 1.5
 _OF_EPOCH = 0.01
@@ -119,6 +121,22 @@ def _spectral_bounds(results: Results) -> Iterator[Row]:
             used = [size / MEGABYTE for size in net["temporary_bytes"]]
             what = f"temporary memory of the analysis of {net['title']}, MB"
             yield _against(what, summary(used), bound)
+
+
+def weightwatcher(results: Results) -> Iterator[str]:
+    """Give the section of a file of `benchmarks.weightwatcher`."""
+    size = results["size"]
+    yield from _head(f"A {size} x {size} matrix, minimum-KS fit", results)
+    names = {"fit": "fit, eigenvalues given", "whole": "whole analysis"}
+    rows = []
+    for part, bound in _OF_WEIGHTWATCHER.items():
+        seconds, alphas = results[part]["seconds"], results[part]["alphas"]
+        ratio = summary(ratios(seconds[_OURS], seconds[_WEIGHTWATCHER]))
+        row = _against(f"{names[part]}, {_OURS} / {_WEIGHTWATCHER}", ratio, bound)
+        row |= {f"{name}, s": cell(own) for name, own in seconds.items()}
+        apart = abs(alphas[_OURS] / alphas[_WEIGHTWATCHER] - 1)
+        rows.append(row | {"alphas apart": f"{apart:.0e}"})
+    yield table(rows)
 
 
 def step_cost(results: Results) -> Iterator[str]:

@@ -5,9 +5,9 @@
 
 writes `benchmarks/README.md`, and the table of a study into the pages that show one, or
 says whether they are what would be written. Files named `spectral*.json`,
-`step_cost*.json` and `compare_*.json` have a section each, in the order of their names,
-and so do directories named `accelerator*` and those that hold a study; a comparison
-shows the pictures of its name.
+`step_cost*.json`, `weightwatcher*.json` and `compare_*.json` have a section each, and so
+do directories named `accelerator*` and those that hold a study; a comparison shows the
+pictures of its name.
 """
 
 import re
@@ -80,6 +80,7 @@ def render(directory: Path) -> str:
     sections = (
         ("spectral", speed_tables.spectral),
         ("step_cost", speed_tables.step_cost),
+        ("weightwatcher", speed_tables.weightwatcher),
     )
     for name, section in sections:
         paths = sorted(directory.glob(f"{name}*.json"))
