@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter
+from matplotlib.ticker import NullLocator
 
 from benchmarks.cells import Row, table
-from benchmarks.commandline import without_places
 from benchmarks.files import write_text
 from benchmarks.page import page
-from benchmarks.protocol import chosen, grid
-from benchmarks.report import interval, paired
+from benchmarks.protocol import Study, chosen, grid
+from benchmarks.report import interval, machines, paired, portable
 from benchmarks.studies import Directory
 
 REPORT, PAGE = "report.md", "report.html"
@@ -51,7 +50,7 @@ def section(directory: Directory, pictures: Sequence[str]) -> Iterator[str]:
             yield table(rows)
     for picture in pictures:
         yield f"![{Path(picture).stem}]({picture})"
-    yield _setting(directory)
+    yield from _setting(directory)
 
 
 def brief(directory: Directory) -> str:
@@ -64,7 +63,7 @@ def brief(directory: Directory) -> str:
             "rate": row["rate"],
             "test loss": row["test loss"],
             f"less that of {first}": row[f"to {first}"],
-            "less that of its mean-matched control": row["to its control"],
+            "less that of its control or method": row["to its control or method"],
         }
         for row in _fresh_rows(directory)
         if "mean-matched" not in row["arm"]
@@ -72,7 +71,9 @@ def brief(directory: Directory) -> str:
     seeds = len(study.fresh_seeds)
     return (
         f"{table(rows)}\n\nMean ± sample deviation over {seeds} fresh seeds; "
-        "differences are paired by seed, with the 95 % interval of their mean."
+        "differences are paired by seed, with the 95 % interval of their mean. The "
+        "last column compares a method with its mean-matched control, and another control "
+        "with its method."
     )
 
 
@@ -129,16 +130,17 @@ def _fresh_rows(directory: Directory) -> list[Row]:
         row[f"to {study.arms[first].title}"] = (
             "" if arm == first else paired(test[arm], test[first], "{:+.4f}")
         )
-        held = _held_against(study, arm)
-        row["to its control"] = (
-            paired(test[arm], test[held], "{:+.4f}") if held in test else ""
+        # A method is compared with its mean-matched control, a control with its method.
+        other = study.parents.get(arm) or _control(study, arm)
+        row["to its control or method"] = (
+            paired(test[arm], test[other], "{:+.4f}") if other in test else ""
         )
         rows.append(row)
     return rows
 
 
-def _held_against(study: Any, arm: str) -> str | None:
-    """Return the mean-matched control of a method."""
+def _control(study: Study, arm: str) -> str | None:
+    """Return the first control of a method, which is the mean-matched one."""
     return next((name for name, of in study.parents.items() if of == arm), None)
 
 
@@ -232,8 +234,9 @@ def _rates_figure(directory: Directory, sweep: pd.DataFrame) -> Figure:
         title = directory.study.arms[arm].title
         axes.plot(curve.index, curve, color=color, marker="o", label=title)
         axes.scatter(own["rate"], own["validation_loss"], color=color, s=9, alpha=0.6)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.set_xscale("log")
+    axes.set_xticks(means.columns, [f"{rate:g}" for rate in means.columns])
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("learning rate")
     axes.set_ylabel("validation loss")
     axes.set_title("Sweep: mean over seeds, and each seed")
@@ -295,25 +298,15 @@ def _state(directory: Directory) -> Iterator[str]:
         yield f"The best rate is at an end of the grid for {', '.join(ends)}."
 
 
-def _setting(directory: Directory) -> str:
+def _setting(directory: Directory) -> Iterator[str]:
     config: Mapping[str, Any] = directory.recorded()["config"]
-    listed = ", ".join(
-        f"{name} {value}" for name, value in config.items() if value is not None
-    )
+    listed = [f"{name} {value}" for name, value in config.items() if value is not None]
     study = directory.study
-    seeds = (
-        ", ".join(map(str, study.sweep_seeds)),
-        ", ".join(map(str, study.fresh_seeds)),
+    sweep, fresh = (
+        ", ".join(map(str, seeds)) for seeds in (study.sweep_seeds, study.fresh_seeds)
     )
-    parts = [
-        f"Seeds of the sweep: {seeds[0]}; fresh ones: {seeds[1]}. Setting: {listed}."
-    ]
-    for command in directory.commands():
-        hardware, versions = command["hardware"], command["versions"]
-        named = ", ".join(f"{name} {text}" for name, text in versions.items())
-        text = without_places(command["command"], "data-dir", "out")
-        parts.append(
-            f"On {hardware['device']}, {hardware['cores']} cores; {named}:\n\n"
-            f"```bash\n{text.replace(' --resume', '')}\n```"
-        )
-    return "\n\n".join(parts)
+    yield (
+        f"Seeds of the sweep: {sweep}; fresh ones: {fresh}. "
+        f"Setting: {', '.join(listed)}."
+    )
+    yield from machines(portable(directory.commands()))

@@ -187,7 +187,7 @@ def summarize(experiment: Experiment) -> dict[str, Any]:
     left_out = ("arms", "seed", "data_dir")
     return {
         "name": experiment.name,
-        "commands": _portable(experiment.commands),
+        "commands": portable(experiment.commands),
         "configs": {
             variant: {
                 name: value
@@ -209,7 +209,7 @@ def summarize(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def _portable(commands: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def portable(commands: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the commands without the paths of one machine; equal ones once."""
     found = []
     for command in commands:
@@ -381,16 +381,21 @@ def _setting(summary: Summary) -> Iterator[str]:
         if value is not None and all(own[name] == value for own in configs)
     ]
     yield f"Configuration: {', '.join(common)}."
+    yield from machines(summary["commands"])
+
+
+def machines(commands: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Give each machine, and the commands that ran on it."""
     by_machine: dict[str, list[str]] = {}
-    for command in summary["commands"]:
+    for command in commands:
         hardware, versions = command["hardware"], command["versions"]
         host = f"{hardware['processor']}, {hardware['cores']} cores"
         named = ", ".join(f"{name} {text}" for name, text in versions.items())
         machine = f"On {_device(command)}, host {host}; {named}:"
         by_machine.setdefault(machine, []).append(command["command"])
-    for machine, commands in by_machine.items():
+    for machine, lines in by_machine.items():
         yield machine
-        yield "\n".join(["```bash", *commands, "```"])
+        yield "\n".join(["```bash", *lines, "```"])
 
 
 def _number_rows(summary: Summary) -> Iterator[Row]:

@@ -5,8 +5,8 @@
 
 writes `benchmarks/README.md`, and the table of a study into the pages that show one, or
 says whether they are what would be written. Files named `spectral*.json`,
-`step_cost*.json`, `weightwatcher*.json` and `compare_*.json` have a section each, and so
-do directories named `accelerator*` and those that hold a study; a comparison shows the
+`step_cost*.json`, `weightwatcher*.json` and `compare_*.json` have a section each; so do
+directories named `accelerator*` and those that hold a study. A comparison shows the
 pictures of its name.
 """
 
