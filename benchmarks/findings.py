@@ -72,8 +72,8 @@ def brief(directory: Directory) -> str:
     return (
         f"{table(rows)}\n\nMean ± sample deviation over {seeds} fresh seeds; "
         "differences are paired by seed, with the 95 % interval of their mean. The "
-        "last column compares a method with its mean-matched control, and another control "
-        "with its method."
+        "last column compares a method with its mean-matched control, and the other "
+        "controls with their method."
     )
 
 
