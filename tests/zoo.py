@@ -513,13 +513,7 @@ def detr_decoder(p, memory):
     return f("classes", x), jax.nn.sigmoid(f("boxes", x))
 
 
-@case(
-    "queries",
-    "q k v o 8x8, prompts 3x8",
-    X,
-    layers="q k v o",
-    none="prompts",
-)
+@case("queries", "q k v o 8x8, prompts 3x8", X, layers="q k v o", none="prompts")
 def soft_prompts(p, x):
     x = jnp.concatenate([jnp.tile(p["prompts"][None], (2, 1, 1)), x], axis=1)
     return x + attend(*(heads(x @ p[n]) for n in "qkv")) @ p["o"]
@@ -1699,8 +1693,8 @@ def fourier_operator(p, x):
 @case(
     "messages",
     {
-        **{"b": jax.ShapeDtypeStruct((8, 6), jnp.complex64), "nu": (6,)},
-        **{"c": jax.ShapeDtypeStruct((6, 8), jnp.complex64), "d": (8,), "w": (8, 3)},
+        **{"b": array(8, 6, dtype=jnp.complex64), "nu": (6,), "d": (8,)},
+        **{"c": array(6, 8, dtype=jnp.complex64), "w": (8, 3)},
     },
     X,
     layers="w",
@@ -1708,18 +1702,7 @@ def fourier_operator(p, x):
     free="d",
     named="b c",
     says="complex",
-)
-@case(
-    "messages",
-    {
-        **{"b": jax.ShapeDtypeStruct((8, 6), jnp.complex64), "nu": (6,)},
-        **{"c": jax.ShapeDtypeStruct((6, 8), jnp.complex64), "d": (8,), "w": (8, 3)},
-    },
-    X,
-    layers="w",
-    none="b c nu",
-    free="d",
-    axes={"[bc]": None},
+    given=({"[bc]": None},),
 )
 def linear_recurrence(p, x):
     """A diagonal recurrence in complex numbers."""
@@ -1735,11 +1718,15 @@ def linear_recurrence(p, x):
 
 # Taps of a convolution that is written as a sum of shifted copies scale the output of a
 # layer channel by channel: followers of it or none, but nothing else.
-_TAPS = shapes("w 8x8, taps 3x8, b 8, o 8x3")
-
-
-@case("messages", _TAPS, X, layers="w<b o", free="taps", named="taps")
-@case("messages", _TAPS, X, layers="w<b o", free="taps", axes={"taps": None})
+@case(
+    "messages",
+    "w 8x8, taps 3x8, b 8, o 8x3",
+    X,
+    layers="w<b o",
+    free="taps",
+    named="taps",
+    given=({"taps": None},),
+)
 def shifted_sums(p, x):
     x = x @ p["w"]
     shifted = [jnp.pad(x, ((0, 0), (i, 0), (0, 0)))[:, :5] for i in range(3)]
