@@ -13,21 +13,13 @@ from tb_optax.trace.views import fresh
 
 
 class Program(NamedTuple):
-    """A forward pass.
+    """A forward pass."""
 
-    Attributes:
-        jaxpr: its equations.
-        shapes: of the arrays among its parameters, by path.
-        unreal: the complex ones among them.
-        notes: why leaves are no parameters.
-        values: what is known of its arguments.
-    """
-
-    jaxpr: Any
-    shapes: dict[str, tuple[int, ...]]
-    unreal: frozenset[str]
-    notes: dict[str, str]
-    values: list[Value]
+    jaxpr: Any  # its equations
+    shapes: dict[str, tuple[int, ...]]  # of the arrays among its parameters, by path
+    unreal: frozenset[str]  # the complex ones among them
+    notes: dict[str, str]  # why leaves are no parameters
+    values: list[Value]  # what is known of its arguments
 
 
 def program_of(fn: Callable[..., Any], params: Any, inputs: Sequence[Any]) -> Program:

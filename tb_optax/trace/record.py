@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -154,11 +155,12 @@ class Record:
 
     def bundle(self, dimension: int, parts: Sequence[Value]) -> str:
         """Give parameters that lie side by side a name; there are bundles of these."""
-        path, start = f"<{len(self.bundles)}>", 0
-        self.bundles[path] = dimension, []
-        for part in parts:
-            self.bundles[path][1].append((start, part))
-            start += part.array.shape[dimension]
+        path, sizes = (
+            f"<{len(self.bundles)}>",
+            [p.array.shape[dimension] for p in parts],
+        )
+        starts = itertools.accumulate([0, *sizes[:-1]])
+        self.bundles[path] = dimension, list(zip(starts, parts, strict=True))
         return path
 
     def own(self, value: Value) -> frozenset[str]:

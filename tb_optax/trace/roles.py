@@ -20,21 +20,13 @@ class Unclear(NamedTuple):
 
 
 class Roles(NamedTuple):
-    """What a forward pass says of its parameters.
+    """What a forward pass says of its parameters."""
 
-    Attributes:
-        layers: in order of execution.
-        notes: the verdict on every leaf.
-        unclear: the leaves that have none.
-        likely: those among them that may be kernels of products without data.
-        assumed: leaves that were assumed to be, and that had to be.
-    """
-
-    layers: tuple[Layer, ...]
-    notes: Mapping[str, str]
-    unclear: Mapping[str, Unclear]
-    likely: frozenset[str]
-    assumed: frozenset[str]
+    layers: tuple[Layer, ...]  # in order of execution
+    notes: Mapping[str, str]  # the verdict on every leaf
+    unclear: Mapping[str, Unclear]  # the leaves that have none
+    likely: frozenset[str]  # of these, what may be kernels of products without data
+    assumed: frozenset[str]  # what was assumed to be, and had to be
 
 
 def roles_of(

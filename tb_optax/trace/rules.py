@@ -337,12 +337,9 @@ def _with_kernel(
         of_dims = {i: frozenset([role]) for i, role in roles.items()}
         found = _uses(record, kernel, of_dims, shared)
         paths = {path for path, _ in found}
-        of_itself = [
-            number
-            for number, made in enumerate(record.products if kernel.through else ())
-            if kernel.through >> number & 1 and made.path in paths
-        ]
-        record.auxiliary |= set(of_itself)
+        for number, made in enumerate(record.products if kernel.through else ()):
+            if kernel.through >> number & 1 and made.path in paths:
+                record.auxiliary.add(number)
         last = tuple(record.product(path, uses) for path, uses in found)
         record.follow(kernel.leaves - paths, last, norm=False)
         for number in last[:1]:

@@ -68,17 +68,11 @@ Shape: TypeAlias = Sequence[int]
 
 
 class Array(NamedTuple):
-    """A view on a source.
+    """A view on a source."""
 
-    Attributes:
-        source: shape of the source.
-        start: index of the first entry along each of its axes.
-        dims: factors of each dimension, from major to minor.
-    """
-
-    source: tuple[int, ...]
-    start: tuple[int, ...]
-    dims: tuple[Dimension, ...]
+    source: tuple[int, ...]  # its shape
+    start: tuple[int, ...]  # the index of the first entry along each of its axes
+    dims: tuple[Dimension, ...]  # factors of each dimension, from major to minor
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -214,6 +208,8 @@ def cut(
     steps: Sequence[int] | None = None,
 ) -> Array:
     """Take a piece from each dimension: one entry, or some of its major factor."""
+    if 0 in (*shape, *array.shape):
+        raise Unfollowed
     shift, dims = [], list(array.dims)
     for i in [i for i, size in enumerate(array.shape) if size != shape[i]]:
         start, step = starts[i], steps[i] if steps else 1
@@ -223,7 +219,7 @@ def cut(
                 shift.append((factor, start % factor.size))
                 start //= factor.size
             dims[i] = []
-        elif 0 in shape or shape[i] % inner or start % inner or step > 1 < inner:
+        elif shape[i] % inner or start % inner or step > 1 < inner:
             raise Unfollowed
         else:
             major, *minor = dims[i]

@@ -238,9 +238,8 @@ def _either(values: Sequence[Value]) -> Value:
     if found.kind == DATA:
         main = newest(value for value in values if value.kind == DATA)
         return found.but(array=main.array, pending=main.pending)
-    layouts = [(value.kind, value.path, value.array) for value in values]
-    alike = layouts.count(layouts[0]) == len(layouts)
-    return values[0].but(literal=None) if alike else found
+    alike = {(value.kind, value.path, value.array) for value in values}
+    return values[0].but(literal=None) if len(alike) == 1 else found
 
 
 _CALLS = """
