@@ -82,9 +82,11 @@ def _merged(
     return views.of_factors(dims)
 
 
-def _one_of(dims: Dims) -> list[Factor]:
+def _one_of(dims: Dims) -> views.Dimension:
     """Combine one dimension of several arrays."""
     moving = [dim for dim in dims if any(f.varies for f in dim)] or dims
+    if len(moving) == 1:
+        return moving[0]
     finest = max(moving, key=lambda dim: (any(f.labels for f in dim), len(dim)))
     alike = [dim for dim in moving if [f.size for f in dim] == [f.size for f in finest]]
     found = []

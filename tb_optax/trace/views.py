@@ -52,7 +52,7 @@ class Factor(NamedTuple):
     @property
     def labels(self) -> Labels:
         """Return the labels of what it covers."""
-        if self.whole:
+        if not self.of_axis or self.whole:
             return self.of_axis
         return frozenset(label._replace(whole=False) for label in self.of_axis)
 
