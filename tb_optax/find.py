@@ -64,6 +64,7 @@ def find_layers(
     | `weight` of rank >= 3 with a sign of a convolution | (out, in, positions...) |
     | the same with a bias of its second size (transposed) | (in, out, positions...) |
 
+    A matrix without a bias in a module called `w`, which says nothing, is an error.
     Modules named as tables are those with `emb`, `wte`, `wpe`, `shared`, `token` or
     `relative_attention_bias` in their last name.  Once a `Conv1D` is seen, all modules
     of its last name are (GPT-2 has square ones).  Signs of a convolution are `conv` or
@@ -374,7 +375,7 @@ def _read_pytorch(leaf: Leaf, modules: Modules) -> Reading:
         axes = _conv_transposed(len(shape))
         swapped = MatrixAxes(axes.output, axes.reduction, pooled=axes.pooled)
         return Reading(swapped if last and not first else axes)
-    if bias is None and not _word(leaf):
+    if bias is None and _word(leaf) in ("", "w"):
         return _unclear("a matrix without a bias: a linear layer or an embedding?")
     if bias is None and _is_table(_word(leaf)):
         return Reading(None, "embedding")

@@ -1,13 +1,12 @@
-"""Two large models, traced in a process of their own: `python large_models.py llama`.
+"""Two large models, traced in a process of their own: `python large_models.py`.
 
-Prints the number of layers, the seconds of tracing, and by how many megabytes the peak
-of memory rises above what the imports take.
+Prints for each the number of layers, the seconds of tracing, and by how many megabytes
+the peak of memory rises above what was there before.
 """
 # ruff: noqa: D101, D102  # The names of the models say what they are.
 
 import functools
 import resource
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -101,10 +100,11 @@ def resnet152() -> tuple[Callable[..., Any], Any, Any]:
 
 
 if __name__ == "__main__":
-    forward, params, inputs = {"llama": llama, "resnet152": resnet152}[sys.argv[1]]()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.process_time()
-    layers = tb_optax.trace_layers(forward, params, inputs, norms="before")
-    seconds = time.process_time() - start
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(len(layers), seconds, used / 1024)
+    for make in (llama, resnet152):
+        forward, params, inputs = make()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        start = time.process_time()
+        layers = tb_optax.trace_layers(forward, params, inputs, norms="before")
+        seconds = time.process_time() - start
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        print(len(layers), seconds, used / 1024)

@@ -1,7 +1,6 @@
 """`find_layers` and `describe` on models of Flax linen, Flax nnx, Equinox and Haiku."""
 # ruff: noqa: D101, D102  # The names of the models say what they are.
 
-import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -442,28 +441,17 @@ def test_layers_found(make, expected):
 def leaf_names(params: Any) -> list[str]:
     """Every leaf with its path, told apart from `describe`'s own reading."""
     flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: x is None)
-    names = ["".join(f"/{key}" for key in map(_key_name, keys)) for keys, _ in flat]
-    return [name.removeprefix("/").removesuffix("/.value") for name in names]
+    names = []
+    for keys, _ in flat:
+        own = [str(next(iter(vars_of(key)))) for key in keys]
+        boxed = own[-1] == "value" and isinstance(keys[-1], jax.tree_util.GetAttrKey)
+        names.append("/".join(own[:-1] if boxed else own))
+    return names
 
 
-@functools.singledispatch
-def _key_name(key: Any) -> str:
-    raise TypeError(key)
-
-
-@_key_name.register
-def _(key: jax.tree_util.DictKey) -> str:
-    return str(key.key)
-
-
-@_key_name.register
-def _(key: jax.tree_util.SequenceKey) -> str:
-    return str(key.idx)
-
-
-@_key_name.register
-def _(key: jax.tree_util.GetAttrKey) -> str:
-    return f".{key.name}" if key.name == "value" else key.name
+def vars_of(key: Any) -> list[Any]:
+    """The only field of a key of a path, whatever its kind."""
+    return [getattr(key, name) for name in ("key", "idx", "name") if hasattr(key, name)]
 
 
 @every_model
@@ -543,6 +531,15 @@ def test_describe_tells_why_a_leaf_has_no_layer(model):
         assert set(leaves) <= set(notes[note])
 
 
+SCANNED_ATTENTION = {
+    f"MultiHeadDotProductAttention_0/{name}/kernel": shape
+    for name, shape in (
+        ("key", (3, 16, 4, 4)),
+        ("out", (3, 4, 4, 16)),
+        ("query", (3, 16, 4, 4)),
+        ("value", (3, 16, 4, 4)),
+    )
+}
 # What the rules cannot read: params, the leaves that the error names, in order.
 UNCLEAR = {
     "linen_scan": (
@@ -551,27 +548,11 @@ UNCLEAR = {
     ),
     "linen_scanned_attention": (
         lambda: linen_params(LinenScannedAttention(use_bias=True), SEQUENCE),
-        {
-            f"MultiHeadDotProductAttention_0/{name}/kernel": shape
-            for name, shape in (
-                ("key", (3, 16, 4, 4)),
-                ("out", (3, 4, 4, 16)),
-                ("query", (3, 16, 4, 4)),
-                ("value", (3, 16, 4, 4)),
-            )
-        },
+        SCANNED_ATTENTION,
     ),
     "linen_scanned_attention_without_bias": (
         lambda: linen_params(LinenScannedAttention(use_bias=False), SEQUENCE),
-        {
-            f"MultiHeadDotProductAttention_0/{name}/kernel": shape
-            for name, shape in (
-                ("key", (3, 16, 4, 4)),
-                ("out", (3, 4, 4, 16)),
-                ("query", (3, 16, 4, 4)),
-                ("value", (3, 16, 4, 4)),
-            )
-        },
+        SCANNED_ATTENTION,
     ),
     "linen_dense_general": (
         lambda: linen_params(nn.DenseGeneral((2, 4)), SEQUENCE),
@@ -645,18 +626,14 @@ UNCLEAR = {
 
 
 @pytest.mark.parametrize(("make", "leaves"), UNCLEAR.values(), ids=UNCLEAR)
-def test_unclear_leaves_are_named(make, leaves):
+def test_unclear_leaves_are_named_and_can_be_left_out(make, leaves):
+    params = make()
     with pytest.raises(ValueError, match="cannot tell how to read") as raised:
-        tb_optax.find_layers(make())
+        tb_optax.find_layers(params)
     message = str(raised.value)
     named = re.findall(r"^ +'(.*?)' of shape (\(.*?\)): ", message, re.MULTILINE)
     assert named == [(path, str(shape)) for path, shape in leaves.items()]
     assert f"axes={{'{next(iter(leaves))}': MatrixAxes(" in message
-
-
-@pytest.mark.parametrize(("make", "leaves"), UNCLEAR.values(), ids=UNCLEAR)
-def test_unclear_leaves_can_be_left_out(make, leaves):
-    params = make()
     layers = tb_optax.find_layers(params, axes=dict.fromkeys(leaves))
     assert not {layer.path for layer in layers} & set(leaves)
     rows = {row["leaf"]: row for row in tb_optax.describe(params, layers)}
@@ -677,23 +654,10 @@ def test_axes_settle_a_scanned_stack():
         *(f"blocks/Dense_0/kernel[{i}]" for i in range(5)),
         "head/kernel",
     ]
-    params = LinenScan().init(jax.random.key(0), jnp.ones(SEQUENCE.shape))["params"]
-    analysis = analyze(params)
-    multipliers = analysis.leaf_multipliers(params)["blocks"]
-    stack = analysis.multipliers[:5].tolist()
-    assert len(set(stack)) == 5
-    assert multipliers["Dense_0"]["kernel"].reshape(5).tolist() == stack
-    assert multipliers["Dense_0"]["bias"].reshape(5).tolist() == stack
-    assert multipliers["LayerNorm_0"]["scale"] == 1
-    for i, weight in enumerate(params["blocks"]["Dense_0"]["kernel"]):
-        alone = analyze_one(weight)
-        assert alone == pytest.approx(float(analysis.alpha[i]), rel=1e-5)
-
-
-def analyze_one(weight: jax.Array) -> float:
-    layers = [tb_optax.Layer(name, DENSE) for name in ("w", "same")]
-    analyze = tb_optax.layer_analysis(layers, min_eigenvalues=4)
-    return float(analyze({"w": weight, "same": weight}).alpha[0])
+    multipliers = jax.eval_shape(lambda p: analyze(p).leaf_multipliers(p), params)
+    assert multipliers["blocks"]["Dense_0"]["kernel"].shape == (5, 1, 1)
+    assert multipliers["blocks"]["Dense_0"]["bias"].shape == (5, 1)
+    assert multipliers["blocks"]["LayerNorm_0"]["scale"].shape == ()
 
 
 def test_describe_marks_what_is_frozen_and_what_is_missing():
@@ -799,25 +763,16 @@ def test_boxed_params_have_the_paths_of_bare_ones():
 
 
 @pytest.mark.parametrize("make", [NnxCNN, NnxAttention, NnxRecurrent])
-def test_nnx_nodes_and_plain_arrays_have_the_same_layers(make):
-    params = nnx_params(make)
+def test_every_form_of_an_nnx_model_has_the_same_layers(make):
+    """As nodes, plain arrays, or a whole state, whose statistics do not follow."""
+    model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    params = nnx.state(model, nnx.Param)
     layers = tb_optax.find_layers(params)
     assert tb_optax.find_layers(nnx.as_pure(params)) == layers
     assert tb_optax.find_layers(nnx.to_pure_dict(params)) == layers
-
-
-@pytest.mark.parametrize("make", [NnxCNN, NnxAttention, NnxRecurrent])
-def test_an_nnx_model_itself_has_the_layers_of_its_params(make):
-    model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
-    found = tb_optax.find_layers(model)
-    assert set(found) == set(tb_optax.find_layers(nnx_params(make)))
-
-
-@pytest.mark.parametrize("make", [NnxCNN, NnxAttention, NnxRecurrent])
-def test_running_statistics_of_nnx_do_not_follow(make):
-    """The whole state has the layers of its trained part, which alone is updated."""
-    whole = nnx.state(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
-    assert tb_optax.find_layers(whole) == tb_optax.find_layers(nnx_params(make))
+    assert tb_optax.find_layers(nnx.state(model)) == layers
+    # The model itself has its leaves in another order.
+    assert set(tb_optax.find_layers(model)) == set(layers)
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,11 @@ MODELS = {
         transformer.h.0.attn.c_proj.weight 8x8 linear .bias
         transformer.h.0.mlp.c_proj.weight 8x32 linear
     """,
+    "ctrl": """
+        h.0.multi_head_attention.Wq.bias 8 follows
+        h.0.multi_head_attention.Wq.weight 8x8 linear .bias
+        w.weight 30x8 asks
+    """,
     "llama": """
         lm_head.weight 30x8 linear
         model.embed_tokens.weight 30x8 embedding

@@ -222,6 +222,22 @@ def test_a_loop_of_loops():
     assert found[0] == Layer("w", axes, ("b",), index=(0, 0))
 
 
+def test_loops_over_stacks_that_were_rearranged():
+    """Two axes joined run one after the other; reversed, from the end."""
+
+    def indices(rearrange):
+        def forward(params, x):
+            return lax.scan(lambda x, w: (x @ w, None), x, rearrange(params["w"]))[0]
+
+        found = trace_layers(forward, arrays(w=(2, 3, 8, 8)), X)
+        return [layer.index for layer in found]
+
+    joined = [(i, j) for i in range(2) for j in range(3)]
+    assert indices(lambda w: w.reshape(6, 8, 8)) == joined
+    assert indices(lambda w: w.reshape(6, 8, 8)[::-1]) == joined[::-1]
+    assert indices(lambda w: w[1, ::2]) == [(1, 0), (1, 2)]
+
+
 def test_slices_that_are_named_one_by_one():
     def forward(params, x):
         return x @ params["w"][2] @ params["w"][0]

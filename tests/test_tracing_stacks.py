@@ -103,7 +103,7 @@ def train(forward, params, norms, steps=4):
     return layers, params, tb_optax.get_state(state), analyze
 
 
-@pytest.mark.parametrize("norms", ["after", "before", "none"])
+@pytest.mark.parametrize("norms", ["after", "before"])
 def test_a_scanned_model_trains_as_the_unrolled_one(norms):
     blocks = make_blocks(norms=True)
     layers, params, state, analyze = train(scanned, with_ends(stack(blocks)), norms)
@@ -119,8 +119,16 @@ def test_a_scanned_model_trains_as_the_unrolled_one(norms):
         table.assert_close(params[name], others[name])
     multipliers = analyze(params).leaf_multipliers(params)
     assert multipliers["blocks"]["first"].shape == (DEPTH, 1, 1)
-    follows = multipliers["blocks"]["norm"][0]
-    assert follows.shape == (() if norms == "none" else (DEPTH, 1))
+    assert multipliers["blocks"]["norm"][0].shape == (DEPTH, 1)
+
+
+def test_norms_that_follow_nothing_keep_one_multiplier():
+    params = with_ends(stack(make_blocks(norms=True)))
+    layers = tb_optax.trace_layers(scanned, params, X, norms="none")
+    analyze = tb_optax.layer_analysis(layers, min_eigenvalues=4)
+    multipliers = jax.eval_shape(lambda p: analyze(p).leaf_multipliers(p), params)
+    assert multipliers["blocks"]["bias"].shape == (DEPTH, 1)
+    assert multipliers["blocks"]["norm"][0].shape == ()
 
 
 def test_experts_train_as_separate_layers():

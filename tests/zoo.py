@@ -8,6 +8,7 @@ accepted in place of the list.
 """
 
 import dataclasses
+import fnmatch
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from tb_optax import Layer, MatrixAxes
+from tb_optax.leaves import leaves_of
 
 DENSE = MatrixAxes((0,), (1,))
 TRANSPOSED = MatrixAxes((1,), (0,))
@@ -126,38 +128,68 @@ def case(
     free: str = "",
     named: str = "",
     says: str = "",
+    given: tuple[dict[str, MatrixAxes | None], ...] = (),
+    before: Any = None,
     **options: Any,
 ):
-    """Enters a program into the table; several of them may stand over one function."""
-    found = layers_of(layers) if isinstance(layers, str) else layers
+    """Enters a program into the table; several of them may stand over one function.
 
-    def enter(forward):
+    Each of `given` enters it again with these axes, which settle it: the same layers
+    but for what is None.  `before` enters it with its layers for norms="before".
+    """
+    params = arrays(shapes(params) if isinstance(params, str) else params)
+    leaves = set(leaves_of(params))
+
+    def enter(forward, options, layers, none, named=""):
+        layers = layers_of(layers) if isinstance(layers, str) else layers
         name = f"{kind}: {forward.__name__}"
-        if options:
-            shown = {
-                k: sorted(v) if isinstance(v, dict) else v for k, v in options.items()
-            }
-            name += " " + " ".join(f"{k}={v}" for k, v in shown.items())
-        name += "".join(
-            f" {x.shape[0]}"
-            for x in inputs[:1]
-            if hasattr(x, "shape") and name in CASES
-        )
+        for option, value in options.items():
+            name += f" {option}={sorted(value) if isinstance(value, dict) else value}"
+        if name in CASES:
+            name += "".join(f" {x.shape[0]}" for x in inputs[:1])
         assert name not in CASES, name
         CASES[name] = Case(
             forward,
-            arrays(shapes(params) if isinstance(params, str) else params),
+            params,
             inputs,
             options,
-            None if found is None else tuple(found),
-            frozenset(none.split()),
+            None if layers is None else tuple(layers),
+            frozenset(none),
             frozenset(free.split()),
             tuple(named.split()),
             says,
         )
+
+    def others(layers):
+        """Leaves that have no place, where the list for other options is complete."""
+        owned = {path for own in layers for path in (own.path, *own.follows)}
+        return leaves - owned - set(free.split())
+
+    def enter_all(forward):
+        found = layers_of(layers) if isinstance(layers, str) else layers
+        enter(forward, options, found, none.split(), named)
+        for axes in given:
+            out = {path for path in leaves if first_match(axes, path, DENSE) is None}
+            kept = [
+                dataclasses.replace(
+                    own, follows=tuple(f for f in own.follows if f not in out)
+                )
+                for own in found
+                if own.path not in out
+            ]
+            enter(forward, {**options, "axes": axes}, kept, others(kept))
+        if before is not None:
+            own = layers_of(before) if isinstance(before, str) else before
+            enter(forward, {**options, "norms": "before"}, own, others(own))
         return forward
 
-    return enter
+    return enter_all
+
+
+def first_match(patterns: dict[str, Any], path: str, default: Any) -> Any:
+    """What the first pattern says that matches a path."""
+    found = [v for p, v in patterns.items() if fnmatch.fnmatchcase(path, p)]
+    return found[0] if found else default
 
 
 X = array(2, 5, 8)
@@ -340,20 +372,19 @@ def talking_heads(p, x):
     return joined(jnp.einsum("bhqk,bkhd->bqhd", weights, v)) @ p["wo"]
 
 
-for _norms in ("after", "before"):
-    # The norm of the queries feeds a product of data with data, no layer: it stays with
-    # the layer before it under both policies.
-    @case(
-        "heads",
-        "wq wk wv wo 8x8, gq gk 2x4",
-        X,
-        layers="wq<gq wk<gk wv wo",
-        norms=_norms,
-    )
-    def query_key_norm(p, x):
-        """A scale per head and dimension."""
-        q, k, v = heads(x @ p["wq"]), heads(x @ p["wk"]), heads(x @ p["wv"])
-        return attend(rms_norm(q, p["gq"]), rms_norm(k, p["gk"]), v) @ p["wo"]
+# The norm of the queries feeds a product of data with data, no layer: it stays with the
+# layer before it under both policies.
+@case(
+    "heads",
+    "wq wk wv wo 8x8, gq gk 2x4",
+    X,
+    layers="wq<gq wk<gk wv wo",
+    before="wq<gq wk<gk wv wo",
+)
+def query_key_norm(p, x):
+    """A scale per head and dimension."""
+    q, k, v = heads(x @ p["wq"]), heads(x @ p["wk"]), heads(x @ p["wv"])
+    return attend(rms_norm(q, p["gq"]), rms_norm(k, p["gk"]), v) @ p["wo"]
 
 
 # Learned queries and other parts that are computed from parameters alone: axes that are
@@ -368,17 +399,14 @@ def _map_head(axes, bias):
     return [q, layer("k", "bk", axes), layer("v", "", axes), layer("o")]
 
 
-@case("queries", _WIDE, X, layers=_map_head(QUERY, "bq"), none="probe", named="q")
-@case(
-    "queries", _WIDE, X, layers=_map_head(QUERY, "bq"), none="probe", axes={"q": QUERY}
-)
 @case(
     "queries",
     _WIDE,
     X,
-    layers=_map_head(QUERY, ""),
-    none="probe bq",
-    axes={"q": QUERY, "bq": None},
+    layers=_map_head(QUERY, "bq"),
+    none="probe",
+    named="q",
+    given=({"q": QUERY}, {"q": QUERY, "bq": None}),
 )
 def map_head(p, x):
     """Attention pooling with a projected probe, kernels as in Flax."""
@@ -388,17 +416,14 @@ def map_head(p, x):
     return attend(q, k, jnp.einsum("bsd,dhk->bshk", x, p["v"])) @ p["o"]
 
 
-@case("queries", _FLAT, X, layers=_map_head(DENSE, "bq"), none="probe", named="q")
-@case(
-    "queries", _FLAT, X, layers=_map_head(DENSE, "bq"), none="probe", axes={"q": DENSE}
-)
 @case(
     "queries",
     _FLAT,
     X,
-    layers=_map_head(DENSE, ""),
-    none="probe bq",
-    axes={"q": DENSE, "bq": None},
+    layers=_map_head(DENSE, "bq"),
+    none="probe",
+    named="q",
+    given=({"q": DENSE}, {"q": DENSE, "bq": None}),
 )
 def map_head_of_matrices(p, x):
     probe = jnp.tile(p["probe"], (2, 1, 1))
@@ -424,14 +449,7 @@ def _perceiver(after: bool):
     layers=_perceiver(after=True),
     none="latents g1 c1",
     named="wq",
-)
-@case(
-    "queries",
-    _PERCEIVER,
-    X,
-    layers=_perceiver(after=True),
-    none="latents g1 c1",
-    axes={"wq": DENSE, "latents": None},
+    given=({"wq": DENSE, "latents": None},),
 )
 @case(
     "queries",
@@ -467,17 +485,14 @@ _DETR_LAYERS = layers_of(
 )
 
 
-@case("queries", _DETR, X, layers=_DETR_LAYERS, none="queries", named="self_q self_k")
-@case(
-    "queries", _DETR, X, layers=_DETR_LAYERS, none="queries", axes={"self_[qk]": DENSE}
-)
 @case(
     "queries",
     _DETR,
     X,
     layers=_DETR_LAYERS,
     none="queries",
-    axes={"self_[qk]": DENSE, "queries": None},
+    named="self_q self_k",
+    given=({"self_[qk]": DENSE}, {"self_[qk]": DENSE, "queries": None}),
 )
 def detr_decoder(p, memory):
     """The first block of a DETR decoder: targets of zeros, learned query positions."""
@@ -498,38 +513,22 @@ def detr_decoder(p, memory):
     return f("classes", x), jax.nn.sigmoid(f("boxes", x))
 
 
-@case(
-    "queries",
-    "q k v o 8x8, prompts 3x8",
-    X,
-    layers="q k v o",
-    none="prompts",
-)
+@case("queries", "q k v o 8x8, prompts 3x8", X, layers="q k v o", none="prompts")
 def soft_prompts(p, x):
     x = jnp.concatenate([jnp.tile(p["prompts"][None], (2, 1, 1)), x], axis=1)
     return x + attend(*(heads(x @ p[n]) for n in "qkv")) @ p["o"]
-
-
-_PREFIX = shapes("q k v o 8x8, pk pv 3x2x4")
 
 
 # Keys that are parameters do multiply data, so that an error is in order; what may not
 # happen is that they change the reading of other leaves.
 @case(
     "queries",
-    _PREFIX,
+    "q k v o 8x8, pk pv 3x2x4",
     X,
     layers="q k v o",
     none="pk pv",
     named="pk pv",
-)
-@case(
-    "queries",
-    _PREFIX,
-    X,
-    layers="q k v o",
-    none="pk pv",
-    axes={"p[kv]": None},
+    given=({"p[kv]": None},),
 )
 def prefix_tuning(p, x):
     q, k, v = (heads(x @ p[n]) for n in "qkv")
@@ -566,11 +565,15 @@ def slot_attention(p, x, key):
     return slots
 
 
-_HYPER = shapes("z 4, h 4x48, hb 48, o 6x3")
-
-
-@case("queries", _HYPER, X, layers="h<hb o", none="z", named="h")
-@case("queries", _HYPER, X, layers="h<hb o", none="z", axes={"h": DENSE})
+@case(
+    "queries",
+    "z 4, h 4x48, hb 48, o 6x3",
+    X,
+    layers="h<hb o",
+    none="z",
+    named="h",
+    given=({"h": DENSE},),
+)
 def hypernetwork(p, x):
     """A kernel that is computed from a learned code."""
     kernel = (p["z"] @ p["h"] + p["hb"]).reshape(8, 6)
@@ -866,13 +869,11 @@ def unrolled_gru(p, x):
 
 
 _NOISY = shapes("w 8x6, b 6, v 6x3, c 3")
-_NOISY_LAYERS = layers_of("w<b v<c")
 
 
 # Noise that is drawn from an input is data, and so is its sum with a kernel: an error
 # is in order.  Where axes are given, the biases must be right.
-@case("stacks", _NOISY, X, KEY, layers=_NOISY_LAYERS, named="w v")
-@case("stacks", _NOISY, X, KEY, layers=_NOISY_LAYERS, axes={"[wv]": DENSE})
+@case("stacks", _NOISY, X, KEY, layers="w<b v<c", named="w v", given=({"[wv]": DENSE},))
 def weight_noise(p, x, key):
     for w, b in (("w", "b"), ("v", "c")):
         key, own = jax.random.split(key)
@@ -881,7 +882,7 @@ def weight_noise(p, x, key):
     return x
 
 
-@case("stacks", _NOISY, X, layers=_NOISY_LAYERS)
+@case("stacks", _NOISY, X, layers="w<b v<c")
 def constant_weight_noise(p, x):
     keys = jax.random.split(jax.random.key(0))
     for key, w, b in zip(keys, "wv", "bc", strict=True):
@@ -890,8 +891,7 @@ def constant_weight_noise(p, x):
     return x
 
 
-@case("stacks", _NOISY, X, KEY, layers=_NOISY_LAYERS, named="w v")
-@case("stacks", _NOISY, X, KEY, layers=_NOISY_LAYERS, axes={"[wv]": DENSE})
+@case("stacks", _NOISY, X, KEY, layers="w<b v<c", named="w v", given=({"[wv]": DENSE},))
 def drop_connect(p, x, key):
     for w, b in (("w", "b"), ("v", "c")):
         key, own = jax.random.split(key)
@@ -1127,16 +1127,15 @@ def _t5_attention(p, x, tokens, bias):
     return attend(*(heads(x @ p[n]) for n in "qkv"), bias=mask + bias) @ p["o"]
 
 
-@case("positions", _T5, *_t5(2, 8, 5), layers=_T5_LAYERS, none="table")
-@case("positions", _T5, *_t5(3, 8, 5), layers=_T5_LAYERS, none="table")
 @case(
     "positions",
     _T5,
     *_t5(2, 8, 5),
     layers=_T5_LAYERS,
     none="table",
-    axes={"table": None},
+    given=({"table": None},),
 )
+@case("positions", _T5, *_t5(3, 8, 5), layers=_T5_LAYERS, none="table")
 @case(
     "positions",
     "q k v o 4x4, table 4x2",
@@ -1149,16 +1148,15 @@ def bias_by_index(p, x, tokens):
     return _t5_attention(p, x, tokens, bias)
 
 
-@case("positions", _T5, *_t5(2, 8, 5), layers=_T5_LAYERS, none="table")
-@case("positions", _T5, *_t5(3, 8, 5), layers=_T5_LAYERS, none="table")
 @case(
     "positions",
     _T5,
     *_t5(2, 8, 5),
     layers=_T5_LAYERS,
     none="table",
-    axes={"table": None},
+    given=({"table": None},),
 )
+@case("positions", _T5, *_t5(3, 8, 5), layers=_T5_LAYERS, none="table")
 def bias_by_one_hot(p, x, tokens):
     chosen = _buckets(x.shape[1])[None] == np.arange(4)[:, None, None]
     bias = jnp.einsum("nh,nqk->hqk", p["table"], jnp.asarray(chosen, jnp.float32))
@@ -1189,26 +1187,14 @@ def bias_of_all_blocks(p, x, tokens):
     return x @ p["head"]
 
 
-_SWIN = shapes(
-    "g1 c1 8, qkv 8x24, qkv_bias 24, table 9x2, o 8x8, o_bias g2 c2 "
-    "8, w1 8x16, b1 16, w2 16x8, b2 8, g3 c3 32, merge 32x16"
-)
-
-
 @case(
     "positions",
-    _SWIN,
+    "g1 c1 8, qkv 8x24, qkv_bias 24, table 9x2, o 8x8, o_bias g2 c2 8, w1 8x16, b1 16, "
+    "w2 16x8, b2 8, g3 c3 32, merge 32x16",
     array(2, 4, 4, 8),
     layers="qkv<qkv_bias o<o_bias,g2,c2 w1<b1 w2<b2,g3,c3 merge",
     none="g1 c1 table",
-)
-@case(
-    "positions",
-    _SWIN,
-    array(2, 4, 4, 8),
-    layers="qkv<qkv_bias,g1,c1 o<o_bias w1<b1,g2,c2 w2<b2 merge<g3,c3",
-    none="table",
-    norms="before",
+    before="qkv<qkv_bias,g1,c1 o<o_bias w1<b1,g2,c2 w2<b2 merge<g3,c3",
 )
 def swin(p, x):
     """A shifted window block with its table, and patch merging behind it."""
@@ -1259,13 +1245,17 @@ def learned_slopes(p, x):
     return attend(*(heads(x @ p[n]) for n in "qkv"), bias=bias) @ p["o"]
 
 
-_SHAW = shapes("q k v o 8x8, table 9x4")
-
-
 # A looked-up row multiplies the query: "looked up by indices: no layer" and "multiplies
 # data: a kernel" both apply, so that an error is in order as well.
-@case("positions", _SHAW, X, layers=_T5_LAYERS, none="table", named="table")
-@case("positions", _SHAW, X, layers=_T5_LAYERS, none="table", axes={"table": None})
+@case(
+    "positions",
+    "q k v o 8x8, table 9x4",
+    X,
+    layers=_T5_LAYERS,
+    none="table",
+    named="table",
+    given=({"table": None},),
+)
 def looked_up_keys(p, x):
     q, k, v = (heads(x @ p[n]) for n in "qkv")
     keys = p["table"][np.arange(5)[None] - np.arange(5)[:, None] + 4]
@@ -1303,18 +1293,32 @@ for _size in (8, 5, 2):
 
 
 # Positions of a finer grid are products with constant weights.  They are a table all
-# the same; an error is in order, a layer is not.
+# the same.
 @case(
     "positions",
     "patch 3x8, positions 1x4x4x8, head 8x3",
     IMAGE,
     layers="patch head",
     none="positions",
-    named="positions",
 )
 def resized_positions(p, x):
     x = x @ p["patch"] + jax.image.resize(p["positions"], (1, 8, 8, 8), "bilinear")
     return x.mean((1, 2)) @ p["head"]
+
+
+@case("positions", "w 8x8, rows 7x8, o 8x3", X, layers="w o", none="rows")
+def resized_rows(p, x):
+    return (x @ p["w"] + jax.image.resize(p["rows"], (5, 8), "cubic")) @ p["o"]
+
+
+# Sums of places are no differences: a Fourier transform of constants is data.
+@case("positions", "w 8x8, c 5x8, o 8x3", X, layers="w c o")
+def cosine_features(p, x):
+    @jax.jit
+    def waves():
+        return jnp.cos(jnp.arange(5.0)[:, None] * jnp.arange(5.0))
+
+    return (x @ p["w"] + waves() @ p["c"]) @ p["o"]
 
 
 _CLIP = shapes("image 8x4, text 6x4, logit_scale logit_bias ()")
@@ -1520,154 +1524,120 @@ def stacked_attention(p, x):
 
 
 _CHUNKS = shapes("w0 8x8, b0 g c 8, w1 8x6, b1 6")
+_AFTER, _BEFORE = "w0<b0,g,c w1<b1", "w0<b0 w1<b1,g,c"
 
 
-def _chunks(norms):
-    after = norms == "after"
-    first = layer("w0", "b0 g c" if after else "b0")
-    return [first, layer("w1", "b1" if after else "b1 g c")]
+@case("norms", _CHUNKS, array(6, 8), layers=_AFTER, before=_BEFORE)
+def norm_inside_a_loop_over_chunks(p, x):
+    def chunk(x):
+        x = layer_norm(x @ p["w0"] + p["b0"], p["g"], p["c"])
+        return jax.nn.relu(x) @ p["w1"] + p["b1"]
+
+    return lax.map(chunk, x.reshape(3, 2, 8)).reshape(6, 6)
 
 
-for _norms in ("after", "before"):
+@case("norms", _CHUNKS, array(6, 8), layers=_AFTER, before=_BEFORE)
+def layer_inside_a_loop_over_chunks(p, x):
+    """The norm stands between two loops over chunks of data, no stacks."""
+    x = lax.map(lambda x: x @ p["w0"] + p["b0"], x.reshape(3, 2, 8))
+    x = layer_norm(x.reshape(6, 8), p["g"], p["c"])
+    x = lax.scan(lambda _, x: (None, x @ p["w1"] + p["b1"]), None, x.reshape(3, 2, 8))[
+        1
+    ]
+    return x.reshape(6, 6)
 
-    @case("norms", _CHUNKS, array(6, 8), layers=_chunks(_norms), norms=_norms)
-    def norm_inside_a_loop_over_chunks(p, x):
-        def chunk(x):
-            x = layer_norm(x @ p["w0"] + p["b0"], p["g"], p["c"])
-            return jax.nn.relu(x) @ p["w1"] + p["b1"]
 
-        return lax.map(chunk, x.reshape(3, 2, 8)).reshape(6, 6)
+@case("norms", _CHUNKS, array(6, 8), layers=_AFTER, before=_BEFORE)
+def norm_before_a_loop_over_chunks(p, x):
+    x = layer_norm(x @ p["w0"] + p["b0"], p["g"], p["c"]).reshape(3, 2, 8)
 
-    @case("norms", _CHUNKS, array(6, 8), layers=_chunks(_norms), norms=_norms)
-    def layer_inside_a_loop_over_chunks(p, x):
-        """The norm stands between two loops over chunks of data, no stacks."""
-        x = lax.map(lambda x: x @ p["w0"] + p["b0"], x.reshape(3, 2, 8))
-        x = layer_norm(x.reshape(6, 8), p["g"], p["c"])
-        x = lax.scan(
-            lambda _, x: (None, x @ p["w1"] + p["b1"]), None, x.reshape(3, 2, 8)
-        )[1]
-        return x.reshape(6, 6)
+    def body(i, out):
+        own = lax.dynamic_index_in_dim(x, i, keepdims=False)
+        return out.at[i].set(own @ p["w1"] + p["b1"])
 
-    @case("norms", _CHUNKS, array(6, 8), layers=_chunks(_norms), norms=_norms)
-    def norm_before_a_loop_over_chunks(p, x):
-        x = layer_norm(x @ p["w0"] + p["b0"], p["g"], p["c"]).reshape(3, 2, 8)
+    return lax.fori_loop(0, 3, body, jnp.zeros((3, 2, 6)))
 
-        def body(i, out):
-            own = lax.dynamic_index_in_dim(x, i, keepdims=False)
-            return out.at[i].set(own @ p["w1"] + p["b1"])
 
-        return lax.fori_loop(0, 3, body, jnp.zeros((3, 2, 6)))
+@case("norms", "w 8x8, g c 5x8, o 8x3", X, layers="w<g,c o", before="w o<g,c")
+def norm_of_several_axes(p, x):
+    return layer_norm(x @ p["w"], p["g"], p["c"], (1, 2)) @ p["o"]
 
-    _after = _norms == "after"
 
-    @case(
-        "norms",
-        "w 8x8, g c 5x8, o 8x3",
-        X,
-        layers=[
-            layer("w", "g c" if _after else ""),
-            layer("o", "" if _after else "g c"),
-        ],
-        norms=_norms,
-    )
-    def norm_of_several_axes(p, x):
-        return layer_norm(x @ p["w"], p["g"], p["c"], (1, 2)) @ p["o"]
+@case(
+    "norms",
+    "a 3x3x3x4, g c 8x8x4, b 3x3x4x6",
+    IMAGE,
+    layers="a:hwio<g,c b:hwio",
+    before="a:hwio b:hwio<g,c",
+)
+def norm_of_whole_images(p, x):
+    x = layer_norm(conv(x, p["a"]), p["g"], p["c"], (1, 2, 3))
+    return conv(jax.nn.relu(x), p["b"])
 
-    @case(
-        "norms",
-        "a 3x3x3x4, g c 8x8x4, b 3x3x4x6",
-        IMAGE,
-        layers=[
-            layer("a", "g c" if _after else "", HWIO),
-            layer("b", "" if _after else "g c", HWIO),
-        ],
-        norms=_norms,
-    )
-    def norm_of_whole_images(p, x):
-        x = layer_norm(conv(x, p["a"]), p["g"], p["c"], (1, 2, 3))
-        return conv(jax.nn.relu(x), p["b"])
 
-    @case(
-        "norms",
-        ("stem 8x6, g1 c1 6x5, t1 5x7, t2 7x5, g2 c2 5x6, m1 6x9, m2 9x6, head 6x3"),
-        X,
-        layers=[
-            layer("stem", "g1 c1" if _after else ""),
-            layer("t1", "" if _after else "g1 c1"),
-            layer("t2", "g2 c2" if _after else ""),
-            layer("m1", "" if _after else "g2 c2"),
-            *(layer("m2"), layer("head")),
-        ],
-        norms=_norms,
-    )
-    def mixer_with_whole_norms(p, x):
-        """Scales of channels and patches, in the order of each product."""
-        x = (x @ p["stem"]).swapaxes(1, 2)
-        y = layer_norm(x, p["g1"], p["c1"], (1, 2))
-        x = (x + jax.nn.gelu(y @ p["t1"]) @ p["t2"]).swapaxes(1, 2)
-        y = layer_norm(x, p["g2"], p["c2"], (1, 2))
-        x = x + jax.nn.gelu(y @ p["m1"]) @ p["m2"]
-        return x.mean(1) @ p["head"]
+@case(
+    "norms",
+    "stem 8x6, g1 c1 6x5, t1 5x7, t2 7x5, g2 c2 5x6, m1 6x9, m2 9x6, head 6x3",
+    X,
+    layers="stem<g1,c1 t1 t2<g2,c2 m1 m2 head",
+    before="stem t1<g1,c1 t2 m1<g2,c2 m2 head",
+)
+def mixer_with_whole_norms(p, x):
+    """Scales of channels and patches, in the order of each product."""
+    x = (x @ p["stem"]).swapaxes(1, 2)
+    y = layer_norm(x, p["g1"], p["c1"], (1, 2))
+    x = (x + jax.nn.gelu(y @ p["t1"]) @ p["t2"]).swapaxes(1, 2)
+    y = layer_norm(x, p["g2"], p["c2"], (1, 2))
+    x = x + jax.nn.gelu(y @ p["m1"]) @ p["m2"]
+    return x.mean(1) @ p["head"]
 
-    @case(
-        "norms",
-        (
-            "stem 3x3x3x8, g1 c1 8, conv1 3x3x8x8, time 6x8, time_bias g2 "
-            "c2 8, conv2 3x3x8x8, bias2 8"
-        ),
-        IMAGE,
-        array(2, 6),
-        layers=[
-            layer("stem", "g1 c1" if _after else "", HWIO),
-            layer("conv1", "g2 c2" if _after else "g1 c1", HWIO),
-            layer("time", "time_bias"),
-            layer("conv2", "bias2" if _after else "bias2 g2 c2", HWIO),
-        ],
-        norms=_norms,
-    )
-    def residual_block_with_time(p, x, t):
-        """The sum prefers the images to the embedding that is added to all of them."""
-        x = conv(x, p["stem"])
-        h = conv(jax.nn.silu(group_norm(x, p["g1"], p["c1"])), p["conv1"])
-        t = jax.nn.silu(t) @ p["time"] + p["time_bias"]
-        h = h + t[:, None, None]
-        h = conv(jax.nn.silu(group_norm(h, p["g2"], p["c2"])), p["conv2"])
-        return x + h + p["bias2"]
 
-    @case(
-        "norms",
-        "w 8x8, t1 4x8, b1 8, t2 8x8, g 8, o 8x3",
-        X,
-        layers=[
-            layer("w", "g" if _after else ""),
-            *(layer("t1", "b1"), layer("t2")),
-            layer("o", "" if _after else "g"),
-        ],
-        norms=_norms,
-    )
-    def constant_time_embedding(p, x):
-        """The same where the embedding is computed from constants."""
-        h = x @ p["w"]
-        t = np.linspace(0, 1, 20, dtype=np.float32).reshape(5, 4)
-        h = h + jax.nn.silu(t @ p["t1"] + p["b1"]) @ p["t2"]
-        return rms_norm(h, p["g"]) @ p["o"]
+@case(
+    "norms",
+    "stem 3x3x3x8, g1 c1 8, conv1 3x3x8x8, time 6x8, time_bias g2 c2 8, "
+    "conv2 3x3x8x8, bias2 8",
+    IMAGE,
+    array(2, 6),
+    layers="stem:hwio<g1,c1 conv1:hwio<g2,c2 time<time_bias conv2:hwio<bias2",
+    before="stem:hwio conv1:hwio<g1,c1 time<time_bias conv2:hwio<bias2,g2,c2",
+)
+def residual_block_with_time(p, x, t):
+    """The sum prefers the images to the embedding that is added to all of them."""
+    x = conv(x, p["stem"])
+    h = conv(jax.nn.silu(group_norm(x, p["g1"], p["c1"])), p["conv1"])
+    t = jax.nn.silu(t) @ p["time"] + p["time_bias"]
+    h = h + t[:, None, None]
+    h = conv(jax.nn.silu(group_norm(h, p["g2"], p["c2"])), p["conv2"])
+    return x + h + p["bias2"]
 
-    @case(
-        "norms",
-        "w1 8x8, g 8, film 4x16, film_bias 16, w2 8x8",
-        X,
-        array(2, 4),
-        layers=[
-            layer("w1", "g" if _after else ""),
-            layer("film", "film_bias"),
-            layer("w2", "" if _after else "g"),
-        ],
-        norms=_norms,
-    )
-    def modulated(p, x, c):
-        h = rms_norm(x @ p["w1"], p["g"])
-        scale, shift = jnp.split(c @ p["film"] + p["film_bias"], 2, -1)
-        return jax.nn.silu(h * (1 + scale[:, None]) + shift[:, None]) @ p["w2"]
+
+@case(
+    "norms",
+    "w 8x8, t1 4x8, b1 8, t2 8x8, g 8, o 8x3",
+    X,
+    layers="w<g t1<b1 t2 o",
+    before="w t1<b1 t2 o<g",
+)
+def constant_time_embedding(p, x):
+    """The same where the embedding is computed from constants."""
+    h = x @ p["w"]
+    t = np.linspace(0, 1, 20, dtype=np.float32).reshape(5, 4)
+    h = h + jax.nn.silu(t @ p["t1"] + p["b1"]) @ p["t2"]
+    return rms_norm(h, p["g"]) @ p["o"]
+
+
+@case(
+    "norms",
+    "w1 8x8, g 8, film 4x16, film_bias 16, w2 8x8",
+    X,
+    array(2, 4),
+    layers="w1<g film<film_bias w2",
+    before="w1 film<film_bias w2<g",
+)
+def modulated(p, x, c):
+    h = rms_norm(x @ p["w1"], p["g"])
+    scale, shift = jnp.split(c @ p["film"] + p["film_bias"], 2, -1)
+    return jax.nn.silu(h * (1 + scale[:, None]) + shift[:, None]) @ p["w2"]
 
 
 # Messages.
@@ -1690,8 +1660,8 @@ def only_returned(p, x):
     return x @ p["w"] + p["b"], (p["v"] ** 2).sum()
 
 
-@case("messages", "a 8x2, b 2x6, c 6", X, named="a b")
 @case("messages", "a 8x2, b 2x6, c 6", X, layers="a b", free="c", axes={"[ab]": DENSE})
+@case("messages", "a 8x2, b 2x6, c 6", X, named="a b")
 def multiplied_before(p, x):
     """A factorized kernel; its bias acts on the outputs of both factors."""
     return x @ (p["a"] @ p["b"]) + p["c"]
@@ -1723,8 +1693,8 @@ def fourier_operator(p, x):
 @case(
     "messages",
     {
-        **{"b": jax.ShapeDtypeStruct((8, 6), jnp.complex64), "nu": (6,)},
-        **{"c": jax.ShapeDtypeStruct((6, 8), jnp.complex64), "d": (8,), "w": (8, 3)},
+        **{"b": array(8, 6, dtype=jnp.complex64), "nu": (6,), "d": (8,)},
+        **{"c": array(6, 8, dtype=jnp.complex64), "w": (8, 3)},
     },
     X,
     layers="w",
@@ -1732,18 +1702,7 @@ def fourier_operator(p, x):
     free="d",
     named="b c",
     says="complex",
-)
-@case(
-    "messages",
-    {
-        **{"b": jax.ShapeDtypeStruct((8, 6), jnp.complex64), "nu": (6,)},
-        **{"c": jax.ShapeDtypeStruct((6, 8), jnp.complex64), "d": (8,), "w": (8, 3)},
-    },
-    X,
-    layers="w",
-    none="b c nu",
-    free="d",
-    axes={"[bc]": None},
+    given=({"[bc]": None},),
 )
 def linear_recurrence(p, x):
     """A diagonal recurrence in complex numbers."""
@@ -1759,11 +1718,15 @@ def linear_recurrence(p, x):
 
 # Taps of a convolution that is written as a sum of shifted copies scale the output of a
 # layer channel by channel: followers of it or none, but nothing else.
-_TAPS = shapes("w 8x8, taps 3x8, b 8, o 8x3")
-
-
-@case("messages", _TAPS, X, layers="w<b o", free="taps", named="taps")
-@case("messages", _TAPS, X, layers="w<b o", free="taps", axes={"taps": None})
+@case(
+    "messages",
+    "w 8x8, taps 3x8, b 8, o 8x3",
+    X,
+    layers="w<b o",
+    free="taps",
+    named="taps",
+    given=({"taps": None},),
+)
 def shifted_sums(p, x):
     x = x @ p["w"]
     shifted = [jnp.pad(x, ((0, 0), (i, 0), (0, 0)))[:, :5] for i in range(3)]
@@ -1773,24 +1736,19 @@ def shifted_sums(p, x):
 
 # Whole blocks of well-known models.
 
-_MAMBA = shapes(
-    "inputs 8x16, conv 4x1x8, conv_bias 8, x_proj 8x10, dt 2x8, "
-    "dt_bias 8, A_log 8x4, D 8, out 8x8"
-)
-_MAMBA_LAYERS = layers_of("inputs conv:wio<conv_bias x_proj dt<dt_bias out")
-
 
 # The decay rates are multiplied with data that is constant along their second axis, but
 # nothing is summed: no matrix product.  It takes more than the shapes to see that.
-@case("models", _MAMBA, X, layers=_MAMBA_LAYERS, none="A_log", free="D", named="A_log")
 @case(
     "models",
-    _MAMBA,
+    "inputs 8x16, conv 4x1x8, conv_bias 8, x_proj 8x10, dt 2x8, dt_bias 8, A_log 8x4, "
+    "D 8, out 8x8",
     X,
-    layers=_MAMBA_LAYERS,
+    layers="inputs conv:wio<conv_bias x_proj dt<dt_bias out",
     none="A_log",
     free="D",
-    axes={"A_log": None},
+    named="A_log",
+    given=({"A_log": None},),
 )
 def mamba(p, x):
     x, z = jnp.split(x @ p["inputs"], 2, -1)
@@ -1810,29 +1768,15 @@ def mamba(p, x):
     return ((y + x * p["D"]) * jax.nn.silu(z)) @ p["out"]
 
 
-_BERT = shapes(
-    "words 11x8, positions 5x8, types 2x8, g0 c0 8, q k v o 8x8, bq "
-    "bk bv bo g1 c1 8, w1 8x16, b1 16, w2 16x8, b2 g2 c2 8, pooler "
-    "8x8, pooler_bias 8, cls 8x2"
-)
-
-
 @case(
     "models",
-    _BERT,
+    "words 11x8, positions 5x8, types 2x8, g0 c0 8, q k v o 8x8, bq bk bv bo g1 c1 8, "
+    "w1 8x16, b1 16, w2 16x8, b2 g2 c2 8, pooler 8x8, pooler_bias 8, cls 8x2",
     TOKENS,
     TOKENS,
-    layers=("q<bq k<bk v<bv o<bo,g1,c1 w1<b1 w2<b2,g2,c2 pooler<pooler_bias cls"),
+    layers="q<bq k<bk v<bv o<bo,g1,c1 w1<b1 w2<b2,g2,c2 pooler<pooler_bias cls",
     none="words positions types g0 c0",
-)
-@case(
-    "models",
-    _BERT,
-    TOKENS,
-    TOKENS,
-    layers=("q<bq,g0,c0 k<bk v<bv o<bo w1<b1,g1,c1 w2<b2 pooler<pooler_bias,g2,c2 cls"),
-    none="words positions types",
-    norms="before",
+    before="q<bq,g0,c0 k<bk v<bv o<bo w1<b1,g1,c1 w2<b2 pooler<pooler_bias,g2,c2 cls",
 )
 def bert(p, tokens, types):
     x = p["words"][tokens] + p["positions"] + p["types"][types]
@@ -1844,41 +1788,35 @@ def bert(p, tokens, types):
     return jnp.tanh(x[:, 0] @ p["pooler"] + p["pooler_bias"]) @ p["cls"]
 
 
-_DIT = shapes(
-    "patch 8x8, t1 6x8, t2 8x8, label 5x8, mod 8x48, mod_bias 48, q "
-    "k v o 8x8, up 8x16, down 16x8, last_mod 8x16, last 8x8"
+# Norms without parameters make no difference.
+@case(
+    "models",
+    "patch 8x8, t1 6x8, t2 8x8, label 5x8, mod 8x48, mod_bias 48, q k v o 8x8, "
+    "up 8x16, down 16x8, last_mod 8x16, last 8x8",
+    X,
+    array(2),
+    array(2, dtype=jnp.int32),
+    layers="patch t1 t2 mod<mod_bias q k v o up down last_mod last",
+    none="label",
+    before="patch t1 t2 mod<mod_bias q k v o up down last_mod last",
 )
+def dit(p, x, t, label):
+    """Modulation by data, norms without parameters, gates that start at zero."""
 
+    def norm(x):
+        return rms_norm(x - x.mean(-1, keepdims=True), 1.0)
 
-for _norms in ("after", "before"):
-
-    @case(
-        "models",
-        _DIT,
-        X,
-        array(2),
-        array(2, dtype=jnp.int32),
-        layers="patch t1 t2 mod<mod_bias q k v o up down last_mod last",
-        none="label",
-        norms=_norms,
-    )
-    def dit(p, x, t, label):
-        """Modulation by data, norms without parameters, gates that start at zero."""
-
-        def norm(x):
-            return rms_norm(x - x.mean(-1, keepdims=True), 1.0)
-
-        x = x @ p["patch"]
-        angles = t[:, None] * jnp.exp(-jnp.arange(3.0))
-        t = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
-        c = jax.nn.silu(jax.nn.silu(t @ p["t1"]) @ p["t2"] + p["label"][label])
-        mods = jnp.split((c @ p["mod"] + p["mod_bias"])[:, None], 6, -1)
-        y = norm(x) * (1 + mods[1]) + mods[0]
-        x = x + mods[2] * (attend(*(heads(y @ p[n]) for n in "qkv")) @ p["o"])
-        y = norm(x) * (1 + mods[4]) + mods[3]
-        x = x + mods[5] * (jax.nn.gelu(y @ p["up"]) @ p["down"])
-        shift, scale = jnp.split((c @ p["last_mod"])[:, None], 2, -1)
-        return (norm(x) * (1 + scale) + shift) @ p["last"]
+    x = x @ p["patch"]
+    angles = t[:, None] * jnp.exp(-jnp.arange(3.0))
+    t = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
+    c = jax.nn.silu(jax.nn.silu(t @ p["t1"]) @ p["t2"] + p["label"][label])
+    mods = jnp.split((c @ p["mod"] + p["mod_bias"])[:, None], 6, -1)
+    y = norm(x) * (1 + mods[1]) + mods[0]
+    x = x + mods[2] * (attend(*(heads(y @ p[n]) for n in "qkv")) @ p["o"])
+    y = norm(x) * (1 + mods[4]) + mods[3]
+    x = x + mods[5] * (jax.nn.gelu(y @ p["up"]) @ p["down"])
+    shift, scale = jnp.split((c @ p["last_mod"])[:, None], 2, -1)
+    return (norm(x) * (1 + scale) + shift) @ p["last"]
 
 
 _T5_STACKS = shapes("n1 8x3, q k v 8x3x2x4, o 2x3x4x8, n2 8x3, wi0 wi1 8x3x6, wo 6x3x8")

@@ -15,7 +15,7 @@ from tb_optax.trace.program import program_of
 from tb_optax.trace.record import Record
 from tb_optax.trace.roles import NORMS, Roles, Unclear, roles_of
 from tb_optax.trace.rules import RULES
-from tb_optax.trace.walk import Walk
+from tb_optax.trace.walk import run
 
 Parts = int | Sequence[int]
 
@@ -105,79 +105,72 @@ def trace_layers(
         Zhou et al, `Temperature Balancing, Layer-wise Weight Analysis, and Neural
         Network Training <https://arxiv.org/abs/2312.00359>`_, 2023
     """
-    _check_norms(norms)
-    program = program_of(fn, params, inputs)
-    shapes = program.shapes
-    floating = {p: shape for p, shape in shapes.items() if p not in program.notes}
-    given = match_paths("axes", axes, shapes)
-    _check_ranks(given, shapes)
-    parts = match_paths("split", split, shapes)
-
-    def read(assumed: frozenset[str] = frozenset()) -> Roles:
-        record = Record(floating, given, assumed, program.unreal)
-        Walk(record, RULES).run(program.jaxpr, program.values)
-        return roles_of(record, norms, parts)
-
-    roles = read()
-    if roles.unclear:
-        roles = _with_assumptions(roles, read)
-    _check_given(given, roles)
-    if roles.unclear:
-        _complain(roles.unclear, shapes, strict)
-    if not (roles.layers or roles.unclear or given):
-        _complain_of_nothing(shapes)
-    unclear = {p: f"unclear: {'; '.join(u.reasons)}" for p, u in roles.unclear.items()}
-    return Layers(roles.layers, {**roles.notes, **unclear, **program.notes})
-
-
-def _check_norms(norms: str) -> None:
     if norms not in NORMS:
         allowed = ", ".join(map(repr, NORMS))
         msg = f"norms must be one of {allowed}, got norms = {norms!r}."
         raise ValueError(msg)
-
-
-def _check_ranks(
-    given: Mapping[str, MatrixAxes | None], shapes: Mapping[str, tuple[int, ...]]
-) -> None:
-    for path, axes in given.items():
-        if axes is not None and axes.rank != len(shapes[path]):
+    program = program_of(fn, params, inputs)
+    shapes = program.shapes
+    floating = {p: shape for p, shape in shapes.items() if p not in program.notes}
+    given = match_paths("axes", axes, shapes)
+    parts = match_paths("split", split, shapes)
+    kernels = {path: own for path, own in given.items() if own is not None}
+    for path, own in kernels.items():
+        if own.rank != len(shapes[path]):
             msg = (
-                f"axes: {axes} is for kernels of rank {axes.rank}, {path!r} has "
-                f"shape {shapes[path]}."
+                f"axes: {own} is for kernels of rank {own.rank}, {path!r} has shape "
+                f"{shapes[path]}."
             )
             raise ValueError(msg)
 
+    def read(assumed: frozenset[str] = frozenset()) -> Roles:
+        record = Record(floating, given, assumed, program.unreal)
+        run(record, RULES, program.jaxpr, program.values)
+        return roles_of(record, norms, parts)
 
-def _check_given(given: Mapping[str, MatrixAxes | None], roles: Roles) -> None:
+    roles = _with_assumptions(read)
     found = {layer.path for layer in roles.layers}
-    for path, axes in given.items():
-        if axes is not None and path not in found:
-            msg = (
-                f"axes: the forward pass multiplies no data with {path!r}, which "
-                f"therefore has no place among the layers; give None for it."
+    for path in [path for path in kernels if path not in found]:
+        msg = (
+            f"axes: the forward pass multiplies no data with {path!r}, which "
+            f"therefore has no place among the layers; give None for it."
+        )
+        if path in program.unreal:
+            msg = f"axes: {path!r} is complex, and no layer; give None for it."
+        raise ValueError(msg)
+    if roles.unclear:
+        _complain(roles.unclear, shapes, strict)
+    elif not (roles.layers or given):
+        matrices = [path for path, shape in shapes.items() if len(shape) > 1]
+        why = f"none of the {len(shapes)} parameters has two axes"
+        if matrices:
+            why = (
+                f"the forward pass multiplies no data with {listing(matrices)}. Call "
+                f"trace_layers(fn, params, *inputs) with the data among the inputs"
             )
-            if "complex" in roles.notes.get(path, ""):
-                msg = f"axes: {path!r} is complex, and no layer; give None for it."
-            raise ValueError(msg)
+        msg = f"trace_layers finds no layer: {why}."
+        raise ValueError(msg)
+    unclear = {p: f"unclear: {'; '.join(u.reasons)}" for p, u in roles.unclear.items()}
+    return Layers(roles.layers, {**roles.notes, **unclear, **program.notes})
 
 
-def _with_assumptions(first: Roles, read: Callable[[frozenset[str]], Roles]) -> Roles:
+def _with_assumptions(read: Callable[..., Roles]) -> Roles:
     """Read again with the likely kernels of products without data taken for kernels.
 
     The rest comes out right then, and the error can say how to read them.
     """
-    roles, assumed, known = first, frozenset(), dict(first.unclear)
+    roles = read()
+    assumed, known = frozenset[str](), dict(roles.unclear)
     while likely := roles.likely - assumed:
         assumed |= likely
         roles = read(assumed)
         known = {**roles.unclear, **known}
-    unclear = dict(roles.unclear)
     axes = {layer.path: layer.axes for layer in roles.layers}
-    for path in [path for path in axes if path in roles.assumed]:
-        unclear[path] = known[path]._replace(likely=axes[path])
+    needed = [path for path in axes if path in roles.assumed]
+    unclear = dict(roles.unclear)
+    unclear |= {path: known[path]._replace(likely=axes[path]) for path in needed}
     # What stands in the place of data for them may be a kernel as well.
-    reasons = {reason for path in roles.assumed for reason in unclear[path].reasons}
+    reasons = {reason for path in needed for reason in unclear[path].reasons}
     for path, why in known.items():
         if any(repr(path) in reason for reason in reasons):
             unclear.setdefault(path, why._replace(likely=None))
@@ -196,28 +189,14 @@ def _complain(
         for path in paths
     )
     proposed = {path: unclear[path].likely for path in paths}
-    remedy = (
+    count = "1 leaf" if len(paths) == 1 else f"{len(paths)} leaves"
+    msg = (
+        f"trace_layers cannot tell how to read {count}"
+        f"{'' if strict else ' and leaves them out'}:\n{listed}\n"
         f"Pass axes={proposed}: MatrixAxes(reduction, output, pooled=..., stacked=...) "
         f"for a kernel, or None for a leaf that is no kernel; patterns such as "
         f"'*/kernel' settle many at once."
     )
-    count = "1 leaf" if len(paths) == 1 else f"{len(paths)} leaves"
-    what = f"trace_layers cannot tell how to read {count}"
     if strict:
-        msg = f"{what}:\n{listed}\n{remedy}"
         raise ValueError(msg)
-    warnings.warn(f"{what} and leaves them out:\n{listed}\n{remedy}", stacklevel=3)
-
-
-def _complain_of_nothing(shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise because no layer was found, and say why."""
-    matrices = [path for path, shape in shapes.items() if len(shape) > 1]
-    if matrices:
-        why = (
-            f"the forward pass multiplies no data with {listing(matrices)}. Call "
-            f"trace_layers(fn, params, *inputs) with the data among the inputs"
-        )
-    else:
-        why = f"none of the {len(shapes)} parameters has two axes"
-    msg = f"trace_layers finds no layer: {why}."
-    raise ValueError(msg)
+    warnings.warn(msg, stacklevel=3)

@@ -13,21 +13,13 @@ from tb_optax.trace.views import fresh
 
 
 class Program(NamedTuple):
-    """A forward pass.
+    """A forward pass."""
 
-    Attributes:
-        jaxpr: its equations.
-        shapes: of the arrays among its parameters, by path.
-        unreal: the complex ones among them.
-        notes: why leaves are no parameters.
-        values: what is known of its arguments.
-    """
-
-    jaxpr: Any
-    shapes: dict[str, tuple[int, ...]]
-    unreal: frozenset[str]
-    notes: dict[str, str]
-    values: list[Value]
+    jaxpr: Any  # its equations
+    shapes: dict[str, tuple[int, ...]]  # of the arrays among its parameters, by path
+    unreal: frozenset[str]  # the complex ones among them
+    notes: dict[str, str]  # why leaves are no parameters
+    values: list[Value]  # what is known of its arguments
 
 
 def program_of(fn: Callable[..., Any], params: Any, inputs: Sequence[Any]) -> Program:
@@ -39,31 +31,49 @@ def program_of(fn: Callable[..., Any], params: Any, inputs: Sequence[Any]) -> Pr
     Raises:
         ValueError: if the forward pass needs the name of an axis.
     """
-    state = None
-    nnx = sys.modules.get("flax.nnx")
+    module, state = None, None
+    nnx: Any = sys.modules.get("flax.nnx")
     if nnx is not None and isinstance(fn, nnx.Module):
         inputs = inputs if params is None else (params, *inputs)
-        fn, params, state = _of_module(nnx, fn, lambda module, *args: module(*args))
+        module, call = fn, lambda module, *args: module(*args)
     elif nnx is not None and isinstance(params, nnx.Module):
-        fn, params, state = _of_module(nnx, params, fn)
-    leaves = leaves_of(params)
-    arrays, rebuild = _abstract((params, state, *inputs))
-    # The arguments in the order of their flattening; those of params come first.
-    own = [leaf for leaf in leaves.values() if leaf.is_array]
-    rest = len(own) + len(jax.tree.leaves(state))
-    values: list[Value] = []
-    for position, array in enumerate(arrays):
-        value = Value(fresh(array.shape))
-        if position < len(own) and jnp.issubdtype(array.dtype, jnp.inexact):
-            path = own[position].path
+        module, call = params, fn
+    if module is not None:
+        graph, params, state = nnx.split(module, nnx.Param, ...)
+
+    shapes, notes, unreal, values = {}, {}, set(), []
+    for path, leaf in leaves_of(params).items():
+        if not leaf.is_array:
+            notes[path] = "masked or None" if leaf.value is None else "not an array"
+            continue
+        shapes[path], value = leaf.shape, Value(fresh(leaf.shape))
+        if not jnp.issubdtype(leaf.value.dtype, jnp.inexact):
+            notes[path] = "not floating"
+        else:
             value = value.but(kind=PARAMETER, path=path, leaves=frozenset([path]))
-        elif position >= rest and not jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-            value = value.but(kind=DATA, rank=1 + len(array.shape))
+        if jnp.issubdtype(leaf.value.dtype, jnp.complexfloating):
+            unreal.add(path)
+        values.append(value)
+    flat, structure = jax.tree.flatten((params, state, *inputs))
+    places = [i for i, leaf in enumerate(flat) if is_array(leaf)]
+    arrays = [jax.ShapeDtypeStruct(flat[i].shape, flat[i].dtype) for i in places]
+    rest = len(values) + len(jax.tree.leaves(state))
+    for array in arrays[len(values) :]:
+        value = Value(fresh(array.shape))
+        is_key = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+        if len(values) >= rest and not is_key:
+            value = value.but(kind=DATA)
         values.append(value)
 
     def forward(*arrays):
-        params, state, *inputs = rebuild(arrays)
-        out = fn(params, *inputs) if state is None else fn(params, state, *inputs)
+        filled = list(flat)
+        for i, array in zip(places, arrays, strict=True):
+            filled[i] = array
+        params, state, *inputs = jax.tree.unflatten(structure, filled)
+        if module is None:
+            out = fn(params, *inputs)
+        else:
+            out = call(nnx.merge(graph, params, state), *inputs)
         return [leaf for leaf in jax.tree.leaves(out) if is_array(leaf)]
 
     try:
@@ -77,40 +87,4 @@ def program_of(fn: Callable[..., Any], params: Any, inputs: Sequence[Any]) -> Pr
             f"trace the forward pass of evaluation (train=False)."
         )
         raise ValueError(msg) from error
-    shapes = {leaf.path: leaf.shape for leaf in own}
-    notes = {}
-    for path, leaf in leaves.items():
-        if not leaf.is_array:
-            notes[path] = "masked or None" if leaf.value is None else "not an array"
-        elif not jnp.issubdtype(leaf.value.dtype, jnp.inexact):
-            notes[path] = "not floating"
-    unreal = frozenset(
-        leaf.path
-        for leaf in own
-        if jnp.issubdtype(leaf.value.dtype, jnp.complexfloating)
-    )
-    return Program(jaxpr, shapes, unreal, notes, values)
-
-
-def _of_module(nnx: Any, module: Any, call: Callable[..., Any]):
-    graph, params, state = nnx.split(module, nnx.Param, ...)
-
-    def fn(params, state, *inputs):
-        return call(nnx.merge(graph, params, state), *inputs)
-
-    return fn, params, state
-
-
-def _abstract(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
-    """The arrays of a tree without their values, and what puts arrays back in it."""
-    flat, structure = jax.tree.flatten(tree)
-    places = [i for i, leaf in enumerate(flat) if is_array(leaf)]
-    arrays = [jax.ShapeDtypeStruct(flat[i].shape, flat[i].dtype) for i in places]
-
-    def rebuild(arrays: Sequence[Any]) -> Any:
-        filled = list(flat)
-        for i, array in zip(places, arrays, strict=True):
-            filled[i] = array
-        return jax.tree.unflatten(structure, filled)
-
-    return arrays, rebuild
+    return Program(jaxpr, shapes, frozenset(unreal), notes, values)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -9,11 +10,16 @@ from tb_optax.layers import MatrixAxes
 from tb_optax.trace.views import Array
 
 T = TypeVar("T")
+Paths = frozenset[str]
 CONSTANT, PARAMETER, DATA = range(3)
 REDUCTION, OUTPUT, POOLED, STACKED = "reduction", "output", "pooled", "stacked"
 # What a product does with an axis of a kernel: names of fields of `MatrixAxes`, more
 # than one where its parts differ; or the only slice it has of it, None if unknown.
 Use = frozenset[str] | int | None
+# What a leaf does: it enters a product, acts on the outputs of one, perhaps as a norm,
+# or is the norm whose output enters one, each with the number of the product; or, with
+# a reason, something that makes no layer or that cannot be read.
+ENTERS, FOLLOWS, NORM, FEEDS, SAID, FAILED = range(6)
 # Why a matrix that is likely a kernel cannot be read, or is likely none.
 COMPUTED = "it is computed with before it enters a product: its axes are lost"
 BETWEEN_DATA = (
@@ -24,7 +30,7 @@ SECOND = "it is combined with another of the same axes"
 
 
 def union(sets: Iterable[frozenset[T]]) -> frozenset[T]:
-    """All elements of several sets."""
+    """Return the elements of all sets."""
     return frozenset().union(*sets)
 
 
@@ -32,61 +38,50 @@ def union(sets: Iterable[frozenset[T]]) -> frozenset[T]:
 class Value:
     """An array: a constant, computed from parameters alone, or data.
 
-    Data depends on an input, or on a product with a parameter.
+    Data depends on an input, or on a product with a parameter; "since" is since the
+    newest product that it came through.
     """
 
-    array: Array
+    array: Array  # of a parameter that is a leaf, a view on it
     kind: int = CONSTANT
     literal: int | None = None  # the number that a constant is
-    # The leaf that a parameter is entry by entry, but for what acts on it elementwise:
-    # then `array` is a view on that leaf.
-    path: str | None = None
-    unknown: frozenset[int] = (
-        frozenset()
-    )  # axes of which there is one slice, but which?
-    # All parameters in a parameter; those that were added to data or multiplied in.
-    leaves: frozenset[str] = frozenset()
+    path: str | None = None  # the leaf, but for what acts on it entry by entry
+    unknown: frozenset[int] = frozenset()  # its axes with one slice, nobody knows which
+    leaves: Paths = frozenset()  # all in a parameter; what acts on data but not follows
     looked_up: bool = False  # whether constants have picked the rows of a parameter
-    scaled: bool = (
-        False  # whether a parameter was multiplied with an array of constants
-    )
-    # Numbers of the newest products that data came through; several where their kernels
-    # lay side by side.
-    last: tuple[int, ...] = ()
+    last: tuple[int, ...] = ()  # newest products; several of kernels side by side
     through: int = 0  # bits of all products that it depends on
-    rank: int = 0  # 1 + the most axes of an input it depends on; 0 if on none
-    normalized: bool = False  # whether statistics were taken out of it since
-    reduced: bool = False  # whether it is a statistic, summed over some dimension since
+    normalized: bool = False  # whether statistics, or constants, were taken out since
+    reduced: bool = False  # whether it is a statistic, summed over a dimension since
     mixed: bool = False  # whether it is a product of data with data since
-    learned: bool = False  # whether it is a parameter in the place of data
-    pending: frozenset[str] = frozenset()  # norm parameters that acted on it since
-    coefficients: frozenset[str] = frozenset()  # what scaled it before it met a layer
+    pending: Paths = frozenset()  # parameters of norms that acted on it since
+    coefficients: Paths = frozenset()  # what scaled it before it met a layer
 
     def but(self, **changes: Any) -> "Value":
-        """The same with changes."""
+        """Return the same value with changes."""
         return dataclasses.replace(self, **changes)
 
     def lost(self, array: Array, **changes: Any) -> "Value":
-        """What is no longer its leaf, entry by entry, nor its number."""
+        """Return a value that is no longer its leaf, entry by entry, nor its number."""
         return self.but(array=array, path=None, literal=None, **changes)
 
 
 def joined(values: Iterable[Value], array: Array) -> Value:
-    """What comes of several values: data, if any is data."""
+    """Combine values into one, which is data if any of them is."""
     values = list(values)
     kind = max((value.kind for value in values), default=CONSTANT)
     own = [value for value in values if value.kind == kind != CONSTANT]
+    if not own:
+        return Value(array)
     return Value(
         array,
         kind,
         leaves=union(value.leaves for value in own),
         looked_up=any(value.looked_up for value in own),
-        scaled=any(value.scaled for value in own),
-        last=newest(own).last if own else (),
-        through=functools.reduce(int.__or__, (value.through for value in own), 0),
-        rank=max((value.rank for value in own), default=0),
+        last=newest(own).last,
+        through=functools.reduce(int.__or__, (value.through for value in own)),
         normalized=any(value.normalized for value in own),
-        reduced=bool(own) and all(value.reduced for value in own),
+        reduced=all(value.reduced for value in own),
         mixed=any(value.mixed for value in own),
         pending=union(value.pending for value in own),
         coefficients=union(value.coefficients for value in own),
@@ -94,50 +89,16 @@ def joined(values: Iterable[Value], array: Array) -> Value:
 
 
 def newest(values: Iterable[Value]) -> Value:
-    """The value that came through the newest product."""
+    """Return the value that came through the newest product."""
     return max(values, key=lambda value: max(value.last, default=-1))
 
 
 class Product(NamedTuple):
     """A product of data with a parameter."""
 
-    number: int  # ascending in order of execution
     path: str  # of the parameter
     uses: Mapping[int, Use] | None  # of each axis; None where they are out of sight
     kernel: bool = True  # False for look-ups, which are no layers
-    learned: bool = False  # whether a parameter stands in the place of the data
-    data: bool = True  # whether the data depends on an input, not on constants alone
-
-
-class Follower(NamedTuple):
-    """A parameter that acts on the output of a product, perhaps as that of a norm."""
-
-    path: str
-    number: int
-    norm: bool
-
-
-class Feed(NamedTuple):
-    """A norm parameter whose output enters a product."""
-
-    path: str
-    number: int
-
-
-class Said(NamedTuple):
-    """What else a parameter does, and whether that is a use that cannot be read."""
-
-    path: str
-    reason: str
-    failed: bool
-
-
-class Apart(NamedTuple):
-    """An output axis that another parameter has for a batch axis."""
-
-    axis: int  # of the kernel whose output it is
-    others: frozenset[int]  # axes of the other parameter that it is batched with
-    matrices: bool  # whether the other parameter is a matrix for each slice
 
 
 class Record:
@@ -147,67 +108,73 @@ class Record:
         self,
         shapes: Mapping[str, tuple[int, ...]],
         given: Mapping[str, MatrixAxes | None],
-        assumed: frozenset[str] = frozenset(),
-        unreal: frozenset[str] = frozenset(),
+        assumed: Paths,
+        unreal: Paths,
     ):
-        self.shapes, self.given, self.unreal = dict(shapes), dict(given), unreal
-        # Parameters that are taken for kernels in products of parameters alone, and
-        # those that may be.
-        self.assumed, self.likely = assumed, set[str]()
-        self.events, self.seen = list[Any](), set[str]()
-        self.products: dict[int, Product] = {}
-        self.apart: dict[int, list[Apart]] = {}
-        # Products that only compute their own kernel, as in spectral norm; and those
-        # of constants, whose outputs constants are multiplied with again.
-        self.auxiliary, self.resampled = set[int](), set[int]()
+        self.shapes, self.given, self.unreal = shapes, given, unreal
+        # Parameters that are taken for kernels in products of parameters alone, those
+        # among them that had to be, and those that may be kernels.
+        self.assumed, self.needed, self.likely = assumed, set[str](), set[str]()
+        # Leaves, what each does, and the product or the reason.
+        self.events: list[tuple[str, int, Any]] = []
+        self.products: list[Product] = []
+        # Axes of the kernel of each product that another parameter has for batch axes,
+        # and whether that is a matrix for each slice along the same axis.
+        self.apart: dict[int, list[tuple[int, bool]]] = {}
+        # Products that only compute their own kernel, as in spectral norm.
+        self.seen, self.auxiliary = set[str](), set[int]()
         # Parameters that were put side by side: the dimension, and where each begins.
         self.bundles: dict[str | None, tuple[int, list[tuple[int, Value]]]] = {}
 
+    def note(self, paths: Iterable[str], does: int, what: Any) -> None:
+        """Write down what some parameters do."""
+        self.events += [(path, does, what) for path in sorted(paths)]
+
+    def noted(self, *does: int) -> dict[str, list[Any]]:
+        """Return what is written down of each leaf that does this, in order, once."""
+        found: dict[str, dict[Any, None]] = {}
+        for path, own, what in self.events:
+            if own in does:
+                found.setdefault(path, {})[what] = None
+        return {path: list(own) for path, own in found.items()}
+
     def product(self, path: str, uses: Mapping[int, Use] | None, **more: Any) -> int:
-        """Write a product down; return its number."""
-        number = len(self.products)
-        self.products[number] = Product(number, path, uses, **more)
-        self.events.append(self.products[number])
-        return number
+        """Write a product down; return its number, which ascends in execution."""
+        self.products.append(Product(path, uses, **more))
+        self.note([path], ENTERS, len(self.products) - 1)
+        return len(self.products) - 1
 
     def follow(self, paths: Iterable[str], numbers: Iterable[int], norm: bool) -> None:
         """Write down that parameters act on the outputs of products."""
-        self.events += [Follower(p, n, norm) for n in numbers for p in sorted(paths)]
-
-    def say(self, paths: Iterable[str], reason: str) -> None:
-        """Write down what some parameters do that makes no layer."""
-        self.events += [Said(path, reason, False) for path in sorted(paths)]
+        for number in numbers:
+            self.note(paths, NORM if norm else FOLLOWS, number)
 
     def fail(self, paths: Iterable[str], reason: str) -> None:
         """Write down that a use of some matrices cannot be read."""
-        paths = sorted(filter(self.is_matrix, paths))
-        self.events += [Said(path, reason, True) for path in paths]
+        self.note(filter(self.is_matrix, paths), FAILED, reason)
 
     def bundle(self, dimension: int, parts: Sequence[Value]) -> str:
         """Give parameters that lie side by side a name; there are bundles of these."""
-        path, start = f"<{len(self.bundles)}>", 0
-        self.bundles[path] = dimension, []
-        for part in parts:
-            self.bundles[path][1].append((start, part))
-            start += part.array.shape[dimension]
+        path, sizes = (
+            f"<{len(self.bundles)}>",
+            [p.array.shape[dimension] for p in parts],
+        )
+        starts = itertools.accumulate([0, *sizes[:-1]])
+        self.bundles[path] = dimension, list(zip(starts, parts, strict=True))
         return path
 
     def own(self, value: Value) -> frozenset[str]:
-        """The leaf that a value is, or else all that are in it."""
+        """Return the leaf that a value is, or else all that are in it."""
         return frozenset([value.path]) if value.path in self.shapes else value.leaves
 
     def is_matrix(self, path: str) -> bool:
-        """Whether a parameter has two or more axes longer than 1."""
+        """Say whether a parameter has two or more axes longer than 1."""
         return sum(size > 1 for size in self.shapes[path]) > 1
 
     def is_kernel(self, path: str) -> bool:
-        """Whether a parameter is said or assumed to be a kernel."""
+        """Say whether a parameter is given or assumed to be a kernel."""
         return self.given.get(path) is not None or path in self.assumed
 
     def is_left_out(self, path: str) -> bool:
-        """Whether a parameter is said to be no kernel, or cannot be one."""
+        """Say whether a parameter is given as no kernel, or cannot be one."""
         return path in self.unreal or self.given.get(path, self) is None
-
-    def of_type(self, kind: type[T]) -> list[T]:
-        """All events of one type."""
-        return [event for event in self.events if isinstance(event, kind)]

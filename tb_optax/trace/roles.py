@@ -6,24 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from tb_optax.layers import Layer, MatrixAxes, parts_of, with_followers
-from tb_optax.trace.record import (
-    BETWEEN_DATA,
-    COMPUTED,
-    OUTPUT,
-    PRODUCT,
-    REDUCTION,
-    SECOND,
-    STACKED,
-    Apart,
-    Feed,
-    Follower,
-    Product,
-    Record,
-    Said,
-)
+from tb_optax.trace import record as does
+from tb_optax.trace.record import OUTPUT, POOLED, REDUCTION, STACKED, Product, Record
 
 NORMS = ("after", "before", "none")
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Unclear(NamedTuple):
@@ -34,84 +20,62 @@ class Unclear(NamedTuple):
 
 
 class Roles(NamedTuple):
-    """What a forward pass says of its parameters.
+    """What a forward pass says of its parameters."""
 
-    Attributes:
-        layers: in order of execution.
-        notes: the verdict on every leaf.
-        unclear: the leaves that have none.
-        likely: those among them that may be kernels of products without data.
-        assumed: leaves that were assumed to be, and that had to be.
-    """
-
-    layers: tuple[Layer, ...]
-    notes: Mapping[str, str]
-    unclear: Mapping[str, Unclear]
-    likely: frozenset[str]
-    assumed: frozenset[str]
+    layers: tuple[Layer, ...]  # in order of execution
+    notes: Mapping[str, str]  # the verdict on every leaf
+    unclear: Mapping[str, Unclear]  # the leaves that have none
+    likely: frozenset[str]  # of these, what may be kernels of products without data
+    assumed: frozenset[str]  # what was assumed to be, and had to be
 
 
 def roles_of(
-    record: Record, norms: str, split: Mapping[str, tuple[int, int | Sequence[int]]]
+    record: Record,
+    norms: str,
+    split: Mapping[str, tuple[int, int | Sequence[int]]],
 ) -> Roles:
     """Read a record."""
-    products = [
-        event
-        for event in record.of_type(Product)
-        if event.kernel and event.number not in record.auxiliary
-    ]
+    entered = [n for _, event, n in record.events if event == does.ENTERS]
+    products = {n: record.products[n] for n in entered if n not in record.auxiliary}
+    products = {n: product for n, product in products.items() if product.kernel}
     axes, unclear, turned = _axes_of(record, products)
-    products = [product for product in products if product.path in axes]
+    products = {n: p for n, p in products.items() if p.path in axes}
     layers = []
-    for path, index in _in_order(products, axes, record.shapes):
+    for path, index in _in_order(products.values(), axes, record.shapes):
         layer = Layer(path, axes[path], index=index)
         layers += parts_of(layer, record.shapes[path], split.get(path))
-    targets, notes = _targets(record, products, turned, norms)
-    own = axes.keys() | set(filter(record.is_left_out, record.shapes))
-    targets = {
-        path: targets[path] for path in record.shapes if path in targets.keys() - own
-    }
+    targets, why = _targets(record, products, turned, norms)
+    free = [p for p in record.shapes if p not in axes and not record.is_left_out(p)]
+    targets = {path: targets[path] for path in free if path in targets}
     layers, cannot = with_followers(layers, targets, record.shapes)
-    notes |= {
-        path: f"cannot be cut as {targets[path][0]!r} is, which it acts on"
-        for path in cannot
-    }
-    notes, unclear = _verdicts(record, layers, notes, unclear)
-    assumed = {p.path for p in products if p.learned} & record.assumed
+    for path in cannot:
+        why[path] = f"cannot be cut as {targets[path][0]!r} is, which it acts on"
+    notes, unclear = _verdicts(record, layers, why, unclear)
     likely = frozenset(record.likely & unclear.keys())
-    return Roles(tuple(layers), notes, unclear, likely, frozenset(assumed))
+    assumed = frozenset(record.needed & record.assumed)
+    return Roles(tuple(layers), notes, unclear, likely, assumed)
 
 
 # ---- Axes ---------------------------------------------------------------------------
 
 
 class _Reading(NamedTuple):
-    """How one product reads its kernel.
+    """How one product reads its kernel."""
 
-    Attributes:
-        plain: without regard to outputs that may be apart.
-        axes: with those that are apart among the stacked axes.
-        doubt: why it is unclear whether they are.
-    """
+    axes: MatrixAxes  # with outputs that are apart among the stacked axes
+    plain: MatrixAxes  # without regard to that
+    doubt: str = ""  # why it is unclear whether they are
 
-    plain: MatrixAxes
-    axes: MatrixAxes
-    doubt: str = ""
 
-    def both(self, turned: bool = False) -> set[MatrixAxes]:
-        """Both readings, or their transposes, which have the same spectrum."""
-        return {
-            dataclasses.replace(axes, reduction=axes.output, output=axes.reduction)
-            if turned
-            else axes
-            for axes in (self.plain, self.axes)
-        }
+def _turned(axes: MatrixAxes) -> MatrixAxes:
+    """Return the axes of the transpose, which has the same spectrum."""
+    return dataclasses.replace(axes, reduction=axes.output, output=axes.reduction)
 
 
 def _axes_of(
-    record: Record, products: Sequence[Product]
+    record: Record, products: Mapping[int, Product]
 ) -> tuple[dict[str, MatrixAxes], dict[str, Unclear], set[int]]:
-    """Axes of every kernel, what is unclear though it multiplies data, and transposes.
+    """Find the axes of every kernel, what is unclear about others, and transposes.
 
     The last are numbers of products that use a kernel as its first use does not.
     """
@@ -119,12 +83,10 @@ def _axes_of(
     turned: set[int] = set()
     failed: dict[str, dict[str, None]] = {}
     axes: dict[str, MatrixAxes] = {}
-    for product in products:
-        path, shape = product.path, record.shapes[product.path]
-        reading = _read(product, shape, record.apart.get(product.number, ()))
-        if product.number in record.resampled and not product.data:
-            reading = "constants multiply it along several axes: a resampled table?"
-        given = record.given.get(path)
+    unclear: dict[str, Unclear] = {}
+    for number, product in products.items():
+        path, given = product.path, record.given.get(product.path)
+        reading = _read(product, record.shapes[path], record.apart.get(number, ()))
         if given is not None:
             axes[path] = given
         elif record.is_left_out(path) or reading is None:
@@ -132,130 +94,125 @@ def _axes_of(
         elif isinstance(reading, str):
             failed.setdefault(path, {})[reading] = None
         else:
-            readings.setdefault(path, []).append(reading)
-            first = readings[path][0]
-            if first.both().isdisjoint(reading.both()):
-                turned.add(product.number)
-    unclear = {}
+            first, *_ = readings.setdefault(path, [reading])
+            readings[path].append(reading)
+            if {*first[:2]}.isdisjoint(reading[:2]):
+                turned.add(number)
+    unclear = {path: Unclear(tuple(reasons)) for path, reasons in failed.items()}
     for path, (first, *others) in readings.items():
-        alike = first.both() | first.both(turned=True)
-        clash = next((r for r in others if alike.isdisjoint(r.both())), None)
-        clear = next((r for r in (first, *others) if not r.doubt), first)
-        if clash is not None:
-            reason = f"it is used with {first.axes} and with {clash.axes}"
+        alike = {*first[:2], *map(_turned, first[:2])}
+        clash = [other.axes for other in others if alike.isdisjoint(other[:2])]
+        clear = next((reading for reading in others if not reading.doubt), first)
+        if clash:
+            reason = f"it is used with {first.axes} and with {clash[0]}"
             unclear[path] = Unclear((reason,), first.axes)
         elif clear.doubt:
             unclear[path] = Unclear((clear.doubt,), clear.axes)
         else:
             axes[path] = clear.axes
-    for path in failed.keys() - axes.keys() - unclear.keys():
-        unclear[path] = Unclear(tuple(failed[path]))
-    return axes, unclear, turned
+    return axes, {path: unclear[path] for path in unclear.keys() - axes.keys()}, turned
 
 
 def _read(
-    product: Product, shape: Sequence[int], apart: Sequence[Apart]
+    product: Product, shape: Sequence[int], apart: Iterable[tuple[int, bool]]
 ) -> _Reading | str | None:
-    """Axes of a kernel in one product, why they are unclear, None for vectors."""
+    """Read a kernel in one product; return a reason if that fails, None for vectors."""
     if product.uses is None:
         return None
-    fields: dict[str, list[int]] = {}
+    fields = {role: list[int]() for role in (REDUCTION, OUTPUT, POOLED, STACKED)}
     spare = []
     for axis in range(len(shape)):
         use = product.uses.get(axis, frozenset())
         roles = use if isinstance(use, frozenset) else {STACKED}
         if len(roles) > 1:
             return f"its axis {axis} is partly {' and partly '.join(sorted(roles))}"
-        own = fields.setdefault(next(iter(roles)), []) if roles else spare
+        own = fields[next(iter(roles))] if roles else spare
         own.append(axis)
-    for role, other in ((REDUCTION, OUTPUT), (OUTPUT, REDUCTION)):
-        single = [axis for axis in fields.get(other, ()) if shape[axis] == 1]
-        if role not in fields and not spare and single and len(fields[other]) > 1:
-            fields[other].remove(single[-1])
+    inputs, outputs = fields[REDUCTION], fields[OUTPUT]
+    for own, other in ((inputs, outputs), (outputs, inputs)):
+        single = [axis for axis in other if shape[axis] == 1]
+        if not own and not spare and single and len(other) > 1:
+            other.remove(single[-1])
             spare = single[-1:]
-        if role not in fields and spare:
-            fields[role] = [spare.pop()]
-    if OUTPUT not in fields or len(shape) < 2:
+        if not own and spare:
+            own.append(spare.pop())
+    if not outputs or len(shape) < 2:
         return None
-    if REDUCTION not in fields:
+    if not inputs:
         return "none of its axes is summed over"
-    fields[REDUCTION] = sorted(fields[REDUCTION] + spare)
+    inputs[:] = sorted(inputs + spare)
     return _with_stacks(fields, shape, apart)
 
 
 def _with_stacks(
-    fields: Mapping[str, list[int]], shape: Sequence[int], apart: Sequence[Apart]
+    fields: Mapping[str, list[int]],
+    shape: Sequence[int],
+    apart: Iterable[tuple[int, bool]],
 ) -> _Reading:
-    """Moves output axes that are apart to the stacked ones, where that is evident.
+    """Move output axes that are apart to the stacked ones, where that is evident.
 
     A stack has its slices along the same axis of every leaf; another parameter for
     each head, as in `(in, heads, dim)` with `(heads, dim, out)`, makes no stack.
     """
-    outputs, stacked = fields[OUTPUT], fields.get(STACKED, [])
+    outputs, stacked = fields[OUTPUT], fields[STACKED]
 
-    def matrix_axes(moved: Iterable[int]) -> MatrixAxes:
-        moved = set(moved)
+    def with_stacked(moved: Iterable[int]) -> MatrixAxes:
         own = {
+            **{role: tuple(axes) for role, axes in fields.items()},
             OUTPUT: tuple(axis for axis in outputs if axis not in moved),
             STACKED: tuple(sorted({*stacked, *moved})),
         }
-        return MatrixAxes(**{k: tuple(v) for k, v in fields.items()} | own)
+        return MatrixAxes(**own)
 
     def contiguous(axes: MatrixAxes) -> bool:
-        """Whether nothing but stacked axes lies between the output axes."""
+        """Say whether nothing but stacked axes lies between the output axes."""
         rest = [a for a, n in enumerate(shape) if n > 1 and a not in axes.stacked]
         places = [place for place, axis in enumerate(rest) if axis in axes.output]
         return not places or places[-1] - places[0] == len(places) - 1
 
-    plain = matrix_axes([])
+    plain = with_stacked([])
     loose = not contiguous(plain)
-    moved = {
-        event.axis
-        for event in apart
-        if event.axis in outputs
-        and (loose or (event.matrices and event.axis in event.others))
-    }
-    axes = matrix_axes(moved) if moved < set(outputs) else plain
+    moved = {axis for axis, sure in apart if axis in outputs and (loose or sure)}
+    axes = with_stacked(moved) if moved < set(outputs) else plain
     if contiguous(axes):
-        return _Reading(plain, axes)
-    other = matrix_axes(outputs[:1])
+        return _Reading(axes, plain)
     doubt = (
         f"its output axes {axes.output} are apart: outputs of one layer, or a stack of "
-        f"layers along one of them, as {other}?"
+        f"layers along one of them, as {with_stacked(outputs[:1])}?"
     )
-    return _Reading(plain, axes, doubt)
+    return _Reading(axes, plain, doubt)
 
 
 # ---- Order --------------------------------------------------------------------------
 
 
 def _in_order(
-    products: Sequence[Product], axes: Mapping[str, MatrixAxes], shapes: Shapes
+    products: Iterable[Product],
+    axes: Mapping[str, MatrixAxes],
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> list[tuple[str, tuple[int, ...]]]:
-    """Path and index of every kernel, in order of execution, each once.
+    """List the path and index of every kernel once, in order of execution.
 
     Stacks whose slices run side by side, or in an order that the program does not say,
     are one entry with an empty index.
     """
-
-    def picks(product: Product) -> list[int | None]:
-        """The slice of each stacked axis that a product has; None for all of them."""
-        uses = product.uses or {}
-        found = [uses.get(axis) for axis in axes[product.path].stacked]
-        return [None if isinstance(use, frozenset) else use for use in found]
-
-    def is_whole(product: Product) -> bool:
-        uses = [(product.uses or {}).get(axis) for axis in axes[product.path].stacked]
-        sliced = [use for use in uses if not isinstance(use, frozenset)]
-        return not sliced or None in sliced
-
-    whole = {product.path for product in products if is_whole(product)}
+    # The slice of each stacked axis that a product has, or else all or an unknown one.
+    picks = [
+        (p.path, [(p.uses or {}).get(axis) for axis in axes[p.path].stacked])
+        for p in products
+    ]
+    whole = {
+        path
+        for path, own in picks
+        if None in own or not any(isinstance(pick, int) for pick in own)
+    }
     found: dict[tuple[str, tuple[int, ...]], None] = {}
-    for product in products:
-        path = product.path
-        pairs = zip(axes[path].stacked, picks(product), strict=True)
-        ranges = [range(shapes[path][i]) if n is None else [n] for i, n in pairs]
-        indices = itertools.product(*ranges) if path not in whole else [()]
+    for path, own in picks:
+        ranges = [
+            [pick] if isinstance(pick, int) else range(shapes[path][axis])
+            for axis, pick in zip(axes[path].stacked, own, strict=True)
+        ]
+        indices = [()] if path in whole else itertools.product(*ranges)
         found.update({(path, index): None for index in indices})
     return list(found)
 
@@ -264,27 +221,21 @@ def _in_order(
 
 
 def _targets(
-    record: Record, products: Sequence[Product], turned: set[int], norms: str
+    record: Record, products: Mapping[int, Product], turned: set[int], norms: str
 ) -> tuple[dict[str, tuple[str, bool]], dict[str, str]]:
-    """The kernel of each follower and whether it feeds it; why others follow none."""
-    made = {product.number: product.path for product in products}
-    acts_on: dict[str, dict[str | None, None]] = {}
-    feeds: dict[str, dict[str, None]] = {}
-    events = record.of_type(Follower)
-    forward = {event.path for event in events if event.number not in turned}
-    for event in events:
-        # What acts on a layer acts in its gradient on others, which says nothing.
-        if event.number not in turned or event.path not in forward:
-            acts_on.setdefault(event.path, {})[made.get(event.number)] = None
-    for event in record.of_type(Feed):
-        if event.number in made:
-            feeds.setdefault(event.path, {})[made[event.number]] = None
-    of_norms = {event.path for event in events if event.norm}
+    """Find the kernel of each follower, and whether it feeds it, or why it has none."""
+    acts_on = record.noted(does.FOLLOWS, does.NORM)
+    feeds, of_norms = record.noted(does.FEEDS), record.noted(does.NORM)
+    made = {number: product.path for number, product in products.items()}
     found, why = {}, {}
     for path in acts_on.keys() | feeds.keys():
-        kernels, fed = list(acts_on.get(path, ())), list(feeds.get(path, ()))
+        # What acts on a layer acts in its gradient on others, which says nothing.
+        numbers = acts_on.get(path, [])
+        numbers = [number for number in numbers if number not in turned] or numbers
+        kernels = list(dict.fromkeys(made.get(number) for number in numbers))
         feeding = False
-        if path in of_norms | feeds.keys() and len(kernels) < 2:
+        if path in {*of_norms, *feeds} and len(kernels) < 2:
+            fed = [made[number] for number in feeds.get(path, ()) if number in made]
             feeding = norms == "before" and bool(fed)
             kernels = fed[:1] if feeding else kernels if norms != "none" else []
             why[path] = f"norm: follows no layer with norms={norms!r}"
@@ -307,24 +258,24 @@ def _verdicts(
     why: Mapping[str, str],
     unclear: Mapping[str, Unclear],
 ) -> tuple[dict[str, str], dict[str, Unclear]]:
-    """The verdict on every leaf, and the leaves that have none.
+    """Give the verdict on every leaf, and list the leaves that have none.
 
     What is found later stands before what was found earlier.
     """
-    failed: dict[str, dict[str, None]] = {}
-    for event in record.of_type(Said):
-        if event.failed:
-            failed.setdefault(event.path, {})[event.reason] = None
+    failed, said = record.noted(does.FAILED), record.noted(does.SAID)
     vectors = [path for path in record.shapes if not record.is_matrix(path)]
     notes = dict.fromkeys(vectors, "after no layer")
     notes |= {path: "not used" for path in vectors if path not in record.seen}
-    made = record.of_type(Product)
+    entered = {
+        path: [record.products[number].kernel for number in numbers]
+        for path, numbers in record.noted(does.ENTERS).items()
+    }
     vector = "multiplies data as a vector, or as one for each slice"
-    notes |= {product.path: vector for product in made if product.kernel}
-    notes |= {e.path: e.reason for e in record.of_type(Said)[::-1] if not e.failed}
+    notes |= {path: vector for path, kernels in entered.items() if any(kernels)}
+    notes |= {path: reasons[0] for path, reasons in said.items()}
     notes |= why
     looked_up = "embedding: data looks up its rows"
-    notes |= {product.path: looked_up for product in made if not product.kernel}
+    notes |= {path: looked_up for path, kernels in entered.items() if not all(kernels)}
     notes = {path: note for path, note in notes.items() if path not in failed}
     notes |= {path: f"follows {e.path}" for e in layers for path in e.follows}
     notes = {path: note for path, note in notes.items() if path not in unclear}
@@ -332,16 +283,16 @@ def _verdicts(
     left_out = [path for path in record.shapes if record.is_left_out(path)]
     notes |= dict.fromkeys(left_out, "left out by axes=")
     notes |= dict.fromkeys(record.unreal, "complex: only real matrices are read")
-    found = dict(unclear)
-    for path in [path for path in record.shapes if path not in {*notes, *unclear}]:
+    found = {}
+    for path in [path for path in record.shapes if path not in notes]:
         used = path in record.seen
         idle = "it meets no data" if used else "the forward pass does not use it"
-        reasons = tuple(failed.get(path, [idle]))
-        pairs = [reason for reason in reasons if reason.startswith(PRODUCT)]
+        reasons = failed.get(path, [idle])
+        pairs = [reason for reason in reasons if reason.startswith(does.PRODUCT)]
         reasons = tuple(reason for reason in reasons if reason not in pairs[1:])
-        computed = COMPUTED in reasons or BETWEEN_DATA in reasons
-        second = any(reason.startswith(SECOND) for reason in reasons)
+        computed = does.COMPUTED in reasons or does.BETWEEN_DATA in reasons
+        second = any(reason.startswith(does.SECOND) for reason in reasons)
         flat = len(record.shapes[path]) == 2 and computed and not second
-        found[path] = Unclear(reasons, MatrixAxes((0,), (1,)) if flat else None)
-    in_order = [path for path in record.shapes if path in found]
-    return notes, {path: found[path] for path in in_order if path not in notes}
+        own = Unclear(reasons, MatrixAxes((0,), (1,)) if flat else None)
+        found[path] = unclear.get(path, own)
+    return notes, found

@@ -1,14 +1,18 @@
 """What each primitive does to the values of a forward pass: one table, by name."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from tb_optax.trace import record as records
+from tb_optax.trace import record as does
 from tb_optax.trace import views
 from tb_optax.trace.record import (
     CONSTANT,
     DATA,
+    OUTPUT,
     PARAMETER,
+    POOLED,
+    REDUCTION,
+    STACKED,
     Record,
     Use,
     Value,
@@ -16,8 +20,8 @@ from tb_optax.trace.record import (
     newest,
     union,
 )
-from tb_optax.trace.views import Array, Factor, Label
-from tb_optax.trace.walk import CONTROL, Fields, Op, Rule, moved, picked
+from tb_optax.trace.views import Array, Dims, Factor, Label
+from tb_optax.trace.walk import CONTROL, Op, Rule, moved, picked
 
 # Elementwise functions by which statistics are taken out of data, and those by which a
 # bias or a gain acts.
@@ -28,217 +32,207 @@ _AFFINE = _NORMALIZING | _ADDING
 _SOFTMAX = frozenset({"exp", "exp2", "logistic"})
 _TABLE = "look-up table: constants pick its rows"
 
-Shape = tuple[int, ...]
-Dims = Sequence[Sequence[Factor]]
 
-
-def _of_kind(kind: int, values: Iterable[Value]) -> list[Value]:
-    return [value for value in values if value.kind == kind]
-
-
-def _varying(*values: Value) -> frozenset[int]:
+def _varying(values: Iterable[Value]) -> frozenset[int]:
+    """Return the dimensions along which entries of some value may differ."""
     return union(value.array.varying() for value in values)
 
 
 # ---- Elementwise functions: activations, biases, norms, kernels that are computed ----
 
 
-def _elementwise(op: Op) -> list[Value]:
-    return [_of_entries(op.record, op.name, op.values, shape) for shape in op.shapes]
-
-
-def _of_entries(record: Record, name: str, values: Sequence[Value], shape) -> Value:
-    """Any function of the entries of some values."""
-    constants, parameters, data = (_of_kind(kind, values) for kind in range(3))
+def _elementwise(op: Op) -> Value:
+    """Apply any function to the entries of some values."""
+    constants, parameters, data = (op.of_kind(kind) for kind in range(3))
     if not parameters and not data:
-        return Value(_of_constants(name, values, shape))
+        return Value(_of_constants(op))
     if not data:
         # Constants are data where they vary and the parameters do not.
-        if _varying(*constants) <= _varying(*parameters):
-            return _of_parameters(record, name, parameters, constants, shape)
-        data = [value.but(kind=DATA) for value in constants if _varying(value)]
-    kernels = [v for v in parameters if _varying(v) and _rank(record, v) > 1]
-    if len(kernels) == 1 and not _varying(*data):
+        if _varying(constants) <= _varying(parameters):
+            return _of_parameters(op)
+        data = [v.but(kind=DATA) for v in constants if v.array.varying()]
+    kernels = [
+        value
+        for value in parameters
+        if value.array.varying()
+        and any(len(op.record.shapes[path]) > 1 for path in op.record.own(value))
+    ]
+    if len(kernels) == 1 and not _varying(data):
         # A number that is computed from data scales a kernel, as in spectral norm.
-        scaled = _of_parameters(record, name, parameters, constants, shape)
+        scaled = _of_parameters(op)
         return scaled.but(through=scaled.through | joined(data, scaled.array).through)
-    found = _of_data(record, name, data, constants, shape)
+    found = _of_data(op, data)
     for value in parameters:
-        found = _meet(record, name, value, data, found)
-    array = _merged([found, *parameters, *constants], shape)
-    return found.but(array=array)
+        found = _meet(op, value, data, found)
+    return found.but(array=_merged([found, *parameters, *constants], op.shapes[0]))
 
 
-def _rank(record: Record, value: Value) -> int:
-    """The most axes that a leaf of a parameter has."""
-    return max(len(record.shapes[path]) for path in record.own(value))
-
-
-def _merged(values: Iterable[Value], shape: Shape, normed: Any = ()) -> Array:
-    """An elementwise result: each dimension has what any operand knows of it."""
-    arrays = [v.array for v in values if v.array.rank == len(shape) and _varying(v)]
+def _merged(
+    values: Iterable[Value], shape: Sequence[int], normed: Iterable[int] = ()
+) -> Array:
+    """Give each dimension of an elementwise result what any operand knows of it."""
+    arrays = [value.array for value in values if value.array.varying()]
     if not arrays:
         return views.of_factors([[Factor(size, None)] for size in shape])
     if len(arrays) == 1 and not normed:
-        array = arrays[0]
-        return array if array.shape == shape else views.expand(array, shape)
-    dims = zip(*(array.dims() for array in arrays), strict=True)
-    normal, marked = frozenset[Label](), frozenset([views.NORMED])
-    marks = [marked if i in normed else normal for i in range(len(shape))]
-    return views.of_factors([_one_of(marks[i], *own) for i, own in enumerate(dims)])
+        return arrays[0]
+    dims = [_one_of(own) for own in zip(*(a.dims for a in arrays), strict=True)]
+    for i in normed:
+        dims[i] = [f._replace(of_axis=f.labels | {views.NORMED}) for f in dims[i]]
+    return views.of_factors(dims)
 
 
-def _one_of(labels: views.Labels, *dims: Sequence[Factor]) -> list[Factor]:
-    """One dimension, as several arrays have it, with more labels."""
+def _one_of(dims: Dims) -> views.Dimension:
+    """Combine one dimension of several arrays."""
     moving = [dim for dim in dims if any(f.varies for f in dim)] or dims
+    if len(moving) == 1:
+        return moving[0]
     finest = max(moving, key=lambda dim: (any(f.labels for f in dim), len(dim)))
     alike = [dim for dim in moving if [f.size for f in dim] == [f.size for f in finest]]
     found = []
     for factors in zip(*alike, strict=True):
         axis = next((f.axis for f in factors if f.axis is not None), None)
-        own = labels.union(*(factor.labels for factor in factors))
-        found.append(Factor(factors[0].size, axis, True, own))
+        found.append(Factor(factors[0].size, axis, union(f.labels for f in factors)))
     return found
 
 
-def _of_constants(name: str, values: Sequence[Value], shape: Shape) -> Array:
-    """Constants combined; comparing something with distinct numbers is one-hot."""
-    dims = views.unlabelled(_merged(values, shape)).dims()
-    kept = {"eq": views.ONE_HOT, "add": views.DISTINCT, "sub": views.DISTINCT}.get(name)
-    if kept is None:
-        return views.of_factors(dims)
-    full = [value for value in values if value.array.rank == len(shape)]
-    for value in full:
-        own = value.array.dims()
-        for i in _varying(value) - _varying(*(v for v in full if v is not value)):
-            if kept and len(dims[i]) == 1 and views.DISTINCT in own[i][0].labels:
-                dims[i] = [Factor(shape[i], labels=frozenset([kept]))]
-    return views.of_factors(dims)
+def _labels(array: Array, i: int) -> views.Labels:
+    """Return what is known of the entries of a constant along a dimension."""
+    return array.dims[i][0].labels if len(array.dims[i]) == 1 else frozenset()
 
 
-def _of_parameters(record, name, parameters, constants, shape) -> Value:
-    """Parameters and constants combined: the one that covers all axes is the kernel."""
-    found = joined(parameters, _merged(parameters, shape))
-    covering = [v for v in parameters if v.path and _varying(found) <= _varying(v)]
-    mains = list({str((v.path, v.array.layout())): v for v in covering[::-1]}.values())
+def _of_constants(op: Op) -> Array:
+    """Combine constants.
+
+    Comparing something with distinct numbers is one-hot. Adding two sets of distinct
+    numbers compares their places: what is computed from that are weights of places.
+    """
+    array, marks = _merged(op.values, op.shapes[0]), []
+    varying = [value.array for value in op.values if value.array.varying()]
+    linear = _AFFINE if len(varying) == 1 else {*_ADDING, "sub"}
+    mark = {"eq": views.ONE_HOT, **dict.fromkeys(linear, views.DISTINCT)}.get(op.name)
+    for i in range(len(array.dims)):
+        own = [_labels(operand, i) for operand in varying if i in operand.varying()]
+        marks.append(union(own) & {views.PLACES})
+        if mark and len(own) == 1 and views.DISTINCT in own[0]:
+            marks[i] |= {mark}
+    if sum(views.DISTINCT in own for own in marks) > 1:
+        marks = [m | {views.PLACES} if views.DISTINCT in m else m for m in marks]
+    pairs = zip(array.dims, marks, strict=True)
+    return views.of_factors([[Factor(f.size, f.axis, m) for f in d] for d, m in pairs])
+
+
+def _of_parameters(op: Op) -> Value:
+    """Combine parameters and constants; the one that covers all axes is the kernel."""
+    record, parameters = op.record, op.of_kind(PARAMETER)
+    found = joined(parameters, _merged(parameters, op.shapes[0]))
+    along = found.array.varying()
+    covering = [v for v in parameters if v.path and along <= v.array.varying()]
+    mains = list({(value.path, value.array): value for value in covering}.values())
     if len(mains) > 1:
-        mains = [value for value in mains if not record.is_left_out(value.path)]
-        mains = [value for value in mains if record.is_kernel(value.path)] or mains
-    first = mains[-1].path if mains else None
+        mains = [value for value in mains if not record.is_left_out(str(value.path))]
+        mains = [value for value in mains if record.is_kernel(str(value.path))] or mains
+    first = mains[0].path if mains else None
     if any(value.path != first for value in mains):
-        record.fail(record.own(mains[0]), f"{records.SECOND}, {first!r}: no kernel?")
+        record.fail(record.own(mains[-1]), f"{does.SECOND}, {first!r}: no kernel?")
     if len(mains) == 1:
-        array = mains[0].array
-        if array.shape != shape:
-            same = array.rank == len(shape)
-            array = views.expand(array, shape) if same else found.array
-        found = found.but(array=array, path=first, unknown=mains[0].unknown)
-    scaled = name in _AFFINE and bool(_varying(*constants))
-    normalized = name in _NORMALIZING and any(value.reduced for value in parameters)
-    return found.but(
-        scaled=found.scaled or scaled, normalized=found.normalized or normalized
-    )
+        array, unknown = mains[0].array, mains[0].unknown
+        found = found.but(array=array, path=first, unknown=unknown)
+    # Running statistics that are closed over are constants.
+    normalized = op.name in _AFFINE and bool(_varying(op.of_kind(CONSTANT)))
+    normalized |= op.name in _NORMALIZING and any(v.reduced for v in parameters)
+    return found.but(normalized=found.normalized or normalized)
 
 
 def _main(record: Record, data: Sequence[Value]) -> Value:
-    """The value of which the newest products are those of several.
+    """Choose the value whose newest products are those of a combination.
 
     Statistics and what is added to all positions alike, as an embedding of time is,
     stand back.
     """
-    rank = max(value.rank for value in data)
 
-    def mainness(value: Value) -> tuple[Any, ...]:
-        number = max(value.last, default=-1)
-        real, size = (
-            number >= 0 and record.products[number].kernel,
-            len(_varying(value)),
-        )
-        return number >= 0, not value.reduced, size, real, value.rank or rank, number
+    def mainness(value: Value) -> tuple[bool | int, ...]:
+        number, size = max(value.last, default=-1), len(value.array.varying())
+        real = number >= 0 and record.products[number].kernel
+        return number >= 0, not value.reduced, size, real, number
 
     return max(data, key=mainness)
 
 
-def _of_data(record, name, data: Sequence[Value], constants, shape) -> Value:
-    """Data combined, and what statistics were taken out of it."""
-    main, full = _main(record, data), [value for value in data if not value.reduced]
+def _of_data(op: Op, data: Sequence[Value]) -> Value:
+    """Combine data, and note which statistics are taken out of it."""
+    record, main = op.record, _main(op.record, data)
+    full = [value for value in data if not value.reduced]
     found = joined(data, data[0].array).but(last=main.last)
     normed = frozenset()
-    if name in _ADDING and len(full) > 1:
+    if op.name in _ADDING and len(full) > 1:
         # The sum of two branches feeds the next layer, not one branch's norm.
-        least = len(_varying(main))
-        alike = any(len(_varying(v)) >= least for v in full if v is not main)
+        sizes = [len(v.array.varying()) for v in full if v is not main]
+        alike = max(sizes, default=-1) >= len(main.array.varying())
         pending = frozenset() if alike else main.pending
         found = found.but(normalized=main.normalized, mixed=main.mixed, pending=pending)
-    if name in _NORMALIZING and full:
+    if op.name in _NORMALIZING and full:
         statistics = [value for value in data if value.reduced]
-        taken_out = bool(statistics or _varying(*constants))
+        taken_out = bool(statistics or _varying(op.of_kind(CONSTANT)))
         taken_out |= bool(found.last) and not all(value.last for value in full)
         found = found.but(normalized=found.normalized or taken_out)
-        normed = union(_varying(*full) - _varying(value) for value in statistics)
+        normed = union(_varying(full) - value.array.varying() for value in statistics)
     chosen = [n for n in found.last if None in (record.products[n].uses or {}).values()]
-    for number in [n for v in data for n in v.last if chosen and name in _ADDING]:
+    for number in [n for v in data for n in v.last if chosen and op.name in _ADDING]:
         # A bias of a slice that data has chosen is looked up as the slice is.
         if not record.products[number].kernel:
             record.follow([record.products[number].path], chosen, norm=False)
-    if name in _SOFTMAX:
+    if op.name in _SOFTMAX:
         found = found.but(leaves=frozenset())
     if found.last and found.coefficients:
         record.follow(found.coefficients, found.last, norm=True)
         pending = found.pending | found.coefficients
         found = found.but(coefficients=frozenset(), pending=pending)
-    return found.but(array=_merged(data, shape, normed))
+    return found.but(array=_merged(data, op.shapes[0], normed))
 
 
-def _meet(record: Record, name: str, value: Value, data, old: Value) -> Value:
-    """A parameter meets data: as a bias, a gain, a norm or a table of positions."""
-    if value.reduced and not _varying(value):
+def _meet(op: Op, value: Value, data: Sequence[Value], old: Value) -> Value:
+    """Let a parameter meet data: as a bias, a gain, a norm or a table of positions."""
+    record, along = op.record, value.array.varying()
+    if value.reduced and not along:
         return old  # A penalty, which is added to a loss.
-    whole = len(_varying(value)) > 1 and not value.looked_up
-    matrices = frozenset(filter(record.is_matrix, record.own(value) if whole else ()))
-    kernels = list(filter(record.is_kernel, matrices))
-    by_hand = name == "mul" and matrices and _is_outer(value, data)
+    whole = len(along) > 1 and not value.looked_up
+    matrices = set(filter(record.is_matrix, record.own(value) if whole else ()))
+    kernels = set(filter(record.is_kernel, matrices))
+    # A product by hand: data varies along some axes of the parameter, not along all.
+    shared = [along & v.array.varying() for v in data if not v.reduced]
+    by_hand = op.name == "mul" and matrices and any(s and s != along for s in shared)
     if kernels and (by_hand or not value.path):
         return Value(old.array, DATA, last=_hidden(record, kernels, ""))
     if by_hand:
         record.fail(matrices, "it multiplies data: a matrix product written with `*`?")
-    norm, found = old.normalized or old.reduced or value.scaled, old
-    if not old.last and not value.looked_up and _is_coefficient(record, value, data):
+    norm, found = old.normalized or old.reduced or value.normalized, old
+    rank = max(len(record.shapes[path]) for path in value.leaves)
+    if not (old.last or value.looked_up) and all(
+        len(v.array.source) <= rank and not v.reduced for v in data
+    ):
+        # Data without axes of its own, as running statistics are.
         found = old.but(coefficients=old.coefficients | value.leaves)
         norm = False
-    follows = name in _AFFINE and not value.looked_up and (norm or not old.mixed)
+    follows = op.name in _AFFINE and not value.looked_up and (norm or not old.mixed)
     follows = follows and _follow(record, value, old, norm)
     if not follows:
-        record.say(value.leaves, "acts on no outputs of a layer")
+        record.note(value.leaves, does.SAID, "acts on no outputs of a layer")
         found = found.but(leaves=found.leaves | matrices)
     # A table that is added to normalized data is no part of the norm.
-    of_norm = norm and (follows or not whole or _fits(_varying(value), old, -1, norm))
+    of_norm = norm and (follows or not whole or _fits(along, old, -1, norm))
     more = value.leaves if of_norm and not value.looked_up else frozenset()
     return found.but(pending=found.pending | more)
 
 
-def _is_coefficient(record: Record, value: Value, data: Sequence[Value]) -> bool:
-    """Whether data has no axes but those of the parameter, as running statistics."""
-    rank = max(len(record.shapes[path]) for path in value.leaves)
-    ranks = [len(v.array.source.shape) for v in data if not v.reduced]
-    return len(ranks) == len(data) and max(ranks) <= rank
-
-
-def _is_outer(value: Value, data: Sequence[Value]) -> bool:
-    """Whether data varies along some axis of a parameter and not along another."""
-    along, rank = _varying(value), value.array.rank
-    own = [along & _varying(v) for v in data if not v.reduced and v.array.rank == rank]
-    return any(some and some != along for some in own)
-
-
 def _follow(record: Record, value: Value, data: Value, norm: bool) -> bool:
-    """Write a bias, a gain or a norm down; False for what is none."""
+    """Write a bias, a gain or a norm down; return False if it is none."""
     _, parts = record.bundles.get(value.path, (0, []))
     if parts and len(parts) == len(data.last):
         for (_, part), number in zip(parts, data.last, strict=True):
             record.follow(part.leaves, [number], norm)
         return True
-    along, numbers = _varying(value), list(data.last)
+    along, numbers = value.array.varying(), list(data.last)
     if not norm or len(along) > 1:
         numbers = [number for number in numbers if _fits(along, data, number, norm)]
     record.follow(value.leaves, numbers, norm)
@@ -246,183 +240,170 @@ def _follow(record: Record, value: Value, data: Value, norm: bool) -> bool:
 
 
 def _fits(along: Iterable[int], data: Value, number: int, norm: bool) -> bool:
-    """Whether dimensions of data are outputs of a product, or normalized over."""
-    starts, dims, varying = data.array.start(), data.array.dims(), _varying(data)
+    """Say whether dimensions of data are outputs of a product, or normalized over."""
+    low, array = data.array.low(), data.array
 
     def is_output(factor: Factor) -> bool:
-        low = starts[factor.axis or 0]
+        first, last = low[factor.axis or 0], low[factor.axis or 0] + factor.size
         spans = [label.span for label in factor.labels if label.number == number]
-        inside = [s is None or s[0] - factor.size < low < s[1] for s in spans]
-        return any(inside) or (norm and views.NORMED in factor.labels)
+        inside = any(s is None or (s[0] < last and first < s[1]) for s in spans)
+        return inside or (norm and views.NORMED in factor.labels)
 
-    outputs = {i for i in varying if all(is_output(f) for f in dims[i] if f.varies)}
-    statistic = norm and data.reduced
-    return all(i in outputs or (statistic and i not in varying) for i in along)
+    return all(
+        all(is_output(factor) for factor in array.dims[i] if factor.varies)
+        if i in array.varying()
+        else norm and data.reduced
+        for i in along
+    )
 
 
 # ---- Products -----------------------------------------------------------------------
 
-
-class _Side(NamedTuple):
-    """An operand of a matrix product."""
-
-    value: Value
-    contracted: list[int]
-    batch: list[int]
-
-    def free(self) -> list[int]:
-        """Dimensions that are in the result and not in the other operand."""
-        taken = {*self.contracted, *self.batch}
-        return [i for i in range(self.value.array.rank) if i not in taken]
-
-    def in_result(self, array: Array, shape: Sequence[int]) -> Array:
-        """The dimensions in the order of a result without those of the other side."""
-        array = views.transpose([*self.batch, *self.free()])(array, shape)
-        return views.broadcast(range(array.rank))(array, shape)
+# Of each dimension of a product, the dimensions of both operands that it is, if any;
+# data is on the left where a parameter multiplies it.
+Pairs = Sequence[tuple[int | None, int | None]]
 
 
-def _roles(contracted: Any, batch: Any, free: Any) -> dict[int, Use]:
-    """Roles of the dimensions of a kernel."""
-    groups = {
-        records.REDUCTION: contracted,
-        records.STACKED: batch,
-        records.OUTPUT: free,
-    }
-    return {int(i): frozenset([role]) for role, dims in groups.items() for i in dims}
+def _result(pairs: Pairs, shape: Sequence[int], left: Dims, right: Dims) -> Array:
+    """Assemble the dimensions of a product."""
+    dims = []
+    for size, (i, j) in zip(shape, pairs, strict=True):
+        own = [*([] if i is None else [left[i]]), *([] if j is None else [right[j]])]
+        dims.append(_one_of(own) if own else [Factor(size)])
+    return views.of_factors(dims)
 
 
 def _dot_general(op: Op) -> Value:
-    """`dot_general`: a matrix product with batches."""
-    record, values, shape = op.record, op.values, op.shapes[0]
-    pairs = zip(*op.fields["dimension_numbers"], strict=True)
-    dims = [(list(map(int, own)), list(map(int, batch))) for own, batch in pairs]
-    sides = [_Side(v, *own) for v, own in zip(values, dims, strict=True)]
-    parameters = [i for i in (0, 1) if values[i].kind == PARAMETER]
+    """Follow `dot_general`, a matrix product with batches."""
+    record, shape = op.record, op.shapes[0]
+    contracted, batch = (
+        list(zip(*(map(int, dims) for dims in own), strict=True))
+        for own in op.fields["dimension_numbers"]
+    )
+    pairs: list[Any] = list(batch)
+    for side, value in enumerate(op.values):
+        taken = {pair[side] for pair in [*contracted, *batch]}
+        free = [i for i in range(len(value.array.dims)) if i not in taken]
+        pairs += [(None, i) if side else (i, None) for i in free]
+    left, right = (value.array.dims for value in op.values)
+    array = _result(pairs, shape, left, right)
+    parameters = [i for i in (0, 1) if op.values[i].kind == PARAMETER]
     if not parameters:
-        return _without_kernel(record, sides)
-    i = parameters[0] if len(parameters) == 1 else _kernel_of(record, values)
-    if i is None:
-        return _of_two(record, sides)
-    kernel, data = values[i], values[1 - i]
+        return _without_kernel(op, array)
+    side = parameters[0] if len(parameters) == 1 else _kernel_of(record, op.values)
+    if side is None:
+        return _of_two(op, array, [j for _, j in contracted] == [0])
+    data, kernel = op.values[1 - side], op.values[side]
+    if side == 0:
+        pairs, contracted = ([p[::-1] for p in own] for own in (pairs, contracted))
     if data.kind == PARAMETER:
+        record.needed |= record.own(kernel)
         data = _in_place_of_data(record, data)
     if data.kind == CONSTANT:
-        if kernel.looked_up or _picks_rows(sides[1 - i]):
-            record.say(filter(record.is_matrix, kernel.leaves), _TABLE)
+        if kernel.looked_up or _picks_rows(data.array, {i for i, _ in contracted}):
+            record.note(filter(record.is_matrix, kernel.leaves), does.SAID, _TABLE)
             return kernel.lost(views.fresh(shape), looked_up=True)
         # An initial state is one for each row, though all start alike.
         data = Value(views.fresh(data.array.shape), DATA)
-    sides[1 - i] = sides[1 - i]._replace(value=data)
-    if not sides[i].contracted and not sides[i].free():
-        pair = [moved(side.value, side.in_result, shape) for side in sides]
-        return _of_entries(record, "mul", pair, shape)
-    return _with_kernel(record, sides, i)
-
-
-def _with_kernel(record: Record, sides: list[_Side], i: int) -> Value:
-    """Data by a parameter, which is on side i."""
-    side, kernel, data = sides[i], sides[i].value, sides[1 - i].value
+    if not contracted and all(i is not None for i, _ in pairs):
+        values = [
+            moved(value, shape, views.arrange, [pair[k] for pair in pairs])
+            for k, value in enumerate((data, kernel))
+        ]
+        return _elementwise(op._replace(name="mul", values=values))
     if kernel.looked_up:
         record.fail(kernel.leaves, "constants pick its rows, which multiply data")
-        return data.but(array=_result(sides), mixed=True)
-    matrices = bool(side.contracted and side.free())
-    dims, own = data.array.dims(), kernel.array.dims()
-    for mine, its in zip(side.batch, sides[1 - i].batch, strict=True):
-        axes = [f.axis for f in own[mine] if f.varies and kernel.path]
-        _are_apart(record, dims[its], axes, matrices)
-    roles = _roles(side.contracted, side.batch, side.free())
-    last = _apply(record, kernel, roles, data)
-    known = [_outputs(record, kernel, last), dims]
-    return _after(last, data, _result(sides, known if i == 0 else known[::-1]))
+        return data.but(array=array, mixed=True)
+    roles = {j: OUTPUT if i is None else STACKED for i, j in pairs if j is not None}
+    roles |= {j: REDUCTION for _, j in contracted}
+    return _with_kernel(op, data, kernel, roles, pairs)
+
+
+def _with_kernel(
+    op: Op,
+    data: Value,
+    kernel: Value,
+    roles: Mapping[int, str],
+    pairs: Pairs,
+    shared: frozenset[int] = frozenset(),
+) -> Value:
+    """Multiply data with a parameter whose dimensions have these roles."""
+    record, matrices = op.record, {REDUCTION, OUTPUT} <= {*roles.values()}
+    for i, j in pairs:
+        if i is not None and j is not None and kernel.path:
+            axes = {factor.axis for factor in kernel.array.dims[j] if factor.varies}
+            _are_apart(record, data.array.dims[i], axes, matrices)
+    if not kernel.path:
+        last = _hidden(record, kernel.leaves, does.COMPUTED)
+    else:
+        of_dims = {i: frozenset([role]) for i, role in roles.items()}
+        found = _uses(record, kernel, of_dims, shared)
+        paths = {path for path, _ in found}
+        for number, made in enumerate(record.products if kernel.through else ()):
+            if kernel.through >> number & 1 and made.path in paths:
+                record.auxiliary.add(number)
+        last = tuple(record.product(path, uses) for path, uses in found)
+        record.follow(kernel.leaves - paths, last, norm=False)
+        for number in last[:1]:
+            record.note(data.pending, does.FEEDS, number)
+    outputs = _outputs(record, kernel, last)
+    return _after(last, data, _result(pairs, op.shapes[0], data.array.dims, outputs))
 
 
 def _after(last: tuple[int, ...], data: Value, array: Array) -> Value:
-    """The result of a product."""
+    """Return the result of a product."""
     through = data.through | sum(1 << number for number in last)
-    return Value(array, DATA, last=last, through=through, rank=data.rank)
-
-
-def _result(sides: Sequence[_Side], dims: Sequence[Dims] = ()) -> Array:
-    """Dimensions of a matrix product: batches, then what is free on each side."""
-    left, right = sides
-    one, two = dims or [side.value.array.dims() for side in sides]
-    pairs = zip(left.batch, right.batch, strict=True)
-    batch = [_one_of(frozenset(), one[i], two[j]) for i, j in pairs]
-    free = [one[i] for i in left.free()] + [two[j] for j in right.free()]
-    return views.of_factors([*batch, *free])
+    return Value(array, DATA, last=last, through=through)
 
 
 def _outputs(record: Record, kernel: Value, numbers: Sequence[int]) -> Dims:
-    """Dimensions of a kernel as they are in the outputs of its products."""
+    """Label the dimensions of a kernel as they are in the outputs of its products."""
     dimension, parts = record.bundles.get(kernel.path, (0, []))
-    starts = kernel.array.start()
+    low = kernel.array.low()
 
     def output(factor: Factor) -> Factor:
         if factor.axis is None or not kernel.path:
             return Factor(factor.size, factor.axis)
-        labels = [Label(n, factor.axis, factor.whole) for n in numbers]
+        labels = [Label(number, factor.axis, factor.whole) for number in numbers]
         if factor.axis == dimension and len(parts) == len(numbers):
-            low = [start - starts[dimension] for start, _ in parts]
-            spans = [
-                (start, start + part.array.shape[dimension])
-                for start, (_, part) in zip(low, parts, strict=True)
-            ]
-            pairs = zip(numbers, spans, strict=True)
-            labels = [Label(number, span=span) for number, span in pairs]
-        return Factor(factor.size, labels=frozenset(labels))
+            labels = []
+            for number, (start, part) in zip(numbers, parts, strict=True):
+                first = start - low[dimension]
+                span = first, first + part.array.shape[dimension]
+                labels.append(Label(number, span=span))
+        return Factor(factor.size, 0, frozenset(labels))
 
-    return [[output(factor) for factor in dim] for dim in kernel.array.dims()]
+    return [[output(factor) for factor in dim] for dim in kernel.array.dims]
 
 
-def _are_apart(record: Record, dim: Sequence[Factor], axes, matrices: bool) -> None:
-    """Data meets a batch axis of a kernel: outputs along it may be apart."""
-    others = frozenset(axes)
-    for label in [label for f in dim for label in f.labels if others and label.whole]:
-        event = records.Apart(label.axis, others, matrices)
-        record.apart.setdefault(label.number, []).append(event)
-
-
-def _apply(
-    record: Record, kernel: Value, roles: dict[int, Use], data: Value, groups: int = 1
-) -> tuple[int, ...]:
-    """Write a product of data with a parameter down; return its numbers."""
-    if not kernel.path:
-        return _hidden(record, kernel.leaves, records.COMPUTED)
-    more = {"learned": data.learned, "data": data.rank > 0}
-    found = _uses(record, kernel, roles, groups)
-    numbers = tuple(record.product(path, uses, **more) for path, uses in found)
-    paths = {path for path, _ in found}
-    record.follow(kernel.leaves - paths, numbers, norm=False)
-    for number, made in record.products.items() if kernel.through else ():
-        if kernel.through >> number & 1 and made.path in paths:
-            record.auxiliary.add(number)
-    record.events += [records.Feed(p, numbers[0]) for p in sorted(data.pending)]
-    return numbers
+def _are_apart(record: Record, dim: Sequence[Factor], axes: Any, matrices: bool):
+    """Write down that data meets a batch axis: outputs along it may be apart."""
+    for label in [label for f in dim for label in f.labels if axes and label.whole]:
+        sure = matrices and label.axis in axes
+        record.apart.setdefault(label.number, []).append((label.axis, sure))
 
 
 def _uses(
-    record: Record, kernel: Value, of_dims: Mapping[int, Use], groups: int = 1
+    record: Record,
+    kernel: Value,
+    of_dims: Mapping[int, Use],
+    shared: frozenset[int] = frozenset(),
 ) -> list[tuple[str, dict[int, Use]]]:
-    """What becomes of the axes of a leaf, from the uses of the dimensions of its view.
+    """Find the uses of the axes of a leaf from those of the dimensions of its view.
 
     Of what was put side by side, this is asked of each part by itself.
     """
-    starts, dims, uses = kernel.array.start(), kernel.array.dims(), dict[int, Use]()
-    for position, use in of_dims.items():
-        shared = _shared(kernel.array, position, groups)
-        for factor in dims[position]:
-            axis, alone = factor.axis, factor.whole and len(dims[position]) == 1
-            # One slice of a longer axis is a pick, no role.
-            if axis is None or (factor.size == 1 and not factor.whole):
-                continue
+    low, dims, uses = kernel.array.low(), kernel.array.dims, dict[int, Use]()
+    for i, use in of_dims.items():
+        for axis in [factor.axis for factor in dims[i] if factor.axis is not None]:
+            before = uses.get(axis, frozenset())
             if not isinstance(use, frozenset):
-                uses[axis] = use if alone else None
-            elif isinstance(before := uses.get(axis, frozenset()), frozenset):
-                own = frozenset([records.STACKED]) if axis in shared else use
-                uses[axis] = before | own
-    for axis, size in enumerate(kernel.array.source.shape):
+                uses[axis] = use if len(dims[i]) == 1 and dims[i][0].whole else None
+            elif isinstance(before, frozenset):
+                uses[axis] = before | ({STACKED} if axis in shared else use)
+    for axis, size in enumerate(kernel.array.source):
         if size > 1 and axis not in uses:
-            uses[axis] = None if axis in kernel.unknown else starts[axis]
+            uses[axis] = None if axis in kernel.unknown else low[axis]
     if kernel.path not in record.bundles:
         return [(str(kernel.path), uses)]
     dimension, parts = record.bundles[kernel.path]
@@ -436,25 +417,6 @@ def _uses(
     return found
 
 
-def _shared(array: Array, position: int, groups: int) -> frozenset[int]:
-    """Axes of a dimension along which there is one slice for each of some groups."""
-    first, rest = _grouped(array, position, groups)
-    axes = frozenset(factor.axis for factor in first if factor.axis is not None)
-    return axes - {factor.axis for factor in rest}
-
-
-def _grouped(array: Array, position: int, groups: int) -> Dims:
-    """The first factors of a dimension, of this size together, and the others."""
-    shape, size = list(array.shape), array.shape[position]
-    shape[position : position + 1] = [groups, size // groups]
-    if not 1 < groups < size:
-        return [], []
-    try:
-        return views.reshape(array, shape).dims()[position : position + 2]
-    except views.Unfollowed:
-        return [], []
-
-
 def _hidden(record: Record, leaves: Iterable[str], reason: str) -> tuple[int, ...]:
     """Write a product down in which the axes of its parameters are out of sight."""
     kernels = sorted(filter(record.is_kernel, leaves))
@@ -462,29 +424,25 @@ def _hidden(record: Record, leaves: Iterable[str], reason: str) -> tuple[int, ..
     return tuple(record.product(path, None) for path in kernels)
 
 
-def _without_kernel(record: Record, sides: Sequence[_Side]) -> Value:
-    """Data by data, as in attention, or by constants."""
-    array = _result(sides)
-    data = [side for side in sides if side.value.kind == DATA]
+def _without_kernel(op: Op, array: Array) -> Value:
+    """Multiply data with data, as in attention, or with constants."""
+    data = op.of_kind(DATA)
     if not data:
         return Value(views.unlabelled(array))
-    found = joined((side.value for side in data), array)
+    found = joined(data, array)
     if len(data) == 1:
-        dims = found.but(array=data[0].value.array).array.dims()
-        factors = [factor for i in data[0].contracted for factor in dims[i]]
-        record.resampled |= {label.number for f in factors for label in f.labels}
         return found
-    last = _hidden(record, found.leaves, records.BETWEEN_DATA)
+    last = _hidden(op.record, found.leaves, does.BETWEEN_DATA)
     return _after(last or found.last, found, array).but(mixed=not last)
 
 
 def _kernel_of(record: Record, values: Sequence[Value]) -> int | None:
-    """Which of two parameters is a kernel, if the other stands in the place of data."""
+    """Tell which of two parameters is a kernel, if the other stands in for data."""
 
     def stands_for_data(value: Value) -> bool:
         matrices = list(filter(record.is_matrix, record.own(value)))
         left_out = bool(matrices) and all(map(record.is_left_out, matrices))
-        return len(_varying(value)) < 2 or value.looked_up or left_out
+        return len(value.array.varying()) < 2 or value.looked_up or left_out
 
     said = [any(map(record.is_kernel, record.own(value))) for value in values]
     if any(said):
@@ -495,50 +453,52 @@ def _kernel_of(record: Record, values: Sequence[Value]) -> int | None:
 
 
 def _in_place_of_data(record: Record, value: Value) -> Value:
-    """A learned query, or another activation that is computed from parameters."""
-    record.say(value.leaves, "enters a product in the place of data")
+    """Take a learned query, or another activation made from parameters, for data."""
+    record.note(value.leaves, does.SAID, "enters a product in the place of data")
     vectors = [path for path in value.leaves if not record.is_matrix(path)]
     pending = frozenset(vectors if value.normalized else ()) - record.own(value)
-    return Value(views.unlabelled(value.array), DATA, pending=pending, learned=True)
+    return Value(views.unlabelled(value.array), DATA, pending=pending)
 
 
-def _of_two(record: Record, sides: Sequence[_Side]) -> Value:
-    """A product of parameters alone: of factors of a kernel, or of learned queries."""
-    left, right = (side.value for side in sides)
-    found = joined([left, right], _result(sides))
+def _of_two(op: Op, array: Array, rows: bool) -> Value:
+    """Multiply parameters alone: factors of a kernel, or learned queries."""
+    record, (left, right) = op.record, op.values
+    found = joined([left, right], array)
     if any(map(record.is_kernel, found.leaves)):
-        last = _hidden(record, found.leaves, records.COMPUTED)
-        return _after(last, Value(found.array), found.array)
-    kernel = right if sides[1].contracted == [0] or not left.path else left
+        last = _hidden(record, found.leaves, does.COMPUTED)
+        return _after(last, Value(array), array)
+    kernel = right if rows or not left.path else left
     if kernel.path and left.leaves != right.leaves:
         record.likely |= set(filter(record.is_matrix, record.own(kernel)))
     for value, other in ((left, right), (right, left)):
         names = ", ".join(map(repr, sorted(other.leaves)))
         reason = (
-            f"{records.PRODUCT} {names} holds no data: learned queries and their "
-            f"kernel, or factors of one kernel?"
+            f"{does.PRODUCT} {names} holds no data: learned queries and their kernel, "
+            f"or factors of one kernel?"
         )
         record.fail(value.leaves, reason)
     return found
 
 
-def _picks_rows(side: _Side) -> bool:
-    """Whether a constant picks one row of what it is multiplied with: one-hot.
+def _picks_rows(array: Array, contracted: set[int]) -> bool:
+    """Say whether a constant picks or weighs rows of what it is multiplied with.
 
     A permutation, as the features of nodes that have no others, is data.
     """
-    array = side.value.array
-    long = {i: dim for i, dim in enumerate(array.dims()) if array.shape[i] > 1}
-    hot = {i for i, d in long.items() if len(d) == 1 and views.ONE_HOT in d[0].labels}
-    contracted = long.keys() & set(side.contracted)
-    return len(contracted) == 1 and contracted <= hot and len(hot) < max(len(long), 2)
+    long = {i for i, size in enumerate(array.shape) if size > 1}
+    hot = {i for i in long if views.ONE_HOT in _labels(array, i)}
+    weighed = {i for i in long if views.PLACES in _labels(array, i)}
+    own = long & contracted
+    one = own <= weighed or (own <= hot and len(hot) < max(len(long), 2))
+    return len(own) == 1 and one
 
 
 def _convolution(op: Op) -> Value:
-    """`conv_general_dilated`, of any layout and any number of groups."""
+    """Follow `conv_general_dilated`, of any layout and any number of groups."""
     record, (data, kernel) = op.record, op.values
     numbers, groups = op.fields["dimension_numbers"], op.fields["feature_group_count"]
-    outputs, inputs, *positions = numbers.rhs_spec
+    outputs, inputs, *positions = map(int, numbers.rhs_spec)
+    rows, features, *_ = map(int, numbers.lhs_spec)
     if data.kind == CONSTANT and kernel.kind == PARAMETER:
         data = Value(views.fresh(data.array.shape), DATA)
     if (data.kind, kernel.kind) != (DATA, PARAMETER):
@@ -546,90 +506,96 @@ def _convolution(op: Op) -> Value:
             reason = "it is convolved with no data, or as in gradients only"
             record.fail(data.leaves | kernel.leaves, reason)
         return _together(op, mixed=True)[0]
-    dims: list[Any] = [[Factor(size)] for size in op.shapes[0]]
-    dims[numbers.out_spec[0]] = data.array.dims()[numbers.lhs_spec[0]]
     groups = groups if kernel.array.shape[inputs] > 1 and kernel.path else 1
-    first, _ = _grouped(data.array, numbers.lhs_spec[1], groups)
-    _are_apart(record, first, _shared(kernel.array, outputs, groups), matrices=True)
-    pooled = dict.fromkeys(positions, frozenset([records.POOLED]))
-    roles = {**_roles([inputs], [], [outputs]), **pooled}
-    last = _apply(record, kernel, roles, data, groups)
-    dims[numbers.out_spec[1]] = _outputs(record, kernel, last)[outputs]
-    return _after(last, data, views.of_factors(dims))
+    # A stack of convolutions on one input is one with a group for each.
+    first, rest = _grouped(kernel.array, outputs, groups)
+    shared = frozenset(f.axis for f in first if f.axis is not None)
+    shared -= {factor.axis for factor in rest}
+    _are_apart(record, _grouped(data.array, features, groups)[0], shared, True)
+    roles = dict.fromkeys(positions, POOLED) | {inputs: REDUCTION, outputs: OUTPUT}
+    pairs: list[Any] = [(None, None) for _ in op.shapes[0]]
+    pairs[numbers.out_spec[0]] = rows, None
+    pairs[numbers.out_spec[1]] = None, outputs
+    return _with_kernel(op, data, kernel, roles, pairs, shared)
+
+
+def _grouped(array: Array, position: int, groups: int) -> Dims:
+    """Split the factors of a dimension into the first, of this size, and the others."""
+    shape, size = list(array.shape), array.shape[position]
+    shape[position : position + 1] = [groups, size // groups]
+    if not 1 < groups < size:
+        return [], []
+    try:
+        return views.reshape(array, shape).dims[position : position + 2]
+    except views.Unfollowed:
+        return [], []
 
 
 def _ragged_dot(op: Op) -> Value:
-    """`ragged_dot_general`: rows of each group meet their own kernel."""
+    """Follow `ragged_dot_general`: rows of each group meet their own kernel."""
     data, kernel, *_ = op.values
     numbers = op.fields["ragged_dot_dimension_numbers"]
     (_, contracted), (_, batch) = numbers.dot_dimension_numbers
     if (data.kind, kernel.kind) != (DATA, PARAMETER):
         return _together(op, mixed=True)[0]
-    stacked = {*batch, *numbers.rhs_group_dimensions}
-    free = set(range(kernel.array.rank)) - stacked - set(contracted)
-    last = _apply(op.record, kernel, _roles(contracted, stacked, free), data)
-    dims: list[Any] = [[Factor(size)] for size in op.shapes[0]]
-    dims[-1] = _outputs(op.record, kernel, last)[max(free)]
-    return _after(last, data, views.of_factors(dims))
+    stacked = [*batch, *numbers.rhs_group_dimensions]
+    roles = dict.fromkeys(range(len(kernel.array.dims)), OUTPUT)
+    roles |= dict.fromkeys(stacked, STACKED) | dict.fromkeys(contracted, REDUCTION)
+    free = max(i for i, role in roles.items() if role == OUTPUT)
+    pairs = [(None, None) for _ in op.shapes[0][1:]] + [(None, free)]
+    return _with_kernel(op, data, kernel, roles, pairs)
 
 
 # ---- Moves and look-ups -------------------------------------------------------------
 
 
-def _by(move_of: Callable[[Fields], views.Move]) -> Rule:
-    """A rule that moves the entries of each operand."""
-    return lambda op: [
-        moved(value, move_of(op.fields), shape)
-        for value, shape in zip(op.values, op.shapes, strict=False)
-    ]
+def _by(move: Callable[..., Array], *names: str) -> Rule:
+    """Make a rule that moves the entries of each operand, as some fields say."""
 
+    def rule(op: Op) -> list[Value]:
+        fields = [op.fields[name] for name in names]
+        own = [field if field is None else list(map(int, field)) for field in fields]
+        pairs = zip(op.values, op.shapes, strict=False)
+        return [moved(value, shape, move, *own) for value, shape in pairs]
 
-def _reshape(fields: Fields) -> views.Move:
-    """`reshape`, which may permute its dimensions first."""
-    order = fields["dimensions"]
-    if order is None:
-        return views.reshape
-    return lambda array, shape: views.reshape(views.transpose(order)(array, ()), shape)
+    return rule
 
 
 def _split(op: Op) -> list[Value]:
-    """`split`: one value for each piece."""
+    """Return one value for each piece of a `split`."""
     axis, start, found = op.fields["axis"], 0, []
     for shape in op.shapes:
         starts = [start if i == axis else 0 for i in range(len(shape))]
-        found.append(moved(op.values[0], views.cut(starts), shape))
+        found.append(moved(op.values[0], shape, views.cut, starts))
         start += shape[axis]
     return found
 
 
 def _unstack(op: Op) -> list[Value]:
-    """`unstack`: one value for each entry along a dimension."""
-    axis, value = int(op.fields["axis"]), op.values[0]
-    order = [axis, *(i for i in range(value.array.rank) if i != axis)]
-    value = moved(value, views.transpose(order), ())
-    return [moved(value, views.take(i), shape) for i, shape in enumerate(op.shapes)]
-
-
-def _concatenate(op: Op) -> Value:
-    """`concatenate`: parameters side by side stay known."""
-    return _side_by_side(op, op.values, int(op.fields["dimension"]))
+    """Return one value for each entry along a dimension."""
+    return [
+        moved(op.values[0], shape, views.take, i, int(op.fields["axis"]))
+        for i, shape in enumerate(op.shapes)
+    ]
 
 
 def _stack(op: Op) -> Value:
-    """`stack`: the same along a new dimension."""
+    """Put operands side by side along a new dimension."""
     axis, shape = int(op.fields["axis"]), op.shapes[0]
     thin = [1 if i == axis else size for i, size in enumerate(shape)]
-    move = views.broadcast([i for i in range(len(shape)) if i != axis])
-    return _side_by_side(op, [moved(value, move, thin) for value in op.values], axis)
+    others = [i for i in range(len(shape)) if i != axis]
+    values = [moved(value, thin, views.broadcast, others) for value in op.values]
+    return _side_by_side(op, values, axis)
 
 
 def _side_by_side(op: Op, values: Sequence[Value], along: int) -> Value:
+    """Put values side by side; parameters remain known."""
     found = joined(values, views.fresh(op.shapes[0]))
     if found.kind == DATA:
-        leaves = union(value.leaves for value in _of_kind(PARAMETER, values))
-        op.record.say(leaves, "lies next to data in one array")
-        data = _of_kind(DATA, values)
-        dims = newest(data).array.dims()
+        leaves = union(v.leaves for v in op.of_kind(PARAMETER))
+        op.record.note(leaves, does.SAID, "lies next to data in one array")
+        data = [value for value in values if value.kind == DATA]
+        dims = list(newest(data).array.dims)
         dims[along] = [Factor(op.shapes[0][along])]
         last = _main(op.record, data).last
         return found.but(array=views.of_factors(dims), last=last)
@@ -639,26 +605,26 @@ def _side_by_side(op: Op, values: Sequence[Value], along: int) -> Value:
 
 
 def _dynamic_slice(op: Op) -> Value:
-    """`dynamic_slice`; a start that the program does not say is unknown."""
+    """Take a slice, unknown which if the program does not say where it starts."""
     (value, *starts), shape = op.values, op.shapes[0]
     chosen = [i for i, size in enumerate(shape) if size != value.array.shape[i]]
     begin = [starts[i].literal or 0 if i in chosen else 0 for i in range(len(shape))]
     gone = [i for i in chosen if starts[i].literal is None and shape[i] == 1]
-    found = picked(moved(value, views.cut(begin), shape), value, gone)
-    data = _of_kind(DATA, starts)
+    found = picked(moved(value, shape, views.cut, begin), value, gone)
+    data = [start for start in starts if start.kind == DATA]
     if data and value.kind == PARAMETER and sum(size > 1 for size in shape) < 2:
         return _embedded(op.record, value, data[0], found.array)
     return found
 
 
 def _embedded(record: Record, value: Value, index: Value, array: Array) -> Value:
-    """Rows that data looks up."""
+    """Write down that data looks up rows."""
     last = tuple(record.product(p, {}, kernel=False) for p in sorted(value.leaves))
     return _after(last, index, views.unlabelled(array))
 
 
 def _gather(op: Op) -> Value:
-    """`gather`: rows of a table, or slices of a stack."""
+    """Gather rows of a table, or slices of a stack."""
     operand, indices = op.values
     numbers, sizes = op.fields["dimension_numbers"], op.fields["slice_sizes"]
     if operand.kind == CONSTANT:
@@ -667,13 +633,15 @@ def _gather(op: Op) -> Value:
     def move(array: Array, shape: Sequence[int]) -> Array:
         if numbers.operand_batching_dims:
             raise views.Unfollowed
-        array = views.cut([0] * len(sizes))(array, sizes)
-        array = views.without(numbers.collapsed_slice_dims)(array, sizes)
-        return views.broadcast(numbers.offset_dims)(array, shape)
+        gone = numbers.collapsed_slice_dims
+        kept = [i for i in range(len(array.dims)) if i not in gone]
+        places = dict(zip(numbers.offset_dims, kept, strict=True))
+        array = views.cut(array, sizes, [0] * len(sizes))
+        return views.arrange(array, shape, [places.get(i) for i in range(len(shape))])
 
-    found = moved(operand, move, op.shapes[0])
+    found = moved(operand, op.shapes[0], move)
     if found.kind == DATA:
-        dims = [[f._replace(axis=0) for f in dim] for dim in found.array.dims()]
+        dims = [[f._replace(axis=0) for f in dim] for dim in found.array.dims]
         return found.but(array=views.of_factors(dims))
     chosen = [i for i, size in enumerate(operand.array.shape) if size != sizes[i]]
     if sum(size > 1 for size in sizes) > 1 and found.path:
@@ -681,16 +649,14 @@ def _gather(op: Op) -> Value:
     array = views.fresh(op.shapes[0])
     if indices.kind == DATA:
         return _embedded(op.record, operand, indices, array)
-    op.record.say(operand.leaves, _TABLE)
+    op.record.note(operand.leaves, does.SAID, _TABLE)
     return operand.lost(array, looked_up=True)
 
 
-def _reduce(op: Op) -> Value | list[Value]:
-    """A sum or an extremum over some axes."""
-    if len(op.values) > 1:
-        return _together(op)
-    value, axes = op.values[0], op.fields["axes"]
-    found = moved(value, views.without(axes), op.shapes[0])
+def _reduce(op: Op) -> Value:
+    """Take a sum or an extremum over some axes."""
+    value, axes = op.values[0], list(map(int, op.fields["axes"]))
+    found = moved(value, op.shapes[0], views.without, axes)
     if all(value.array.shape[axis] == 1 for axis in axes):
         return found
     if found.kind == CONSTANT:
@@ -702,12 +668,12 @@ def _reduce(op: Op) -> Value | list[Value]:
 
 
 def _together(op: Op, mixed: bool = False) -> list[Value]:
-    """Sorts, cumulative sums, scatters: the entries of all operands in one array."""
+    """Mix the entries of all operands, as sorts, cumulative sums and scatters do."""
     found = joined(op.values, views.fresh(()))
-    data = _of_kind(DATA, op.values)
+    data = op.of_kind(DATA)
     if data:
-        leaves = union(value.leaves for value in _of_kind(PARAMETER, op.values))
-        op.record.say(leaves, "is written into an array of data")
+        leaves = union(value.leaves for value in op.of_kind(PARAMETER))
+        op.record.note(leaves, does.SAID, "is written into an array of data")
         mixed = found.mixed or (mixed and len(data) > 1)
         last = _main(op.record, data).last
         found = found.but(leaves=found.leaves | leaves, mixed=mixed, last=last)
@@ -717,21 +683,21 @@ def _together(op: Op, mixed: bool = False) -> list[Value]:
 
 
 def _constants(op: Op) -> list[Value]:
-    """What does not depend on entries, and random numbers."""
+    """Return constants: what depends on no entries, and random numbers."""
     return [Value(views.fresh(shape)) for shape in op.shapes]
 
 
 def _iota(op: Op) -> Value:
-    """`iota`: distinct numbers along one dimension."""
+    """Return distinct numbers along one dimension."""
     dims = [[Factor(size, None)] for size in op.shapes[0]]
     i = int(op.fields["dimension"])
-    dims[i] = [Factor(op.shapes[0][i], labels=frozenset([views.DISTINCT]))]
+    dims[i] = [Factor(op.shapes[0][i], of_axis=frozenset([views.DISTINCT]))]
     return Value(views.of_factors(dims))
 
 
 def _unknown(op: Op) -> list[Value]:
-    """A primitive that is not in the table: it may do anything to its operands."""
-    leaves = union(value.leaves for value in _of_kind(PARAMETER, op.values))
+    """Expect anything of a primitive that is not in the table."""
+    leaves = union(value.leaves for value in op.of_kind(PARAMETER))
     if not leaves:
         return _together(op)
     found = joined(op.values, views.fresh(()))
@@ -759,13 +725,13 @@ _NAMES: Mapping[str, Rule] = {
     """
     all_gather all_gather_invariant all_to_all pad reduce_scatter reduce_window
     reduce_window_max reduce_window_min reduce_window_sum
-    """: _by(lambda _: views.resize),
+    """: _by(views.resize),
     # Each entry remains one entry: casts, copies, sharding, identities.
     """
     bitcast_convert_type convert_element_type copy copy_p device_put layout_constraint
     mesh_cast name optimization_barrier pbroadcast pcast pmax pmin ppermute psum psum2
     psum_invariant pvary reduce_precision reshard sharding_constraint stop_gradient
-    """: _by(lambda _: views.same),
+    """: _by(views.same),
     """
     approx_top_k cumlogsumexp cummax cummin cumprod cumsum dynamic_update_slice scatter
     scatter-add scatter-max scatter-min scatter-mul scatter-sub scatter_add sort top_k
@@ -780,22 +746,22 @@ _NAMES: Mapping[str, Rule] = {
 RULES: Mapping[str, Rule] = {
     **CONTROL,
     **{name: rule for names, rule in _NAMES.items() for name in names.split()},
-    "broadcast_in_dim": _by(lambda p: views.broadcast(p["broadcast_dimensions"])),
-    "concatenate": _concatenate,
+    "broadcast_in_dim": _by(views.broadcast, "broadcast_dimensions"),
+    "concatenate": lambda op: _side_by_side(op, op.values, int(op.fields["dimension"])),
     "conv_general_dilated": _convolution,
     "dot_general": _dot_general,
     "dynamic_slice": _dynamic_slice,
     "gather": _gather,
     "iota": _iota,
     "ragged_dot_general": _ragged_dot,
-    "reshape": _by(_reshape),
-    "rev": _by(lambda p: views.flip(p["dimensions"])),
-    "slice": _by(lambda p: views.cut(p["start_indices"], p["strides"])),
+    "reshape": _by(views.reshape, "dimensions"),
+    "rev": _by(views.flip, "dimensions"),
+    "slice": _by(views.cut, "start_indices", "strides"),
     "split": _split,
-    "squeeze": _by(lambda p: views.without(p["dimensions"])),
+    "squeeze": _by(views.without, "dimensions"),
     "stack": _stack,
-    "tile": _by(lambda _: views.tile),
-    "transpose": _by(lambda p: views.transpose(p["permutation"])),
+    "tile": _by(views.tile),
+    "transpose": _by(views.arrange, "permutation"),
     "unknown": _unknown,
     "unstack": _unstack,
 }

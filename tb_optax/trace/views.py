@@ -1,24 +1,13 @@
-"""Arrays of a forward pass without their entries: NumPy views that take no memory.
+"""Arrays of a forward pass without their entries: where each dimension runs.
 
-A parameter is an `as_strided` view over one byte.  Its strides tell which axis of the
-leaf each dimension runs along, its address tells which slice of the other axes it is.
-Axes lie further apart in the imaginary memory than their sizes ask for, so that no two
-of them ever look like one: a dimension that a reshape joins from several is kept as
-several factors, each a dimension of the view.
+An array is a view on a source: a leaf, or what a computation has put out.  A dimension
+is a list of factors, each of which runs along one axis of the source, so that one that
+a reshape joins from several remains known.  Moves change factors and take no memory.
 """
 
-import bisect
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeAlias
-
-import numpy as np
-from numpy.lib.stride_tricks import as_strided
-
-_BYTE = np.zeros((), np.int8)
-_START = _BYTE.__array_interface__["data"][0]
-# An axis has room for this many times its size, as padding may make it longer.
-_ROOM = 4
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, TypeAlias
 
 
 class Unfollowed(Exception):
@@ -35,8 +24,9 @@ class Label(NamedTuple):
 
 
 # Axes over which data was normalized; of constants, those along which all entries
-# differ, and those along which one entry is 1 and the others are 0.
-NORMED, DISTINCT, ONE_HOT = Label(-1), Label(-2), Label(-3)
+# differ, those along which one entry is 1 and the others are 0, and those whose places
+# are compared with the places along another.
+NORMED, DISTINCT, ONE_HOT, PLACES = Label(-1), Label(-2), Label(-3), Label(-4)
 Labels: TypeAlias = frozenset[Label]
 
 
@@ -45,221 +35,214 @@ class Factor(NamedTuple):
 
     size: int
     axis: int | None = 0  # of the source; None if all entries along it are equal
-    whole: bool = True  # whether it covers the axis from end to end
-    labels: Labels = frozenset()  # of what it covers
+    of_axis: Labels = frozenset()  # labels of that axis
+    step: int = 1  # from entry to entry
+    length: int | None = None  # of the axis; None if the factor has as many entries
 
     @property
     def varies(self) -> bool:
-        """Whether entries may differ along the factor."""
+        """Say whether entries may differ along the factor."""
         return self.size > 1 and self.axis is not None
+
+    @property
+    def whole(self) -> bool:
+        """Say whether it covers its axis from end to end."""
+        return self.length in (None, self.size) and abs(self.step) == 1
+
+    @property
+    def labels(self) -> Labels:
+        """Return the labels of what it covers."""
+        if not self.of_axis or self.whole:
+            return self.of_axis
+        return frozenset(label._replace(whole=False) for label in self.of_axis)
+
+    def part(self, size: int, step: int = 1) -> "Factor":
+        """Take every `step`-th entry, of which there are so many."""
+        length = self.length or self.size
+        return self._replace(size=size, step=self.step * step, length=length)
 
 
 Dimension: TypeAlias = Sequence[Factor]
-Pairs: TypeAlias = Sequence[Sequence[tuple[int, int]]]
+Dims: TypeAlias = Sequence[Dimension]
+Shape: TypeAlias = Sequence[int]
 
 
-class Source:
-    """A leaf, or the array that a computation has put out, with labels of its axes."""
+class Array(NamedTuple):
+    """A view on a source."""
 
-    def __init__(self, shape: Sequence[int], labels: Sequence[Labels]):
-        self.shape, self.labels = tuple(shape), tuple(labels)
-        rooms = [max(size, 1) * _ROOM for size in self.shape]
-        self.steps = [math.prod(rooms[i + 1 :]) for i in range(len(rooms))]
-        self._ascending = self.steps[::-1]
+    source: tuple[int, ...]  # its shape
+    start: tuple[int, ...]  # the index of the first entry along each of its axes
+    dims: tuple[Dimension, ...]  # factors of each dimension, from major to minor
 
-    def factor(self, size: int, stride: int) -> Factor:
-        """What a dimension with this stride runs along."""
-        if stride == 0:
-            return Factor(size, None, False)
-        axis = len(self.steps) - bisect.bisect_right(self._ascending, abs(stride))
-        whole = (size, abs(stride)) == (self.shape[axis], self.steps[axis])
-        labels = self.labels[axis]
-        if labels and not whole:
-            labels = frozenset(label._replace(whole=False) for label in labels)
-        return Factor(size, axis, whole, labels)
-
-
-class Array:
-    """A view on a source, with one NumPy dimension for each factor."""
-
-    def __init__(self, source: Source, view: np.ndarray, cuts: Sequence[int]):
-        self.source, self.view = source, view
-        self.cuts = tuple(cuts)  # the number of factors in each dimension
-        own = iter(view.shape)
-        self.shape = tuple(math.prod(next(own) for _ in range(n)) for n in self.cuts)
-        self.rank = len(self.cuts)
-
-    def pairs(self) -> list[list[tuple[int, int]]]:
-        """Size and stride of each factor of each dimension."""
-        flat = iter(zip(self.view.shape, self.view.strides, strict=True))
-        return [[next(flat) for _ in range(n)] for n in self.cuts]
-
-    def dims(self) -> list[list[Factor]]:
-        """Factors of each dimension, from major to minor."""
-        return [[self.source.factor(*pair) for pair in dim] for dim in self.pairs()]
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the sizes of the dimensions."""
+        return tuple(math.prod(f.size for f in dim) for dim in self.dims)
 
     def varying(self) -> frozenset[int]:
-        """Dimensions along which entries may differ."""
-        pairs = enumerate(self.pairs())
-        return frozenset(i for i, dim in pairs if any(n > 1 and s for n, s in dim))
+        """Return the dimensions along which entries may differ."""
+        dims = enumerate(self.dims)
+        return frozenset(i for i, dim in dims if any(f.varies for f in dim))
 
-    def start(self) -> list[int]:
-        """Index of the first entry along every axis of the source."""
-        low = self.view.__array_interface__["data"][0] - _START
-        for size, stride in zip(self.view.shape, self.view.strides, strict=True):
-            low += min(stride, 0) * (size - 1)
-        steps = self.source.steps
-        return [
-            low % (steps[i - 1] if i else low + 1) // n for i, n in enumerate(steps)
-        ]
+    def low(self) -> list[int]:
+        """Return the smallest index along each axis of the source."""
+        low = list(self.start)
+        for factor in [factor for dim in self.dims for factor in dim]:
+            if factor.axis is not None:
+                low[factor.axis] += min(factor.step, 0) * (factor.size - 1)
+        return low
 
-    def layout(self) -> Any:
-        """Equal for equal views on one source."""
-        return self.start(), self.pairs()
+    def on(
+        self, dims: Iterable[Dimension], shift: Iterable[tuple[Factor, int]] = ()
+    ) -> "Array":
+        """Put other factors on the same source, starting so far along some of them.
 
-    def strided(self, dims: Pairs) -> "Array":
-        """The same first entry, with these factors."""
-        flat = [pair for dim in dims for pair in dim]
-        sizes, strides = [size for size, _ in flat], [stride for _, stride in flat]
-        view = as_strided(self.view, sizes, strides, writeable=False)
-        return Array(self.source, view, [len(dim) for dim in dims])
-
-    def indexed(self, key: Sequence[Any], gone: int = 0) -> "Array":
-        """NumPy's indexing; integers make the first dimensions vanish."""
-        return Array(self.source, self.view[(*key, ...)], self.cuts[gone:])
+        One entry of a longer axis is no factor: nothing runs along it.
+        """
+        start = list(self.start)
+        for factor, entries in shift:
+            if factor.axis is not None:
+                start[factor.axis] += entries * factor.step
+        kept = [[f for f in dim if f.size != 1 or f.whole] for dim in dims]
+        return Array(self.source, tuple(start), tuple(map(tuple, kept)))
 
 
-def of_factors(dims: Sequence[Dimension]) -> Array:
-    """A new array whose dimensions have these factors, with their labels."""
-    flat = [factor for dim in dims for factor in dim]
-    source = Source([f.size for f in flat], [f.labels for f in flat])
-    step = iter(source.steps)
-    pairs = [[(f.size, next(step) * (f.axis is not None)) for f in d] for d in dims]
-    return Array(source, _BYTE, ()).strided(pairs)
+def of_factors(dims: Dims) -> Array:
+    """Make a new array whose dimensions have these factors, with their labels."""
+    source = [factor.size for dim in dims for factor in dim]
+    axes = iter(range(len(source)))
+
+    def own(factor: Factor) -> Factor:
+        axis = next(axes)
+        return Factor(factor.size, None if factor.axis is None else axis, factor.labels)
+
+    new = tuple(tuple(own(factor) for factor in dim) for dim in dims)
+    return Array(tuple(source), (0,) * len(source), new)
 
 
 def fresh(shape: Iterable[int]) -> Array:
-    """An array of which nothing is known but its shape."""
+    """Make an array of which nothing is known but its shape."""
     return of_factors([[Factor(size)] for size in shape])
 
 
 def unlabelled(array: Array) -> Array:
-    """The dimensions of an array, as those of one that has gone through nothing."""
-    return of_factors([[Factor(f.size, f.axis) for f in dim] for dim in array.dims()])
+    """Make an array of the same dimensions that has gone through nothing."""
+    return of_factors([[Factor(f.size, f.axis) for f in dim] for dim in array.dims])
 
 
-# Each move takes an array and the shape it shall have, and may raise `Unfollowed`.
-Move: TypeAlias = Callable[[Array, Sequence[int]], Array]
+# Moves: each takes an array and the shape it shall have, and may raise `Unfollowed`.
 
 
-def same(array: Array, _: Sequence[int]) -> Array:
+def same(array: Array, _: Shape) -> Array:
     """Leave every entry where it is."""
     return array
 
 
-def transpose(order: Iterable[Any]) -> Move:
-    """Permute dimensions; those that are not named vanish, their first entry stays."""
-    order = list(map(int, order))
-    return lambda array, _: array.strided([array.pairs()[i] for i in order])
+def arrange(array: Array, shape: Shape, places: Iterable[int | None]) -> Array:
+    """Take each dimension from a place, or repeat entries along it if there is none.
 
-
-def without(gone: Iterable[Any]) -> Move:
-    """Take the first entry along some dimensions, which vanish."""
-    gone = set(map(int, gone))
-    return lambda array, _: transpose(set(range(array.rank)) - gone)(array, ())
-
-
-def reshape(array: Array, shape: Sequence[int]) -> Array:
-    """Split and join dimensions; factors are split where they have to be."""
-    if 0 in shape:
-        return fresh(shape)
-    rest = [pair for dim in array.pairs() for pair in dim][::-1]
-    dims: list[list[tuple[int, int]]] = []
-    for missing in shape:
-        dims.append([rest.pop()] if missing == 1 and rest and rest[-1][0] == 1 else [])
-        while missing > 1:
-            size, stride = rest.pop() if rest else (0, 0)
-            if size == 0 or (missing % size and size % missing):
-                raise Unfollowed
-            if missing % size:
-                line = as_strided(_BYTE, (size,), (stride,))
-                parts = np.reshape(line, (missing, size // missing), copy=False)
-                rest.append((size // missing, parts.strides[1]))
-                size, stride = missing, parts.strides[0]
-            dims[-1].append((size, stride))
-            missing //= size
-    if dims:
-        dims[-1] += reversed(rest)
-    return array.strided(dims)
-
-
-def broadcast(positions: Iterable[Any]) -> Move:
-    """`lax.broadcast_in_dim`: dimension i goes to `positions[i]` of the new shape."""
-    positions = list(map(int, positions))
-
-    def move(array, shape):
-        dims = [[(size, 0)] for size in shape]
-        for dim, own, i in zip(array.pairs(), array.shape, positions, strict=True):
-            dims[i] = dim if own == shape[i] else dims[i]
-        return array.strided(dims)
-
-    return move
-
-
-def expand(array: Array, shape: Sequence[int]) -> Array:
-    """Broadcast dimensions of size 1."""
-    return broadcast(range(array.rank))(array, shape)
-
-
-def tile(array: Array, shape: Sequence[int]) -> Array:
-    """Put copies side by side: a new major factor of a dimension."""
-    sized = zip(array.pairs(), array.shape, shape, strict=True)
-    more = [([] if n == own else [(n // own, 0)], dim) for dim, own, n in sized]
-    return array.strided([[*copies, *dim] for copies, dim in more])
-
-
-def take(index: int) -> Move:
-    """Take one entry along the first dimension, which vanishes."""
-    return lambda array, _: array.indexed([index], gone=1)
-
-
-def flip(positions: Iterable[int]) -> Move:
-    """Reverse dimensions."""
-    backwards = {True: slice(None, None, -1), False: slice(None)}
-    return lambda array, _: array.indexed(
-        [backwards[i in positions] for i, n in enumerate(array.cuts) for _ in range(n)]
+    Dimensions that are not named vanish; their first entry stays.
+    """
+    return array.on(
+        [Factor(size, None)] if i is None or array.shape[i] != size else array.dims[i]
+        for i, size in zip(places, shape, strict=True)
     )
 
 
-def cut(starts: Sequence[int], steps: Sequence[int] | None = None) -> Move:
-    """Take a piece from each dimension; of several factors, the major one is cut."""
-
-    def move(array, shape):
-        key: list[Any] = []
-        for i, dim in enumerate(array.pairs()):
-            inner = math.prod(size for size, _ in dim[1:])
-            step = steps[i] if steps else 1
-            if shape[i] != array.shape[i]:
-                if shape[i] % inner or starts[i] % inner or (step > 1 and inner > 1):
-                    raise Unfollowed
-                low, count = starts[i] // inner, shape[i] // inner
-                key.append(slice(low, low + (count - 1) * step + 1, step))
-                dim = dim[1:]
-            key += [slice(None)] * len(dim)
-        return array.indexed(key)
-
-    return move
+def without(array: Array, shape: Shape, gone: Iterable[int]) -> Array:
+    """Take the first entry along some dimensions, which vanish."""
+    gone = set(gone)
+    return arrange(array, shape, [i for i in range(len(array.dims)) if i not in gone])
 
 
-def resize(array: Array, shape: Sequence[int]) -> Array:
-    """Make dimensions longer or shorter, as pads and shards do."""
-    dims = array.pairs()
-    if len(shape) != array.rank:
+def broadcast(array: Array, shape: Shape, positions: Sequence[int]) -> Array:
+    """Move dimension i to `positions[i]` of a new shape; repeat along the others."""
+    places = {place: i for i, place in enumerate(positions)}
+    return arrange(array, shape, [places.get(i) for i in range(len(shape))])
+
+
+def reshape(array: Array, shape: Shape, order: Sequence[int] | None = None) -> Array:
+    """Split and join dimensions; factors are split where they have to be."""
+    if 0 in shape:
         raise Unfollowed
-    for dim, own, size in zip(dims, array.shape, shape, strict=True):
-        inner = math.prod(n for n, _ in dim[1:])
-        if own != size:
-            if not dim or not inner or size % inner or size > _ROOM * max(own, 1):
+    dims = array.dims if order is None else [array.dims[i] for i in order]
+    rest = [factor for dim in dims for factor in dim][::-1]
+    found: list[list[Factor]] = []
+    for missing in shape:
+        alone = missing == 1 and rest and rest[-1].size == 1
+        found.append([rest.pop()] if alone else [])
+        while missing > 1:
+            factor = rest.pop() if rest else Factor(0)
+            if not factor.size or (missing % factor.size and factor.size % missing):
                 raise Unfollowed
-            dim[0] = (size // inner, dim[0][1])
-    return array.strided(dims)
+            if missing % factor.size:
+                inner = factor.size // missing
+                rest.append(factor.part(inner))
+                factor = factor.part(missing, inner)
+            found[-1].append(factor)
+            missing //= factor.size
+    if found:
+        found[-1] += reversed(rest)
+    return array.on(found)
+
+
+def tile(array: Array, shape: Shape) -> Array:
+    """Put copies side by side, as a new major factor of a dimension."""
+    sized = zip(array.dims, array.shape, shape, strict=True)
+    return array.on([Factor(n // own, None), *dim] for dim, own, n in sized)
+
+
+def flip(array: Array, _: Shape, positions: Iterable[int]) -> Array:
+    """Reverse dimensions."""
+    dims: list[Dimension] = list(array.dims)
+    turned = [factor for i in positions for factor in dims[i]]
+    for i in positions:
+        dims[i] = [factor.part(factor.size, -1) for factor in dims[i]]
+    return array.on(dims, [(factor, factor.size - 1) for factor in turned])
+
+
+def cut(
+    array: Array,
+    shape: Shape,
+    starts: Sequence[int],
+    steps: Sequence[int] | None = None,
+) -> Array:
+    """Take a piece from each dimension: one entry, or some of its major factor."""
+    if 0 in (*shape, *array.shape):
+        raise Unfollowed
+    shift, dims = [], list(array.dims)
+    for i in [i for i, size in enumerate(array.shape) if size != shape[i]]:
+        start, step = starts[i], steps[i] if steps else 1
+        inner = math.prod(factor.size for factor in dims[i][1:])
+        if shape[i] == 1:
+            for factor in dims[i][::-1]:
+                shift.append((factor, start % factor.size))
+                start //= factor.size
+            dims[i] = []
+        elif shape[i] % inner or start % inner or step > 1 < inner:
+            raise Unfollowed
+        else:
+            major, *minor = dims[i]
+            shift.append((major, start // inner))
+            dims[i] = [major.part(shape[i] // inner, step), *minor]
+    return array.on(dims, shift)
+
+
+def take(array: Array, shape: Shape, index: int, dimension: int = 0) -> Array:
+    """Take one entry along a dimension, which vanishes."""
+    one = [*shape[:dimension], 1, *shape[dimension:]]
+    starts = [index if i == dimension else 0 for i in range(len(one))]
+    return without(cut(array, one, starts), shape, [dimension])
+
+
+def resize(array: Array, shape: Shape) -> Array:
+    """Make dimensions longer or shorter, as pads and shards do."""
+    if len(shape) != len(array.dims):
+        raise Unfollowed
+    dims = list(array.dims)
+    for i in [i for i, size in enumerate(array.shape) if size != shape[i]]:
+        inner = math.prod(factor.size for factor in dims[i][1:])
+        if not dims[i] or not inner or shape[i] % inner:
+            raise Unfollowed
+        dims[i] = [dims[i][0].part(shape[i] // inner), *dims[i][1:]]
+    return array.on(dims)

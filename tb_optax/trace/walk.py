@@ -1,5 +1,6 @@
 """The walk through a jaxpr: its equations, calls, branches and loops."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,12 +13,13 @@ from jax.extend.core import Literal
 from tb_optax.trace import views
 from tb_optax.trace.record import (
     DATA,
+    ENTERS,
     PARAMETER,
-    Product,
     Record,
     Value,
     joined,
     newest,
+    union,
 )
 
 # Constants with more entries are not searched for one-hot vectors.
@@ -43,47 +45,47 @@ class Fields(dict[str, Any]):
 class Op(NamedTuple):
     """One equation, with what is known of its operands."""
 
-    walk: "Walk"
     record: Record
+    run: Callable[[Any, Sequence[Value]], list[Value]]  # runs a jaxpr inside
     name: str  # of its primitive
     fields: Fields
     values: Sequence[Value]  # its operands
     shapes: Sequence[tuple[int, ...]]  # of its results
+
+    def of_kind(self, kind: int) -> list[Value]:
+        """Return the operands of one kind."""
+        return [value for value in self.values if value.kind == kind]
 
 
 # What a primitive does: from an equation to its result, or to all of its results.
 Rule = Callable[[Op], Value | list[Value]]
 
 
-class Walk:
-    """Runs jaxprs on abstract values and records what happens to parameters."""
+def run(
+    record: Record, rules: Mapping[str, Rule], jaxpr: Any, values: Sequence[Value]
+) -> list[Value]:
+    """Run a jaxpr, closed or not, on abstract values, and record what happens."""
+    entries = map(_constant, getattr(jaxpr, "consts", ()))
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    known = {v: Value(views.fresh(_shape(v))) for v in jaxpr.constvars}
+    known.update(zip(jaxpr.constvars, entries, strict=False))
+    known.update(zip(jaxpr.invars, values, strict=True))
 
-    def __init__(self, record: Record, rules: Mapping[str, Rule]):
-        self.record, self.rules = record, rules
+    def read(atom: Any) -> Value:
+        return _constant(atom.val) if isinstance(atom, Literal) else known[atom]
 
-    def run(self, jaxpr: Any, values: Sequence[Value]) -> list[Value]:
-        """Values of the outputs of a jaxpr, closed or not, from those of its inputs."""
-        entries = list(getattr(jaxpr, "consts", ()))
-        jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-        known = {v: Value(views.fresh(_shape(v))) for v in jaxpr.constvars}
-        known.update(zip(jaxpr.constvars, map(_constant, entries), strict=False))
-        known.update(zip(jaxpr.invars, values, strict=True))
-
-        def read(atom: Any) -> Value:
-            return _constant(atom.val) if isinstance(atom, Literal) else known[atom]
-
-        for equation in jaxpr.eqns:
-            name = equation.primitive.name
-            operands = [read(atom) for atom in equation.invars]
-            parameters = [v.leaves for v in operands if v.kind == PARAMETER]
-            self.record.seen = self.record.seen.union(*parameters)
-            shapes = [_shape(variable) for variable in equation.outvars]
-            fields = Fields(name, equation.params)
-            rule = self.rules.get(name, self.rules["unknown"])
-            found = rule(Op(self, self.record, name, fields, operands, shapes))
-            results = found if isinstance(found, list) else [found]
-            known.update(zip(equation.outvars, results, strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
+    inside = functools.partial(run, record, rules)
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        operands = [read(atom) for atom in equation.invars]
+        record.seen.update(*(v.leaves for v in operands if v.kind == PARAMETER))
+        shapes = [_shape(variable) for variable in equation.outvars]
+        fields = Fields(name, equation.params)
+        rule = rules.get(name, rules["unknown"])
+        found = rule(Op(record, inside, name, fields, operands, shapes))
+        results = found if isinstance(found, list) else [found]
+        known.update(zip(equation.outvars, results, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
 
 
 def _shape(variable: Any) -> tuple[int, ...]:
@@ -91,78 +93,72 @@ def _shape(variable: Any) -> tuple[int, ...]:
 
 
 def _constant(entries: Any) -> Value:
-    """A constant, with the dimensions along which it is one-hot."""
+    """Take a constant, with the dimensions along which it is one-hot."""
     shape = np.shape(entries)
     if not shape and isinstance(entries, (int, np.integer)):
         return Value(views.fresh(shape), literal=int(entries))
     few = 1 < math.prod(shape) <= _MOST_ENTRIES and not isinstance(entries, Tracer)
-    labels = [frozenset[views.Label]() for _ in shape]
+    hot: list[views.Labels] = [frozenset() for _ in shape]
     if few and jax.dtypes.issubdtype(entries.dtype, np.generic):
         entries = np.asarray(entries)
         for i in range(len(shape) if np.isin(entries, (0, 1)).all() else 0):
             if shape[i] > 1 and (entries.sum(i) == 1).all():
-                labels[i] = frozenset([views.ONE_HOT])
-    pairs = zip(shape, labels, strict=True)
-    return Value(views.of_factors([[views.Factor(n, labels=own)] for n, own in pairs]))
+                hot[i] = frozenset([views.ONE_HOT])
+    pairs = zip(shape, hot, strict=True)
+    return Value(views.of_factors([[views.Factor(n, 0, own)] for n, own in pairs]))
 
 
-def moved(value: Value, move: views.Move, shape: Sequence[int]) -> Value:
-    """A value with its entries moved; no leaf any more if that cannot be followed."""
+def moved(
+    value: Value, shape: views.Shape, move: Callable[..., views.Array], *how: Any
+) -> Value:
+    """Move the entries of a value; if that is not followed, it is a leaf no more."""
     try:
-        return value.but(array=move(value.array, shape))
+        return value.but(array=move(value.array, shape, *how))
     except views.Unfollowed:
         return value.lost(views.fresh(shape))
 
 
-def picked(value: Value, before: Value, gone: Iterable[int] | None = None) -> Value:
-    """A value with one slice along some dimensions of what it was, unknown which.
-
-    They are those that are of size 1 and were longer, if none are given.
-    """
-    if gone is None:
-        pairs = zip(value.array.shape, before.array.shape, strict=True)
-        gone = [i for i, (size, old) in enumerate(pairs) if size == 1 != old]
-    dims = before.array.dims()
-    axes = frozenset(f.axis for i in gone for f in dims[i] if f.axis is not None)
+def picked(value: Value, before: Value, gone: Iterable[int]) -> Value:
+    """Mark a value as one slice along some dimensions, unknown which."""
+    factors = [factor for i in gone for factor in before.array.dims[i]]
+    axes = frozenset(factor.axis for factor in factors if factor.axis is not None)
     return value.but(unknown=value.unknown | axes)
 
 
 def _call(op: Op) -> list[Value]:
-    """`jit`, `remat`, `custom_jvp_call`, ...: the function inside."""
-    names = [n for n in ("jaxpr", "call_jaxpr", "fun_jaxpr") if n in op.fields]
-    return op.walk.run(op.fields[names[0] if names else "jaxpr"], op.values)
+    """Run the function inside `jit`, `remat`, `custom_jvp_call`, ..."""
+    names = [n for n in ("call_jaxpr", "fun_jaxpr") if n in op.fields]
+    return op.run(op.fields[(*names, "jaxpr")[0]], op.values)
 
 
 def _shard_map(op: Op) -> list[Value]:
-    """`shard_map`: the function inside, with the sizes of one shard."""
-    body = op.fields["jaxpr"]
-    pairs = zip(op.values, map(_shape, body.invars), strict=True)
-    shards = [picked(moved(v, views.resize, shape), v) for v, shape in pairs]
-    results = zip(op.walk.run(body, shards), op.shapes, strict=True)
-    return [moved(value, views.resize, shape) for value, shape in results]
+    """Run the function inside `shard_map`, with the sizes of one shard."""
+    body, shards = op.fields["jaxpr"], []
+    for value, shape in zip(op.values, map(_shape, body.invars), strict=True):
+        sizes = enumerate(zip(shape, value.array.shape, strict=True))
+        gone = [i for i, (size, old) in sizes if size == 1 != old]
+        shards.append(picked(moved(value, shape, views.resize), value, gone))
+    results = zip(op.run(body, shards), op.shapes, strict=True)
+    return [moved(value, shape, views.resize) for value, shape in results]
 
 
 def _cond(op: Op) -> list[Value]:
-    """`cond`: every branch, one after the other."""
-    branches = [op.walk.run(b, op.values[1:]) for b in op.fields["branches"]]
+    """Run every branch, one after the other."""
+    branches = [op.run(b, op.values[1:]) for b in op.fields["branches"]]
     return [_either(several) for several in zip(*branches, strict=True)]
 
 
 def _while(op: Op) -> list[Value]:
-    """`while`: its body, until the kinds of what it carries stay the same."""
+    """Run the body of a `while`, however often it runs."""
     start = op.fields["cond_nconsts"]
     stop = start + op.fields["body_nconsts"]
-    body, fixed = op.fields["body_jaxpr"], op.values[start:stop]
-
-    def once(carry: list[Value]) -> list[Value]:
-        return op.walk.run(body, [*fixed, *carry])
-
-    carry = _stable(op.record, once, list(op.values[stop:]))
-    return _joined(carry, once(_entering(carry)))
+    return _loop(
+        op, op.fields["body_jaxpr"], op.values[start:stop], op.values[stop:], [], [0]
+    )
 
 
 def scanned(fields: Fields, values: Sequence[Any]) -> tuple[list, list, list]:
-    """Constants, carry and slices among the operands of a `scan`.
+    """Tell constants, carry and slices among the operands of a `scan` apart.
 
     Up to JAX 0.10 their numbers are parameters; from 0.11 on `ft_in` tells them apart.
     """
@@ -175,81 +171,75 @@ def scanned(fields: Fields, values: Sequence[Any]) -> tuple[list, list, list]:
 
 
 def _scan(op: Op) -> list[Value]:
-    """`scan`: its body once for each slice of stacks of kernels, or else once."""
+    """Run the body of a `scan` for each slice of stacks of kernels, or else once."""
     fixed, carry, slices = scanned(op.fields, op.values)
-    length, body, count = op.fields["length"], op.fields["jaxpr"], len(carry)
-
-    def once(carry: list[Value], turn: int = 0) -> list[Value]:
-        own = [_slice_of(op.record, value, turn) for value in slices]
-        return op.walk.run(body, [*fixed, *carry, *own])
-
-    carry = _stable(op.record, once, carry)
-    stacks = {path for v in slices if v.kind == PARAMETER for path in v.leaves}
-    results = [Value(views.fresh(shape)) for shape in op.shapes]
-    turns = range(length)
-    for turn in reversed(turns) if op.fields["reverse"] else turns:
-        mark = len(op.record.events)
-        results = once(_entering(carry), turn)
-        made = op.record.events[mark:]
-        # A loop that slices no kernel does the same in every iteration.
-        if stacks.isdisjoint(e.path for e in made if isinstance(e, Product)):
-            break
-    first = [views.Factor(length)]
-    return _joined(carry, results[:count]) + [
-        value.lost(views.of_factors([first, *value.array.dims()])) if length else value
-        for value in results[count:]
+    turns = range(op.fields["length"])
+    turns = turns[::-1] if op.fields["reverse"] else turns
+    results = _loop(op, op.fields["jaxpr"], fixed, carry, slices, turns)
+    if not turns:
+        return results
+    first = [views.Factor(len(turns))]
+    return results[: len(carry)] + [
+        value.lost(views.of_factors([first, *value.array.dims]))
+        for value in results[len(carry) :]
     ]
 
 
+def _loop(op: Op, body, fixed, carry, slices, turns) -> list[Value]:
+    """Return what a loop carries at its end, and what its last iteration puts out."""
+
+    def once(carry: Sequence[Value], turn: int = 0) -> list[Value]:
+        # The history of what comes in belongs to an earlier iteration.
+        entering = [
+            Value(v.array, DATA, through=v.through)
+            if v.kind == DATA
+            else v.but(literal=None)
+            for v in carry
+        ]
+        own = [_slice_of(op.record, value, turn) for value in slices]
+        return op.run(body, [*fixed, *entering, *own])
+
+    def either(carry: Sequence[Value], after: Sequence[Value]) -> list[Value]:
+        return [_either(pair) for pair in zip(carry, after, strict=False)]
+
+    events, known = op.record.events, None
+    mark = len(events)
+    # Constants may become data on the way; what the body does is found again then.
+    while known != (kinds := [(value.kind, value.path) for value in carry]):
+        known, carry = kinds, either(carry, once(carry))
+        del events[mark:]
+    stacks = union(value.leaves for value in slices if value.kind == PARAMETER)
+    results = [Value(views.fresh(shape)) for shape in op.shapes]
+    for turn in turns:
+        mark = len(events)
+        results = once(carry, turn)
+        # A loop that slices no kernel does the same in every iteration.
+        if stacks.isdisjoint(path for path, does, _ in events[mark:] if does == ENTERS):
+            break
+    return either(carry, results) + results[len(carry) :]
+
+
 def _slice_of(record: Record, value: Value, turn: int) -> Value:
-    """One iteration's slice of what is scanned."""
+    """Take one iteration's slice of what is scanned."""
     shape = value.array.shape[1:]
-    if value.kind != PARAMETER or value.array.cuts[0] != 1:
-        return moved(value, views.without([0]), shape)
+    if value.kind != PARAMETER:
+        return moved(value, shape, views.without, [0])
     dimension, parts = record.bundles.get(value.path, (0, []))
-    whole = value.array.layout() == views.fresh(value.array.shape).layout()
+    whole = value.array == views.fresh(value.array.shape)
     if parts and dimension == 0 and whole:
         start, value = [pair for pair in parts if pair[0] <= turn][-1]
         turn -= start
-    return moved(value, views.take(turn), shape)
-
-
-def _stable(
-    record: Record, once: Callable[[list[Value]], list[Value]], carry: list[Value]
-) -> list[Value]:
-    """What a loop carries, once constants that become data have become so."""
-    mark = len(record.events)
-    while True:
-        after = _joined(carry, once(_entering(carry)))
-        del record.events[mark:]  # They are to be found again.
-        if [(v.kind, v.path) for v in after] == [(v.kind, v.path) for v in carry]:
-            return after
-        carry = after
-
-
-def _entering(carry: list[Value]) -> list[Value]:
-    """What a loop carries, inside: its history belongs to an earlier iteration."""
-
-    def enter(v: Value) -> Value:
-        data = Value(v.array, DATA, through=v.through, rank=v.rank)
-        return data if v.kind == DATA else v.but(literal=None)
-
-    return [enter(value) for value in carry]
-
-
-def _joined(before: Sequence[Value], after: Sequence[Value]) -> list[Value]:
-    return [_either(pair) for pair in zip(before, after, strict=False)]
+    return moved(value, shape, views.take, turn)
 
 
 def _either(values: Sequence[Value]) -> Value:
-    """A value that is one of several."""
+    """Return a value that is one of several."""
     found = joined(values, views.fresh(values[0].array.shape))
     if found.kind == DATA:
         main = newest(value for value in values if value.kind == DATA)
         return found.but(array=main.array, pending=main.pending)
-    layouts = [(value.kind, value.path, value.array.layout()) for value in values]
-    alike = layouts.count(layouts[0]) == len(layouts)
-    return values[0].but(literal=None) if alike else found
+    alike = {(value.kind, value.path, value.array) for value in values}
+    return values[0].but(literal=None) if len(alike) == 1 else found
 
 
 _CALLS = """
