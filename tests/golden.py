@@ -45,7 +45,7 @@ def initial_parameters(info: Mapping[str, Any]) -> dict[str, np.ndarray]:
     scaled with one rounding. Norms are ones and zeros. NumPy's old generator is the one
     of PyTorch.
     """
-    draws = np.random.RandomState(info["seed"])  # noqa: NPY002
+    draws = np.random.RandomState(info["seed"])
     params, bound = {}, np.float32(0)
     for param, shape in zip(info["param_names"], info["param_shapes"], strict=True):
         module, _, leaf = param.rpartition(".")
