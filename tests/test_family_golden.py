@@ -121,20 +121,19 @@ def test_columns_of_alpha_pruning(precision):
 # --- maps ---------------------------------------------------------------------------
 
 
-def check_map(scores, names, rule, config, own, published, precision, where):
+def check_map(scores, names, config, kind, published, precision, where):
     """Hold a rule to what the published code made of the same scores.
 
     Args:
         scores: of the layers that the published code keeps.
         names: of these layers.
-        rule: its published name.
-        config: its numbers.
-        own: the library's map, and its groups.
+        config: the rule, and its numbers.
+        kind: what it scales: "lr", or "wd".
         published: multipliers.
         precision: one of `PRECISIONS`.
         where: for messages.
     """
-    assign, groups = own
+    rule, (assign, groups) = rule_of(config, kind)
     make = functools.partial(family.multipliers, assign=assign, groups=groups, pad=144)
     usable = np.isfinite(scores)
     with golden_library.precision(precision):
@@ -196,7 +195,7 @@ def members_of(groups, layers):
     return [np.asarray([name == own for name in names]) for own in distinct]
 
 
-def rule_of(config, kind="lr"):
+def rule_of(config, kind):
     """The published name of a rule, and the library's map and groups for it."""
     if "assign_func" in config:
         return config["assign_func"], (family.map_of_decay(config), None)
@@ -217,16 +216,12 @@ def test_maps_of_given_scores(method, precision):
             check_map(
                 arrays[f"scores/{name}"],
                 names,
-                *with_config(config, config.get("hyperparam", "lr")),
+                config,
+                config.get("hyperparam", "wd"),
                 arrays[f"value/{name}"][row] / base,
                 precision,
                 f"{name}, {row}",
             )
-
-
-def with_config(config, kind):
-    rule, own = rule_of(config, kind)
-    return rule, config, own
 
 
 @every_precision
@@ -256,7 +251,8 @@ def test_maps_of_model_balancing(name, precision):
             check_map(
                 scores,
                 [names[i] for i in kept],
-                *with_config(config, kind),
+                config,
+                kind,
                 published[kept],
                 precision,
                 f"{name}, {row}, {kind}",
@@ -290,7 +286,8 @@ def test_maps_of_alpha_decay(name, precision):
         check_map(
             columns_in(name, table)[metric][kept],
             own,
-            *with_config(config, "wd"),
+            config,
+            "wd",
             published[places],
             precision,
             f"{name}, {row}",
