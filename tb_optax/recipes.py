@@ -54,7 +54,7 @@ def temp_balance(
     of them `high`; a layer that cannot be fitted keeps 1 and changes no other.
 
     Args:
-        layers: those to tune; published: without the first and the last.
+        layers: the layers to tune; published: without the first and the last.
         interval: updates between two refreshes; published: an epoch.
         low: multiplier of the smallest alpha.
         high: multiplier of the largest.
@@ -67,16 +67,15 @@ def temp_balance(
         ValueError: if a number is out of its range.
 
     >>> import jax
-    >>> from tb_optax import get_multipliers
     >>> key = jax.random.key(0)
     >>> params = {"a": {"kernel": jax.random.normal(key, (104, 104))},
     ...           "b": {"kernel": jax.random.normal(key, (104, 208)) ** 3}}
-    >>> tx = optax.chain(optax.sgd(0.1, momentum=0.9), temp_balance(interval=2))
+    >>> tx = optax.chain(optax.sgd(0.1, momentum=0.9), temp_balance(interval=100))
     >>> state = tx.init(params)
     >>> for _ in range(3):
     ...     updates, state = tx.update(params, state, params)
     ...     params = optax.apply_updates(params, updates)
-    >>> print(get_multipliers(state).round(1))
+    >>> print(state[1].multipliers.round(1))
     [0.5 1.5]
 
     References:
@@ -104,15 +103,15 @@ def farms(
 
     The map is that of `temp_balance`, alpha that of `windows(ratio, rows, count)`.
 
-    Use it where layers differ in aspect ratio, which alone decides about alpha at
-    initialization. On convolutions it costs no more than `temp_balance`; on linear
-    layers it decomposes up to count² windows of `rows` for each.
+    Use it where layers differ in aspect ratio: at initialization, alpha depends on
+    nothing else. On convolutions it costs no more than `temp_balance`; for each linear
+    layer it decomposes up to count² windows.
 
-    Deviations: those of `temp_balance`, and those of `windows`, for which
-    `windows(..., published=True)` can be put in.
+    Deviations: those of `temp_balance`, and those of `windows`, which has
+    `published=True` to undo them.
 
     Args:
-        layers: those to tune.
+        layers: the layers to tune.
         interval: updates between two refreshes; published: an epoch.
         ratio: inputs of a window for each of its outputs.
         rows: outputs of a window of a linear layer.
@@ -128,16 +127,15 @@ def farms(
         ValueError: if a number is out of its range.
 
     >>> import jax
-    >>> from tb_optax import get_multipliers
     >>> key = jax.random.key(0)
     >>> params = {"a": {"kernel": jax.random.normal(key, (104, 104))},
     ...           "b": {"kernel": jax.random.normal(key, (104, 208)) ** 3}}
-    >>> tx = optax.chain(optax.sgd(0.1, momentum=0.9), farms(interval=2))
+    >>> tx = optax.chain(optax.sgd(0.1, momentum=0.9), farms(interval=100))
     >>> state = tx.init(params)
     >>> for _ in range(3):
     ...     updates, state = tx.update(params, state, params)
     ...     params = optax.apply_updates(params, updates)
-    >>> print(get_multipliers(state).round(1))
+    >>> print(state[1].multipliers.round(1))
     [1.9 0.1]
 
     References:
@@ -167,7 +165,8 @@ def alpha_decay(
 
         u <- u + weight_decay·m_i·p,   m as in `temp_balance`,
 
-    a stronger decay for a larger alpha, and the plain one for what is not tuned.
+    so that a layer with a larger alpha decays more; what is not tuned has the plain
+    decay.
 
     Use it to pretrain transformers. Place it between Adam and the learning rate
     (decoupled, as AdamW), or before Adam (an L2 penalty).
@@ -176,12 +175,12 @@ def alpha_decay(
     the published loop has 0, interval - 1, 2·interval - 1, ...
 
     Args:
-        layers: those to tune; published: without the first and the last linear layer.
+        layers: the layers to tune; published: all linear ones but the first and last.
         weight_decay: coefficient of the decay.
         interval: updates between two refreshes.
         low: multiplier of the smallest alpha; published: 0.6666.
         high: multiplier of the largest; published: 3 with the decay 1e-5, else 5.
-        mask: which leaves decay, as in `optax.add_decayed_weights`; None is all.
+        mask: the leaves that decay, as in `optax.add_decayed_weights`; None is all.
         min_eigenvalues: a layer with fewer keeps the plain decay.
 
     Returns:
@@ -191,7 +190,6 @@ def alpha_decay(
         ValueError: if a number is out of its range.
 
     >>> import jax
-    >>> from tb_optax import get_multipliers
     >>> key = jax.random.key(0)
     >>> params = {"a": {"kernel": jax.random.normal(key, (104, 104))},
     ...           "b": {"kernel": jax.random.normal(key, (104, 208)) ** 3}}
@@ -204,7 +202,7 @@ def alpha_decay(
     >>> for _ in range(3):
     ...     updates, state = tx.update(params, state, params)
     ...     params = optax.apply_updates(params, updates)
-    >>> print(get_multipliers(state).round(1))
+    >>> print(state[1].multipliers.round(1))
     [0.5 3. ]
 
     References:
@@ -250,7 +248,7 @@ def model_balancing(
     training stops.
 
     Args:
-        layers: those to tune; published: without the last.
+        layers: the layers to tune; published: without the last.
         interval: updates between two refreshes; published: a tenth of an epoch, at
             most 100.
         below: exponent below the mean, s.
@@ -260,7 +258,7 @@ def model_balancing(
         groups: a function from `Layer` to the name of its block; None is layer by
             layer.
         weight_decay: coefficient of a balanced decay.
-        mask: which leaves decay, as in `optax.add_decayed_weights`; None is all.
+        mask: the leaves that decay, as in `optax.add_decayed_weights`; None is all.
         min_eigenvalues: a layer with fewer keeps 1.
 
     Returns:
@@ -271,17 +269,16 @@ def model_balancing(
         ValueError: if a number is out of its range.
 
     >>> import jax
-    >>> from tb_optax import get_multipliers
     >>> key = jax.random.key(0)
     >>> params = {"a": {"kernel": jax.random.normal(key, (104, 104))},
     ...           "b": {"kernel": jax.random.normal(key, (104, 208)) ** 3}}
-    >>> tx = optax.chain(optax.adam(0.1), model_balancing(interval=2, groups=None))
+    >>> tx = optax.chain(optax.adam(0.1), model_balancing(groups=None))
     >>> state = tx.init(params)
     >>> for _ in range(3):
     ...     updates, state = tx.update(params, state, params)
     ...     params = optax.apply_updates(params, updates)
-    >>> print(get_multipliers(state).round(1))
-    [0.2 2.4]
+    >>> print(state[1].multipliers.round())
+    [0. 2.]
 
     References:
         Liu et al, `Model Balancing Helps Low-data Training and Fine-tuning
@@ -317,9 +314,9 @@ def llr(
     of the other layers, and so have the multiplier `high`. A refresh takes effect over
     `ramp` updates; the last is in the first `share` of the training.
 
-    Use it to pretrain transformers by AdamW. Embeddings are no layers of
-    `trace_layers` and `find_layers`: add them to the list. Followers are left out:
-    norms and biases keep 1, the smallest multiplier where `low` is 1.
+    Use it to pretrain transformers with AdamW. `trace_layers` and `find_layers` list no
+    embeddings: add them. Followers are left out: norms and biases keep 1, the smallest
+    multiplier where `low` is 1.
 
     Deviations: refreshes are at counts 0, interval, ..., where the published loop has
     0, interval - 1, ...; multipliers move linearly and the schedule goes on, where the
@@ -328,7 +325,7 @@ def llr(
     embedding or head with too few eigenvalues keeps 1.
 
     Args:
-        layers: those to tune, embeddings and head included.
+        layers: the layers to tune, embeddings and head included.
         total_steps: updates of the whole training, an int >= 1.
         interval: updates between two refreshes; published: 40, or 100 for 1B.
         low: multiplier of the smallest alpha.
@@ -345,17 +342,15 @@ def llr(
         ValueError: if a number is out of its range.
 
     >>> import jax
-    >>> from tb_optax import get_multipliers
     >>> key = jax.random.key(0)
     >>> params = {"a": {"kernel": jax.random.normal(key, (104, 104))},
     ...           "b": {"kernel": jax.random.normal(key, (104, 208)) ** 3}}
-    >>> balance = llr(total_steps=10, interval=2, ramp=2, share=0.5)
-    >>> tx = optax.chain(optax.adamw(0.1), balance)
+    >>> tx = optax.chain(optax.adamw(0.1), llr(total_steps=1000, ramp=0))
     >>> state = tx.init(params)
     >>> for _ in range(3):
     ...     updates, state = tx.update(params, state, params)
     ...     params = optax.apply_updates(params, updates)
-    >>> print(get_multipliers(state).round(1))
+    >>> print(state[1].multipliers.round(1))
     [1. 3.]
 
     References:

@@ -1,6 +1,6 @@
 """The state of the transform, and how to reach it inside an optimizer state."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -143,6 +143,7 @@ def log_dict(
     params: Any = None,
     *,
     learning_rate: Any = None,
+    factor: Callable[[Layer], int | float] | None = None,
     which: Which = None,
 ) -> dict[str, Float[Array, ""]]:
     """Return alpha and multiplier of every layer as scalars by name, for a logger.
@@ -161,11 +162,13 @@ def log_dict(
             is evaluated at the number of updates before it. Pass a scalar where the
             optimizer counts otherwise, such as
             `opt_state.hyperparams["learning_rate"]` of `optax.inject_hyperparams`.
+        factor: a function from `Layer` to the fixed factor that the rest of the chain
+            has for it; adds the factors, which the rates in force then include.
         which: see `get_state`.
 
     Returns:
         `{"alpha/<layer>": ..., "multiplier/<layer>": ...}`, stacks slice by slice, and
-        `"learning_rate/<layer>"` if it is asked for.
+        `"factor/<layer>"` and `"learning_rate/<layer>"` if they are asked for.
 
     Raises:
         ValueError: if the state has another number of layers, the sizes of stacks
@@ -190,8 +193,13 @@ def log_dict(
     check_length(state.multipliers, layers)
     names = [layer.name for layer in layers]
     columns = {"alpha": state.alpha, "multiplier": state.multipliers}
+    in_force = state.multipliers
+    if factor is not None:
+        factors = [factor(layer) for layer in layers]
+        columns["factor"] = jnp.asarray(factors, in_force.dtype)
+        in_force = in_force * columns["factor"]
     if learning_rate is not None:
-        columns["learning_rate"] = _rate(learning_rate, state) * state.multipliers
+        columns["learning_rate"] = _rate(learning_rate, state) * in_force
     return {
         f"{column}/{name}": value
         for column, values in columns.items()

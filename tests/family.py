@@ -9,24 +9,32 @@ from typing import Any
 
 import golden
 import golden_library
-import jax
 import jax.numpy as jnp
 import numpy as np
 from golden import LINEAR
 
 import tb_optax
-from tb_optax import Layer, linear, log2, mean_one, nested, sigmoid, sqrt, step
+from tb_optax import (
+    Layer,
+    linear,
+    log2,
+    mean_one,
+    nested,
+    sigmoid,
+    sqrt,
+    standard_sigmoid,
+    step,
+)
 from tb_optax.analysis import Options, assign_multipliers
 
+# Names of the fits in the records, to those that TempBalance's records have.
 FITS = {
-    "median": tb_optax.fit_median,
-    "xmin_mid": tb_optax.fit_median,
-    "goodness-of-fit": lambda _: tb_optax.fit_min_ks(),
-    None: lambda _: tb_optax.fit_min_ks(),
-    "fix-finger": lambda _: tb_optax.fit_peak(),
-    "xmin_peak": lambda _: tb_optax.fit_peak(),
+    "xmin_mid": "median",
+    None: "goodness-of-fit",
+    "xmin_peak": "fix-finger",
 }
 
+# Records with weights, of which all kernels are analyzed together.
 NETS = (
     "alpha_decay_gqa64",
     "alpha_decay_llama56",
@@ -36,6 +44,7 @@ NETS = (
     "model_balancing_distil64_thin",
     "model_balancing_roberta64",
 )
+SUFFIX = {"x64": "f64", "float32": "f32"}
 
 
 @functools.cache
@@ -45,21 +54,35 @@ def recorded(name: str) -> tuple[Any, dict[str, np.ndarray]]:
 
 
 @functools.cache
-def kernels(name: str) -> dict[str, np.ndarray]:
-    """The weight matrices of a net by layer, float64."""
+def net(name: str) -> golden.Net:
+    """A record with weights as a net; zeros for what is no kernel."""
     info, arrays = recorded(name)
     prefix = "param_a" if name == "lm_transformer" else "param"
-    names = info["cases"][0]["layer_names"] if name == "alpha_pruning" else None
-    return {
-        layer: arrays[f"{prefix}/{layer}.weight"].astype(np.float64)
-        for layer in names or info["layer_names"]
+    kernels = {
+        key.removeprefix(f"{prefix}/"): value
+        for key, value in arrays.items()
+        if key.startswith(f"{prefix}/")
     }
-
-
-def fit_of(config: Mapping[str, Any]) -> Any:
-    """The library's fit for a configuration."""
-    name = config["fix_fingers"] if "fix_fingers" in config else config["pl_fitting"]
-    return FITS[name](config["xmin_pos"])
+    if name == "alpha_pruning":
+        info = info | {
+            "layer_names": info["cases"][0]["layer_names"],
+            "param_names": [*kernels],
+            "param_shapes": [kernel.shape for kernel in kernels.values()],
+        }
+    paths, shapes = info["param_names"], info["param_shapes"]
+    modules = info.get("modules", ())
+    return golden.Net(
+        name=name,
+        layer_names=tuple(info["layer_names"]),
+        param_names=tuple(paths),
+        modules=modules,
+        params={
+            path: kernels.get(path, np.zeros(shape, np.float32))
+            for path, shape in zip(paths, shapes, strict=True)
+        },
+        info=info | golden.norm_maps(modules),
+        arrays=arrays,
+    )
 
 
 def has_floor(config: Mapping[str, Any]) -> bool:
@@ -67,47 +90,42 @@ def has_floor(config: Mapping[str, Any]) -> bool:
     return config.get("filter_zeros") in (True, "True")
 
 
+def fit_key(config: Mapping[str, Any]) -> tuple[str, Any, bool]:
+    """What decides about the exponents of a configuration: fit, position, floor."""
+    name = config["fix_fingers"] if "fix_fingers" in config else config["pl_fitting"]
+    name = FITS.get(name, name)
+    position = config["xmin_pos"] if name == "median" else 2
+    return name, position, has_floor(config)
+
+
 @functools.cache
-def tables(
-    names: tuple[str, ...], options: tuple[tuple[Any, bool], ...], precision: str
-) -> list[dict[str, tb_optax.Analysis]]:
-    """The tables of all nets for each (fit, floor), decomposed together."""
-    layers = tuple(Layer(f"{net}:{x}", LINEAR) for net in names for x in kernels(net))
-    analyses = [
-        tb_optax.layer_analysis(
-            layers, fit=fit, eigenvalue_floor=1e-5 if floor else None, min_eigenvalues=0
-        )
-        for fit, floor in options
+def tables(precision: str) -> dict[Any, dict[str, golden_library.Table]]:
+    """The tables of all nets for each fit that one of them asks for."""
+    wanted = [{"fix_fingers": fit, "xmin_pos": 2} for fit in ("xmin_mid", "xmin_peak")]
+    for name in NETS:
+        info = recorded(name)[0]
+        wanted += info.get("metric_configs", [])
+        wanted += [info["map_defaults"] | c for c in info.get("map_configs", [])]
+    keys = [*dict.fromkeys(map(fit_key, wanted))]
+    configs = [
+        {"pl_fitting": fit, "xmin_pos": at, "filter_zeros": floor, "conv_norm": 0.5}
+        for fit, at, floor in keys
     ]
-    dtype = golden_library.dtype_of(precision)
-    tree = {
-        f"{net}:{x}": w.astype(dtype) for net in names for x, w in kernels(net).items()
-    }
-    with golden_library.precision(precision):
-        found = golden_library.run_together(analyses, tree)
-    ends = np.cumsum([0, *(len(kernels(net)) for net in names)])
-
-    def part(table, net, start, stop):
-        own = tuple(Layer(x, LINEAR) for x in kernels(net))
-        return jax.tree.map(lambda c: c[start:stop], table).__class__(
-            layers=own,
-            **{
-                name: getattr(table, name)[start:stop]
-                for name in table.__dataclass_fields__
-                if name != "layers"
-            },
-        )
-
-    pairs = [*zip(names, ends[:-1], ends[1:], strict=True)]
-    return [{net: part(table, net, a, b) for net, a, b in pairs} for table in found]
+    # The last one balances D, and so takes singular values.
+    found = golden_library.analyze_together(
+        {name: net(name).tree(precision) for name in NETS},
+        {name: net(name).layers() for name in NETS},
+        [*configs, configs[0] | {"esd_metric_for_tb": "D"}],
+        precision,
+    )
+    return dict(zip([*keys, "singular values"], found, strict=True))
 
 
 def table_of(
-    name: str, options: Sequence[tuple[Any, bool]], wanted: Any, precision: str
-) -> tb_optax.Analysis:
-    """One of the tables of a net."""
-    options = tuple(dict.fromkeys(options))
-    return tables(NETS, options, precision)[options.index(wanted)][name]
+    name: str, config: Mapping[str, Any], precision: str
+) -> golden_library.Table:
+    """The table of a net under a configuration."""
+    return tables(precision)[fit_key(config)][name]
 
 
 def multipliers(
@@ -121,12 +139,13 @@ def multipliers(
 ) -> np.ndarray:
     """What an analysis makes of the scores of these layers, under a map.
 
-    Padding with layers that are not tuned changes nothing, and shares compilations.
+    A score that is not finite is that of a layer that is not tuned. Padding with such
+    layers changes nothing, and shares compilations.
     """
     count = len(names)
     rows = [*zip(names, sizes or [1] * count, strict=True)]
     rows += [("padding.in.padding", 1)] * (pad - count)
-    padded = np.concatenate([scores, np.zeros(len(rows) - count)])
+    padded = np.concatenate([scores, np.full(len(rows) - count, np.nan)])
     options = Options(
         fit=tb_optax.fit_median(),
         metric="alpha",
@@ -137,8 +156,8 @@ def multipliers(
         groups=groups,
     )
     found, _ = assign_multipliers(
-        jnp.asarray(padded),
-        jnp.arange(len(rows)) < count,
+        jnp.asarray(np.where(np.isfinite(padded), padded, 0), float),
+        jnp.isfinite(padded),
         jnp.asarray([1] * len(rows)),
         options,
         tuple((Layer(name, LINEAR), size) for name, size in rows),
@@ -169,6 +188,17 @@ def third_part(layer: Layer) -> str:
 BY_NAME = {"tb_sqrt": sqrt(), "tb_log2": log2()}
 
 
+def map_of_decay(config):
+    """The library's map for a rule of AlphaDecay."""
+    return {
+        "tb_linear_map": linear(config["wd_min_ratio"], config["wd_max_ratio"]),
+        "layerwise_sigmoid": nested(
+            None, standard_sigmoid(config["sigmoid_alpha"]), third_part
+        ),
+        **BY_NAME,
+    }[config["assign_func"]]
+
+
 def map_of_balancing(config, kind):
     """The library's map and groups for a rule of Model Balancing."""
     rule, unit = config["temp_balance"], config["tb_unit"]
@@ -197,6 +227,22 @@ def map_of_balancing(config, kind):
     if config["tb_lr_normalize"] == "True" and normalized:
         assign = mean_one(assign, ungrouped=True)
     return assign, groups
+
+
+def balanced_layers(info: Mapping[str, Any]) -> list[Layer]:
+    """All layers of blocks, each with its bias and the norms that come after it."""
+    names = [name for name in info["layer_names"] if block_number(Layer(name, LINEAR))]
+    follows = {name: [] for name in names}
+    current = None
+    for path in info["param_names"]:
+        module = path.rpartition(".")[0]
+        if module in follows and path.endswith(".weight"):
+            current = module
+        elif block_number(Layer(path, LINEAR)):
+            follows[module if module in follows else current].append(path)
+    return [
+        Layer(f"{name}.weight", LINEAR, tuple(own)) for name, own in follows.items()
+    ]
 
 
 def one_block(number, scale):

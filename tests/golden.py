@@ -38,6 +38,27 @@ def read_arrays(name: str) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
+def initial_parameters(info: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """PyTorch's default initialization under a seed, bit for bit, in float32.
+
+    Kernels and biases are uniform within 1/sqrt(inputs) of 0: 24 bits of a draw each,
+    scaled with one rounding. Norms are ones and zeros. NumPy's old generator is the one
+    of PyTorch.
+    """
+    draws = np.random.RandomState(info["seed"])
+    params, bound = {}, np.float32(0)
+    for param, shape in zip(info["param_names"], info["param_shapes"], strict=True):
+        module, _, leaf = param.rpartition(".")
+        if module not in info["layer_names"]:
+            params[param] = np.full(shape, leaf == "weight", np.float32)
+            continue
+        if leaf == "weight":
+            bound = np.float32(1 / math.sqrt(math.prod(shape[1:])))
+        bits = draws.randint(2**32, size=shape, dtype=np.uint32) % 2**24
+        params[param] = (bits / 2**24 * (2.0 * bound) - bound).astype(np.float32)
+    return params
+
+
 @dataclasses.dataclass(frozen=True)
 class Net:
     """A recorded network.

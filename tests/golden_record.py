@@ -39,6 +39,24 @@ class Record:
             for i in np.flatnonzero(~(share <= 1))
         ]
 
+    def hold(
+        self,
+        what: str,
+        precision_name: str,
+        found: Any,
+        published: Any,
+        tolerance: float,
+        where: str,
+    ) -> None:
+        """Asserts that numbers agree, relatively or, below 1, absolutely."""
+        published = np.asarray(published, np.float64)
+        deviation = np.abs(found - published) / np.maximum(1, np.abs(published))
+        places = [where] * np.size(deviation)
+        beyond = self.compare(
+            what, precision_name, np.ravel(deviation), tolerance, places
+        )
+        assert not beyond, "\n".join(beyond[:10])
+
     def excuse(self, rule: str, precision_name: str, rows: int = 1) -> None:
         """Counts rows that a rule excuses."""
         self._excused[rule, precision_name] += rows

@@ -1,19 +1,21 @@
 """Whole trainings and schedules of the relatives, replayed with the library's parts.
 
 Where the published loop refreshes at other steps than count % interval == 0, or moves
-rates in place of multipliers, the test drives the multipliers from the host.
+rates in place of multipliers, the test drives the multipliers from the host. `-s`
+prints the largest deviations, of which docs/family.md has the table.
 """
 
 import functools
 from typing import Any
 
 import family
+import golden_record
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from family import LINEAR, block_number, recorded, third_part
+from family import LINEAR, recorded, third_part
 
 import tb_optax
 from tb_optax import Layer, linear, log2, nested, sqrt, standard_sigmoid
@@ -21,7 +23,21 @@ from tb_optax.recipes import largest_at_ends
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "x64")
 
+RECORD = golden_record.Record()
 ENDS = ("*embed*", "*head*")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def print_table():
+    yield
+    print(RECORD.table("trainings of the relatives"))
+
+
+def check(what, found, published, tolerance, scale=1.0):
+    """Compare in units of `scale`."""
+    deviation = np.ravel(np.abs(found - published) / scale)
+    beyond = RECORD.compare(what, "x64", deviation, tolerance, [what] * deviation.size)
+    assert not beyond, "\n".join(beyond[:10])
 
 
 # --- models -------------------------------------------------------------------------
@@ -127,12 +143,12 @@ def train(tx, loss, params, batches, refresh):
 
 
 def assert_as_recorded(params, losses, arrays):
-    np.testing.assert_allclose(losses, arrays["loss"], rtol=0, atol=1e-8)
+    check("losses", losses, arrays["loss"], 1e-8)
     for name, value in arrays.items():
         if name.startswith("final/"):
             exact = value * 1e-9 if value.dtype == np.int32 else value
             found = params[name.removeprefix("final/")]
-            np.testing.assert_allclose(found, exact, rtol=0, atol=1e-8, err_msg=name)
+            check("final parameters", found, exact, 1e-8)
 
 
 def adam_parts(rates):
@@ -159,7 +175,7 @@ def test_a_training_with_alpha_decay(optimizer):
             state = tb_optax.set_multipliers(state, analyze(params))
         found = info["base_wd"] * tb_optax.get_multipliers(state)
         published = arrays["weight_decay"][step, place]
-        np.testing.assert_allclose(found, published, rtol=1e-8)
+        check("decays of AlphaDecay", found, published, 1e-8, published)
         return state
 
     loss = functools.partial(llama_loss, info=info)
@@ -175,7 +191,7 @@ def test_a_training_with_model_balancing(name):
     options = family.recorded("model_balancing_roberta64")[0]["map_defaults"]
     options = options | info["options"]
     both = options["hyperparam_to_tune"] == "hybrid"
-    layers = balanced_layers(info)
+    layers = family.balanced_layers(info)
     analyses = {}
     for kind in ("lr", "wd"):
         rule = {"temp_balance": options[f"temp_balance_{kind}"]}
@@ -211,22 +227,6 @@ def test_a_training_with_model_balancing(name):
     batches = [arrays["input_ids"].astype(np.int32), arrays["labels"].astype(np.int32)]
     tx = optax.chain(adam, decay, balance, rate)
     assert_as_recorded(*train(tx, loss, initial(arrays), batches, refresh), arrays)
-
-
-def balanced_layers(info):
-    """All layers of blocks, each with its bias and the norms that come after it."""
-    names = [name for name in info["layer_names"] if block_number(Layer(name, LINEAR))]
-    follows = {name: [] for name in names}
-    current = None
-    for path in info["param_names"]:
-        module = path.rpartition(".")[0]
-        if module in follows and path.endswith(".weight"):
-            current = module
-        elif block_number(Layer(path, LINEAR)):
-            follows[module if module in follows else current].append(path)
-    return [
-        Layer(f"{name}.weight", LINEAR, tuple(own)) for name, own in follows.items()
-    ]
 
 
 def base_rates(info):
@@ -349,23 +349,23 @@ def test_schedules_of_llr(name):
             return config["eta"] * rates
 
         # The sum of the published shares has 1e-8 in each term.
-        tolerance = 1e-9 if "linear" in config["assign_func"] else 2e-8
+        linear_map = "linear" in config["assign_func"]
+        kind = "linear maps" if linear_map else "shares"
+        tolerance = 1e-9 if linear_map else 2e-8
         for i, step in enumerate(info["runs"][row]["refresh"]):
             published = arrays[f"{row}/refresh_f64"][i, kept]
             _, scores = at_step(step)[config["xmin_pos"] == 1.5]
             if not config["remove_first_layer"]:
-                np.testing.assert_allclose(scores[kept], published[:, 1], rtol=1e-9)
-            found = scheduled(step)
-            np.testing.assert_allclose(
-                found, published[:, 2], rtol=tolerance, err_msg=f"{row}, {step}"
-            )
+                own = published[:, 1]
+                check("scores of LLR", scores[kept], own, 1e-9, own)
+            own = published[:, 2]
+            check(f"targets of LLR, {kind}", scheduled(step), own, tolerance, own)
         rates = arrays.get(f"{row}/lr_f64")
         if rates is not None:
             run = Scheduled(config, scheduled, len(names))
             found = np.stack([run.rates(step + 1) for step in range(len(rates))])
-            np.testing.assert_allclose(
-                found, rates, rtol=tolerance, atol=1e-12, err_msg=f"{row}"
-            )
+            scale = np.abs(rates) + 1e-12 / tolerance
+            check(f"schedules of LLR, {kind}", found, rates, tolerance, scale)
             compared += 1
     assert compared > 10
 
@@ -390,7 +390,7 @@ def test_a_training_with_llr():
     def refresh(step, params, state):
         now["params"] = params
         rates = run.rates(step + 1)
-        np.testing.assert_allclose(rates, arrays["lr"][step], rtol=1e-8)
+        check("rates of LLR", rates, arrays["lr"][step], 1e-8, arrays["lr"][step])
         return tb_optax.set_multipliers(state, rates[:-1] / rates[-1])
 
     tx = optax.chain(

@@ -92,6 +92,29 @@ def test_tensorboard_has_what_was_logged(states, tmp_path):
     assert read == [{k: np.float32(v) for k, v in row.items()} for row in logged]
 
 
+def test_weights_and_biases_has_what_was_logged(states, tmp_path):
+    """An offline run, where wandb is installed: no extra of ours asks for it."""
+    wandb = pytest.importorskip("wandb")
+    record = pytest.importorskip("wandb.proto.wandb_internal_pb2").Record
+    logged = jax.device_get([tb_optax.log_dict(state, LAYERS) for state, _ in states])
+    rows = [{name: float(value) for name, value in row.items()} for row in logged]
+    settings = wandb.Settings(silent=True, x_disable_meta=True, x_disable_stats=True)
+    with wandb.init(mode="offline", dir=str(tmp_path), settings=settings) as run:
+        for step, row in enumerate(rows):
+            run.log(row, step=step)
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    data, read = path.read_bytes()[7:], []
+    while data:  # Records: checksum, length, 1 for a whole one, a message.
+        assert data[6] == 1
+        length = int.from_bytes(data[4:6], "little")
+        message, data = data[7 : 7 + length], data[7 + length :]
+        items = record.FromString(message).history.item
+        values = {"/".join(i.nested_key): json.loads(i.value_json) for i in items}
+        if values:
+            read.append({k: v for k, v in values.items() if not k.startswith("_")})
+    assert read == rows
+
+
 def test_json_lines_have_what_was_logged(states, tmp_path):
     path = tmp_path / "layers.jsonl"
     logged = jax.device_get([tb_optax.log_dict(state, LAYERS) for state, _ in states])

@@ -1,46 +1,86 @@
 """Windows of one aspect ratio: parity with the published code, and own promises."""
 
+import functools
 from typing import Any
 
+import family
+import golden_library
+import golden_record
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
 from family import has_floor, recorded
-from golden import CONV, LINEAR
+from golden import CONV, LINEAR, PRECISIONS
 
 import tb_optax
 from tb_optax import Layer, MatrixAxes, windows
+from tb_optax.analysis import COLUMNS
 from tb_optax.spectrum import as_matrices
 from tb_optax.submatrices import cut_of
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
+RECORD = golden_record.Record()
+TOLERANCE = {"x64": 1e-9, "float32": 1e-4}
+FARMS = ("farms_linear", "farms_smallconv", "farms_resnet18_w0.125")
+
 # Published code reads a convolution by its positions where these outnumber channels.
 SWAPPED = MatrixAxes((3,), (2,), pooled=(0, 1))
 
 
-def axes_of(shape):
+@pytest.fixture(scope="module", autouse=True)
+def print_table():
+    yield
+    print(RECORD.table("windows"))
+
+
+def check(what, precision, found, published, where, tolerance=None):
+    tolerance = tolerance or TOLERANCE[precision]
+    RECORD.hold(what, precision, found, published, tolerance, where)
+
+
+def axes_of(shape, windowed=True):
     if len(shape) == 2:
         return LINEAR
-    return CONV if shape[0] + shape[1] >= shape[2] + shape[3] else SWAPPED
+    swapped = windowed and shape[0] + shape[1] < shape[2] + shape[3]
+    return SWAPPED if swapped else CONV
 
 
-def windows_of(config, published):
-    count = config["sampling_ops_per_dim"]
+def windows_of(config, kind="metrics", shape=()):
+    """What a configuration cuts; None takes kernels whole."""
+    if not config["use_sliding_window"]:
+        return None
+    count, rows = config["sampling_ops_per_dim"], config["num_row_samples"]
+    if kind == "llm_copy":
+        rows = min(rows, *shape)
     step = None if count else config["step_size"]
-    published = published and count != 1  # There it raises.
-    return windows(config["Q_ratio"], config["num_row_samples"], count, step, published)
+    published = kind != "intended" and count != 1  # There it raises.
+    return windows(config["Q_ratio"], rows, count, step, published)
 
 
-def spectra_of(kernel, axes, cut, conv_norm):
-    """The eigenvalues of each block, by NumPy."""
-    read = jax.jit(lambda w: cut.cut(as_matrices(w, axes), bool(axes.pooled)))
-    blocks = np.asarray(read(kernel), np.float64)
+def spectra(kernel, axes, cut):
+    """The eigenvalues of each block, by NumPy, at `conv_norm` 1."""
+
+    @jax.jit
+    def read(kernel):
+        stack = as_matrices(kernel, axes)
+        return stack if cut is None else cut.cut(stack, bool(axes.pooled))
+
+    blocks = np.asarray(read(kernel))
+    assert blocks.dtype == kernel.dtype
     singular = np.linalg.svd(blocks, compute_uv=False)
-    factor = conv_norm if axes.pooled else 1.0
-    return np.sort((factor * singular**2).reshape(len(blocks), -1), axis=-1)
+    return np.sort((singular**2).reshape(len(blocks), -1), axis=-1)
+
+
+@functools.cache
+def spectra_of(name, layer, cut, precision):
+    """The same of a recorded layer."""
+    kernel = recorded(name)[1][f"param/{layer}.weight"]
+    kernel = kernel.astype(golden_library.dtype_of(precision))
+    with golden_library.precision(precision):
+        return spectra(kernel, axes_of(kernel.shape, cut is not None), cut)
 
 
 FITS = {
@@ -52,81 +92,143 @@ FITS = {
 }
 
 
-def fitted(rows, config):
-    """Alpha and D, the means over the blocks, by the reference in NumPy."""
+def columns(rows, config):
+    """The columns of one layer, means over its blocks, by the reference in NumPy."""
     floor = 1e-5 if has_floor(config) else None
-    laws = [
-        FITS[config["pl_fitting"]](
-            reference.above_floor(row, floor), config["xmin_pos"]
-        )
-        for row in rows
-    ]
-    return np.mean([(law.alpha, law.ks_distance) for law in laws], axis=0)
+    kept = [reference.above_floor(row.astype(np.float64), floor) for row in rows]
+    laws = [FITS[config["pl_fitting"]](row, config["xmin_pos"]) for row in kept]
+    top = np.asarray([row[-1] for row in kept])
+    alphas = np.asarray([law.alpha for law in laws])
+    return {
+        "alpha": alphas.mean(),
+        "alpha_hat": np.mean(alphas * np.log10(top)),
+        "D": np.mean([law.ks_distance for law in laws]),
+        "spectral_norm": top.mean(),
+        "norm": rows.sum(axis=1).mean(),
+        "stable_rank": (rows.sum(axis=1) / rows[:, -1]).mean(),
+        "norm_stable_rank": rows.mean(),
+        "eigs_num": sum(row.size for row in kept),
+    }
 
 
+def columns_of(name, layer, config, precision, kind="metrics"):
+    """The columns of a recorded layer under a configuration."""
+    shape = recorded(name)[1][f"param/{layer}.weight"].shape
+    rows = spectra_of(name, layer, windows_of(config, kind, shape), precision)
+    return columns(rows * (config["conv_norm"] if len(shape) == 4 else 1), config)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(
-    ("name", "key", "rows"),
+    ("name", "kind", "least"),
     [
         ("farms_windows_linear", "metrics", 100),
         ("farms_windows_linear", "intended", 40),
+        ("farms_windows_linear", "llm_copy", 60),
         ("farms_windows_conv", "metrics", 90),
     ],
 )
-def test_windows_are_those_of_the_published_code(name, key, rows, x64):
+def test_windows_are_those_of_the_published_code(name, kind, least, precision):
     """Every geometry; the fits are shared with the other tests of parity."""
-    del x64
     info, arrays = recorded(name)
-    columns = info["metric_columns"]
-    least, compared = rows, 0
+    published = arrays[f"{kind}_{family.SUFFIX[precision]}"]
+    compared = 0
     for row, over in enumerate(info["configs"]):
         config = info["config_defaults"] | over
-        if not config["use_sliding_window"] or config["num_row_samples"] == 40:
+        if config["num_row_samples"] == 40:
             continue  # 40 with 200 windows a side takes long.
-        cut = windows_of(config, published=key == "metrics")
-        for place, layer in enumerate(info["layer_names"]):
-            expected = arrays[f"{key}_f64"][row, place]
+        for layer, expected in zip(info["layer_names"], published[row], strict=True):
             differs = info["geometry"][row][layer].get("differs", True)
-            if not np.isfinite(expected[0]) or (key == "intended" and not differs):
+            if not np.isfinite(expected[0]) or (kind == "intended" and not differs):
                 continue
-            kernel = arrays[f"param/{layer}.weight"].astype(np.float64)
-            axes = axes_of(kernel.shape)
-            rows = spectra_of(kernel, axes, cut, config["conv_norm"])
-            alpha, distance = fitted(rows, config)
-            found = {"alpha": alpha, "D": distance}
-            found["spectral_norm"] = rows[:, -1].mean()
-            found["norm"] = rows.sum(axis=1).mean()
-            if not has_floor(config):  # It counts what the floor has left.
-                found["eigs_num"] = rows.size
-                geometry = cut_of(Layer("", axes), kernel.shape, cut)
-                assert geometry.eigenvalue_count == rows.size
-            for column, value in found.items():
-                own = expected[columns.index(column)]
-                assert abs(value - own) <= 1e-9 * max(1, abs(own)), (row, layer, column)
+            found = columns_of(name, layer, config, precision, kind)
+            for column, own in zip(info["metric_columns"], expected, strict=True):
+                where = f"{name}, {kind}, {row}, {layer}, {column}"
+                check("windows", precision, found[column], own, where)
             compared += 1
     assert compared > least
 
 
-@pytest.mark.parametrize("name", ["farms_linear", "farms_smallconv"])
-def test_older_records_agree_in_float32(name):
+def test_the_geometry_tells_how_many_eigenvalues_there_are():
+    for name in ("farms_windows_linear", "farms_windows_conv"):
+        info, arrays = recorded(name)
+        for row, over in enumerate(info["configs"]):
+            config = info["config_defaults"] | over
+            counts = arrays["metrics_f64"][row, :, -1]
+            for layer, count in zip(info["layer_names"], counts, strict=True):
+                shape = arrays[f"param/{layer}.weight"].shape
+                cut = windows_of(config)
+                layer = Layer("", axes_of(shape, cut is not None))
+                geometry = cut_of(layer, shape, cut)
+                if np.isfinite(count) and not has_floor(config):
+                    assert geometry.eigenvalue_count == count
+
+
+@pytest.mark.parametrize("name", FARMS)
+def test_older_records_and_their_rates(name):
+    """Every configuration, and the rates of all parameters; float32 alone."""
     info, arrays = recorded(name)
-    columns, config = info["metric_columns"], None
+    net, place = family.net(name), info["metric_columns"].index
+    layers, found, expected = [], [], []
     for row, config in enumerate(info["metric_configs"]):
-        failed = info["metric_status_f32"][row] != "ok"
-        if failed or not config["use_sliding_window"] or row % 3:
+        if info["metric_status_f32"][row] != "ok":
             continue
-        cut = windows_of(config, published=True)
-        for place, layer in enumerate(info["layer_names"]):
-            expected = arrays["metrics_f32"][row, place]
-            if not np.isfinite(expected[0]):
+        published = arrays["metrics_f32"][row]
+        kept = np.isfinite(published[:, 0])  # There the small ones are dropped first.
+        names = [x for x, own in zip(info["layer_names"], kept, strict=True) if own]
+        rows = [columns_of(name, layer, config, "x64") for layer in names]
+        for column in rows[0]:
+            values = [values[column] for values in rows]
+            own = published[kept, place(column)]
+            check("older windows", "float32", values, own, f"{name}, {row}, {column}")
+        table = golden_library.Table(
+            dict.fromkeys(COLUMNS, np.asarray([values["alpha"] for values in rows]))
+            | {"fitted": np.ones(len(names), bool)}
+            | {"eigenvalue_count": np.asarray([values["eigs_num"] for values in rows])}
+        )
+        for over, rates in zip(info["lr_configs"], arrays["lr_f32"][row], strict=True):
+            rule = {"esd_metric_for_tb": "alpha"} | config | over
+            own, part = golden_library.selected_layers(net, rule, names)
+            multipliers, tuned = golden_library.balance(table.analysis(own, part), rule)
+            if tuned.sum() == 1:  # There it has an end of the map.
+                assert (multipliers == 1).all()
                 continue
-            kernel = arrays[f"param/{layer}.weight"].astype(np.float64)
-            axes = axes_of(kernel.shape)
-            rows = spectra_of(kernel, axes, cut, config["conv_norm"])
-            alpha, _ = fitted(rows.astype(np.float32), config)
-            own = expected[columns.index("norm")]
-            assert abs(rows.sum(axis=1).mean() - own) <= 1e-4 * max(1, own)
-            if config["pl_fitting"] == "median":
-                assert abs(alpha - expected[0]) <= 1e-4 * expected[0], (row, layer)
+            layers.append(own)
+            found.append(multipliers)
+            expected.append(rates / info["untuned_lr"])
+    owners = golden_library.leaf_owners(layers, net)
+    for own, multipliers, rates in zip(owners, found, expected, strict=True):
+        leaves = golden_library.leaf_values(multipliers, own)
+        check("rates of FARMS", "float32", leaves, rates, name)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_whole_analysis_of_windows_is_the_published_one(precision):
+    """One configuration of the older records, through every stage of the library."""
+    kernels, layers, expected = {}, [], []
+    cut, row = windows(1.0, 32, 4, published=True), 18
+    for name in FARMS:
+        info, arrays = recorded(name)
+        assert windows_of(info["metric_configs"][row]) == cut
+        for layer, own in zip(
+            info["layer_names"], arrays["metrics_f32"][row], strict=True
+        ):
+            kernel = arrays[f"param/{layer}.weight"]
+            if not np.isfinite(own[0]) or axes_of(kernel.shape) == SWAPPED:
+                continue
+            path = f"{name}:{layer}"
+            kernels[path] = kernel.astype(golden_library.dtype_of(precision))
+            layers.append(Layer(path, axes_of(kernel.shape)))
+            expected.append(own[:6])
+    analyze = tb_optax.layer_analysis(layers, windows=cut, min_eigenvalues=0)
+    with golden_library.precision(precision):
+        table = jax.device_get(analyze(jax.tree.map(jnp.asarray, kernels)))
+    assert table.fitted.sum() >= len(layers) - (3 if precision == "float32" else 0)
+    found = [table.alpha, table.alpha_hat, table.ks_distance]
+    found += [table.spectral_norm**2, table.frobenius_norm**2, table.stable_rank]
+    for column, own in zip(np.asarray(found), np.asarray(expected).T, strict=True):
+        kept = table.fitted
+        check("windows, whole", precision, column[kept], own[kept], "", 1e-4)
 
 
 def gaussian(shape, seed=0):
@@ -151,18 +253,16 @@ def test_a_windowed_analysis_is_one_of_its_windows():
     analyze = tb_optax.layer_analysis(LAYERS, windows=CUT, min_eigenvalues=1)
     table = analyze(KERNELS)
     for i, layer in enumerate(LAYERS):
-        rows = spectra_of(KERNELS[layer.path], layer.axes, CUT, 0.5)
-        config = {"pl_fitting": "median", "xmin_pos": 2}
-        alpha, distance = fitted(rows, config)
-        np.testing.assert_allclose(table.alpha[i], alpha, rtol=1e-4)
-        np.testing.assert_allclose(table.ks_distance[i], distance, atol=1e-3)
-        top = np.sqrt(rows[:, -1].mean())
+        rows = spectra(KERNELS[layer.path], layer.axes, CUT)
+        rows = rows * (0.5 if layer.axes.pooled else 1)
+        own = columns(rows, {"pl_fitting": "median", "xmin_pos": 2})
+        np.testing.assert_allclose(table.alpha[i], own["alpha"], rtol=1e-4)
+        np.testing.assert_allclose(table.ks_distance[i], own["D"], atol=1e-3)
+        top, norm = np.sqrt(own["spectral_norm"]), np.sqrt(own["norm"])
         np.testing.assert_allclose(table.spectral_norm[i], top, rtol=1e-5)
-        norm = np.sqrt(rows.sum(axis=1).mean())
         np.testing.assert_allclose(table.frobenius_norm[i], norm, rtol=1e-5)
-        rank = (rows.sum(axis=1) / rows[:, -1]).mean()
-        np.testing.assert_allclose(table.stable_rank[i], rank, rtol=1e-5)
-        assert table.eigenvalue_count[i] == rows.size
+        np.testing.assert_allclose(table.stable_rank[i], own["stable_rank"], rtol=1e-5)
+        assert table.eigenvalue_count[i] == own["eigs_num"]
     # All are square, and random: alpha does not depend on the shape of the kernel.
     np.testing.assert_allclose(table.random_alpha, 2.15, atol=0.06)
     np.testing.assert_allclose(table.alpha, table.random_alpha, rtol=0.1)

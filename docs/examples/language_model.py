@@ -1,4 +1,4 @@
-"""Train a small language model in Equinox with AdamW, on the text of this file.
+"""Train a small language model in Equinox with AdamW and LLR, on the text of this file.
 
 python docs/examples/language_model.py --steps 300
 """
@@ -25,19 +25,19 @@ def make_model(width: int, key):
         }
         for one, two in zip(keys[::2], keys[1::2], strict=True)
     ]
-    embedding = eqx.nn.Embedding(128, width, key=first)
-    return embedding, blocks, eqx.nn.Linear(width, 128, key=last)
+    embed = eqx.nn.Embedding(128, width, key=first)
+    head = eqx.nn.Linear(width, 128, key=last)
+    return {"embed": embed, "blocks": blocks, "head": head}
 
 
 def apply(model, tokens):
     """Return the logits of one sequence of tokens."""
-    embedding, blocks, head = model
-    x = jax.vmap(embedding)(tokens)
-    for block in blocks:
+    x = jax.vmap(model["embed"])(tokens)
+    for block in model["blocks"]:
         y = jax.vmap(block["norms"][0])(x)
         x = x + block["attention"](y, y, y, mask=np.tri(len(x), dtype=bool))
         x = x + jax.vmap(block["mlp"])(jax.vmap(block["norms"][1])(x))
-    return jax.vmap(head)(x)
+    return jax.vmap(model["head"])(x)
 
 
 def main(arguments=None) -> float:
@@ -47,10 +47,11 @@ def main(arguments=None) -> float:
     steps = parser.parse_args(arguments).steps
     text = np.frombuffer(Path(__file__).read_bytes(), np.uint8).astype(np.int32)
     model = make_model(64, jax.random.key(0))
-    layers = tb_optax.trace_layers(apply, model, text[:8])[:-1]  # Without the head.
-    schedule = optax.warmup_cosine_decay_schedule(0, 3e-3, steps // 10, steps)
-    analyze = tb_optax.layer_analysis(layers)
-    tx = tb_optax.temp_balance(optax.adamw(schedule), analyze, interval=50)
+    # LLR balances the embedding too, which is looked up and so is not traced.
+    layers = [tb_optax.Layer("embed/weight", tb_optax.MatrixAxes((0,), (1,)))]
+    layers += tb_optax.trace_layers(apply, model, text[:8])
+    adamw = optax.adamw(optax.warmup_cosine_decay_schedule(0, 3e-3, steps // 10, steps))
+    tx = optax.chain(adamw, tb_optax.recipes.llr(layers, total_steps=steps))
     opt_state = tx.init(eqx.filter(model, eqx.is_inexact_array))
 
     def loss_fn(model, tokens):
