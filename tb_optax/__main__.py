@@ -34,7 +34,7 @@ from tb_optax.describe import describe
 from tb_optax.find import find_layers, read_leaves
 from tb_optax.lanczos import exact, quadrature
 from tb_optax.layers import Layer, MatrixAxes, expand_stacks
-from tb_optax.leaves import leaves_of, listing, shapes_of
+from tb_optax.leaves import leaves_of, listing, natural, shapes_of
 from tb_optax.power_law import fit_median, fit_min_ks, fit_peak
 
 FITS = {"median": fit_median(), "min_ks": fit_min_ks(), "peak": fit_peak()}
@@ -170,50 +170,40 @@ def _parser() -> argparse.ArgumentParser:
         "analyzed and have at least 50 eigenvalues; TempBalance as published leaves "
         "out the first and the last layer.",
     )
-    for name, options in _ARGUMENTS.items():
-        parser.add_argument(name, **options)
-    return parser
-
-
-_FILE = {"type": Path, "metavar": "FILE"}
-_FLAG = {"action": "store_true"}
-_ARGUMENTS: dict[str, dict[str, Any]] = {
-    "checkpoint": {
-        "type": Path,
-        "help": "safetensors (one file, or the index of shards), .npz, Flax .msgpack, "
+    add = parser.add_argument
+    add(
+        "checkpoint",
+        type=Path,
+        help="safetensors (one file, or the index of shards), .npz, Flax .msgpack, "
         "an Orbax directory, or a directory that holds one of these",
-    },
-    "--fit": {"choices": FITS, "default": "median", "help": "which power law (median)"},
-    "--floor": {
-        "type": float,
-        "metavar": "λ",
-        "help": "fit eigenvalues above it only, such as 1e-5",
-    },
-    "--layers": {
-        "action": "append",
-        "metavar": "PATTERN",
-        "help": "analyze only layers whose names match, as in '*mlp*'; repeatable",
-    },
-    "--axes": {
-        "action": "append",
-        "default": [],
-        "metavar": "PATTERN=AXES",
-        "type": _axes,
-        "help": "how to read leaves whose names match, a letter for each axis: i "
-        "inputs, o outputs, h, w, d positions, s stacked layers, as in '*conv*=oihw' "
-        "(PyTorch) or hwio (Flax), io, oi, sio; or none, for what is no layer",
-    },
-    "--quadrature": _FLAG | {"help": "estimate spectra of large kernels"},
-    "--compare": {
-        "type": Path,
-        "metavar": "OTHER",
-        "help": "another checkpoint of the same model: what moved",
-    },
-    "--csv": _FILE | {"help": "write the table with all columns"},
-    "--json": _FILE | {"help": "write it as a list of objects"},
-    "--plot": {"type": Path, "metavar": "DIR", "help": "write pictures"},
-    "--force": _FLAG | {"help": "overwrite files that exist"},
-}
+    )
+    add("--fit", choices=FITS, default="median", help="which power law (median)")
+    floor = "fit eigenvalues above it only, such as 1e-5"
+    add("--floor", type=float, metavar="λ", help=floor)
+    add(
+        "--layers",
+        action="append",
+        metavar="PATTERN",
+        help="analyze only layers whose names match, as in '*mlp*'; repeatable",
+    )
+    add(
+        "--axes",
+        action="append",
+        default=[],
+        metavar="PATTERN=AXES",
+        type=_axes,
+        help="how to read leaves whose names match, a letter for each axis: i inputs, "
+        "o outputs, h, w, d positions, s stacked layers, as in '*conv*=oihw' (PyTorch) "
+        "or hwio (Flax), io, oi, sio; or none, for what is no layer",
+    )
+    add("--quadrature", action="store_true", help="estimate spectra of large kernels")
+    moved = "another checkpoint of the same model: what moved"
+    add("--compare", type=Path, metavar="OTHER", help=moved)
+    add("--csv", type=Path, metavar="FILE", help="write the table with all columns")
+    add("--json", type=Path, metavar="FILE", help="write it as a list of objects")
+    add("--plot", type=Path, metavar="DIR", help="write pictures")
+    add("--force", action="store_true", help="overwrite files that exist")
+    return parser
 
 
 def _check_outputs(given: argparse.Namespace) -> None:
@@ -269,7 +259,7 @@ def _report(checkpoint: Checkpoint, given: argparse.Namespace) -> Report:
         )
         raise CheckpointError(msg)
     layers = expand_stacks(kept, shapes_of(leaves_of(tree)))
-    layers = sorted(layers, key=lambda layer: (_natural(layer.path), layer.index))
+    layers = sorted(layers, key=lambda layer: (natural(layer.path), layer.index))
     report = Report(checkpoint, tuple(layers), _verdicts(checkpoint, kept, reasons))
     if not given.quadrature:
         _check_size(report)
@@ -297,11 +287,6 @@ def _reasons(
     return reasons
 
 
-def _natural(path: str) -> list[Any]:
-    """Sort numbers inside a path by value: 10 after 9."""
-    return [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", path)]
-
-
 def _verdicts(
     checkpoint: Checkpoint, layers: Sequence[Layer], reasons: Mapping[str, str]
 ) -> list[dict[str, Any]]:
@@ -319,7 +304,7 @@ def _verdicts(
                 "verdict": reasons.get(row["leaf"], verdict),
             }
         )
-    return sorted(rows, key=lambda row: _natural(row["leaf"]))
+    return sorted(rows, key=lambda row: natural(row["leaf"]))
 
 
 def _check_size(report: Report) -> None:
@@ -353,17 +338,13 @@ def _rows(
         for layer, kernel in report.kernels():
             # Layers of equal shape and axes share one compilation: all are `kernel`.
             alone, params = Layer("kernel", _plain(layer.axes)), {"kernel": kernel}
-            analyze = analysis([alone])
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "no layer reaches|only one layer")
-                (row,) = analyze(params).rows()
-            shape, name = kernel.shape, report.name(layer)
-            rows.append(row | {"layer": name, "shape": shape})
-            rows[-1]["aspect"] = _aspect(alone, shape)
-            small = (
-                min(alone.matrix_shape(shape)) <= analysis.keywords["spectrum"].above
-            )
-            if spectra is not None and small:
+                (row,) = analysis([alone])(params).rows()
+            name, sides = report.name(layer), sorted(alone.matrix_shape(kernel.shape))
+            row |= {"layer": name, "shape": kernel.shape, "aspect": sides[0] / sides[1]}
+            rows.append(row)
+            if spectra is not None and sides[0] <= analysis.keywords["spectrum"].above:
                 (spectra[name],) = esd(params, [alone])
             progress.update()
             del kernel, params  # Before the next is read.
@@ -373,10 +354,8 @@ def _rows(
 
 def _on_device(checkpoint: Checkpoint, path: str) -> jax.Array:
     """Read a leaf in JAX's default float dtype, which `JAX_ENABLE_X64` widens."""
-    dtype = jnp.zeros(()).dtype
-    return jnp.asarray(
-        checkpoint.read(checkpoint.names[path]).astype(dtype, copy=False)
-    )
+    leaf = checkpoint.read(checkpoint.names[path])
+    return jnp.asarray(leaf.astype(jnp.zeros(()).dtype, copy=False))
 
 
 def _slice(leaf: Any, layer: Layer) -> jax.Array:
@@ -396,11 +375,6 @@ def _plain(axes: MatrixAxes) -> MatrixAxes:
     return MatrixAxes(*(tuple(map(kept.index, field)) for field in fields))
 
 
-def _aspect(layer: Layer, shape: tuple[int, ...]) -> float:
-    rows, columns = layer.matrix_shape(shape)
-    return min(rows, columns) / max(rows, columns)
-
-
 def _assign(rows: list[dict[str, Any]]) -> None:
     """Fill in the multipliers of the default map over all rows."""
     names = ("alpha", "fitted", "eigenvalue_count")
@@ -416,7 +390,6 @@ def _compare(
 ) -> list[str]:
     """Join to the rows what moved, and say which layers one file alone has."""
     first, second = ({row["layer"]: row for row in table} for table in (rows, others))
-    distances = {}
     for layer, kernel in reports[0].kernels():
         name = reports[0].name(layer)
         if name not in second:
@@ -425,19 +398,17 @@ def _compare(
             shapes = f"{first[name]['shape']} and {second[name]['shape']}"
             msg = f"{name!r} has shapes {shapes}: two checkpoints of one model?"
             raise CheckpointError(msg)
-        other = _slice(_on_device(reports[1].checkpoint, layer.path), layer)
+        leaf = _on_device(reports[1].checkpoint, layer.path)
         norm = jnp.linalg.norm(kernel)
-        moved = jnp.linalg.norm(other - kernel)
-        distances[name] = float(moved / norm) if norm > 0 else math.nan
-    for name, distance in distances.items():
+        moved = jnp.linalg.norm(_slice(leaf, layer) - kernel)
         row, other = first[name], second[name]
-        row["other_alpha"], row["other_spectral_norm"] = (
-            other["alpha"],
-            other["spectral_norm"],
-        )
         both = row["fitted"] and other["fitted"]
-        row["alpha_change"] = other["alpha"] - row["alpha"] if both else math.nan
-        row["relative_distance"] = distance
+        row |= {
+            "other_alpha": other["alpha"],
+            "other_spectral_norm": other["spectral_norm"],
+            "alpha_change": other["alpha"] - row["alpha"] if both else math.nan,
+            "relative_distance": float(moved / norm) if norm > 0 else math.nan,
+        }
     alone = (first.keys() - second.keys(), second.keys() - first.keys())
     return [
         f"only in {report.checkpoint.path}: {listing(sorted(names))}"

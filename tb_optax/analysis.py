@@ -1,8 +1,6 @@
 """The analysis: from parameters to spectral metrics and multipliers of the layers.
 
-    params -> layers -> spectra -> power laws -> metrics -> multipliers
-
-`layer_analysis` makes an analysis, `Analysis` is the table that it returns.
+params -> layers -> spectra -> power laws -> metrics -> multipliers
 """
 
 import dataclasses
@@ -19,16 +17,10 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from tb_optax.checks import check_int, check_number
+from tb_optax.checks import check_function, check_int, check_number
 from tb_optax.find import find_layers
-from tb_optax.lanczos import (
-    Spectrum,
-    WeightedSpectra,
-    exact,
-    quadrature,
-    quadrature_spectra,
-)
-from tb_optax.layers import Layer, MatrixAxes, expand_stacks, layer_of_leaf
+from tb_optax.lanczos import Spectrum, exact, quadrature, quadrature_spectra
+from tb_optax.layers import Layer, expand_stacks, layer_of_leaf
 from tb_optax.leaves import Leaf, is_array, leaves_of, path_of, shapes_of
 from tb_optax.maps import Assign, Groups, Rows, apply_map, grouped, linear
 from tb_optax.marchenko_pastur import random_alpha
@@ -39,8 +31,8 @@ from tb_optax.spectrum import (
     SINGULAR_VALUES,
     Route,
     Spectra,
-    as_matrices,
-    compute_spectra,
+    entropies,
+    layer_spectra,
 )
 from tb_optax.submatrices import Windows, cut_of, windows
 
@@ -139,12 +131,7 @@ METRICS = tuple(
 def leaf_multipliers(
     owners: Mapping[str, Int[np.ndarray, "..."]], multipliers: Float[Array, " layers"]
 ) -> dict[str, Float[Array, "..."]]:
-    """Return the multipliers of the leaves that belong to a layer, by path.
-
-    Args:
-        owners: what `layer_of_leaf` says of each leaf.
-        multipliers: one per layer.
-    """
+    """Return the multipliers of the leaves that have an owner, by path."""
     padded = jnp.append(multipliers, jnp.ones((), multipliers.dtype))
     return {
         path: padded[owner if owner.size > 1 else owner.item()]
@@ -175,8 +162,7 @@ class Resolved(NamedTuple):
 
     Attributes:
         layers: stacks expanded, one per multiplier.
-        kernels: their kernels, by path; the whole parameters, where a function of
-            these makes the kernels.
+        kernels: by path; or the parameters, where a function makes them of these.
         owners: which layer each part of each leaf belongs to; see `layer_of_leaf`.
     """
 
@@ -207,12 +193,9 @@ class LayerAnalysis:
     def run(
         self, layers: tuple[Layer, ...], kernels: Any, past: Any = None
     ) -> Analysis:
-        """Analyze layers that are resolved already.
+        """Analyze what `resolve` returns.
 
-        Args:
-            layers: as `resolve` returns them.
-            kernels: as `resolve` returns them.
-            past: earlier alphas and their weight in an exponential average.
+        `past` holds earlier alphas and their weight in an exponential average.
         """
         kernels = placed(self.kernels_of(layers, kernels), self.mesh)
         mesh = mesh_of(kernels, self.mesh)
@@ -238,12 +221,13 @@ class LayerAnalysis:
             tree = jax.eval_shape(self.kernels, params)
             leaves = leaves_of(tree)
         layers = find_layers(tree) if self.layers is None else self.layers
-        layers = _checked_layers(layers, leaves, self.max_dim, self.options)
+        layers = _checked_layers(layers, leaves)
+        for layer in layers:
+            _check_side(layer, leaves[layer.path].shape, self.max_dim, self.options)
+        owners = layer_of_leaf(layers, shapes_of(leaves) | shapes_of(own))
         if self.kernels is None:
-            owners = layer_of_leaf(layers, shapes_of(leaves))
             kernels = {layer.path: leaves[layer.path].value for layer in layers}
             return Resolved(layers, kernels, owners)
-        owners = layer_of_leaf(layers, shapes_of(leaves) | shapes_of(own))
         owners = {path: owner for path, owner in owners.items() if path in own}
         return Resolved(layers, params, owners)
 
@@ -308,11 +292,9 @@ def layer_analysis(
             is set by `jax.set_mesh`, or that of the parameters, where JAX tells it.
             Sharded parameters need nothing else: the table is the same on all devices.
         spectrum: `exact()` decomposes all kernels; `quadrature(...)` estimates the
-            spectra of large ones from products with vectors, without gathering them
-            where they are sharded. It needs a fit that takes weighted eigenvalues,
-            by a method `fit_weighted` as `fit_median` has, and goes neither with
-            `eigenvalue_floor`, with `windows`, nor with the metric `ks_distance`,
-            which is 0 there.
+            spectra of large ones from products with vectors. It needs a fit with a
+            method `fit_weighted`, as `fit_median` has, and goes neither with
+            `eigenvalue_floor`, with `windows`, nor with the metric `ks_distance`.
         windows: `windows(...)` takes the spectra of submatrices of one aspect ratio;
             None those of whole kernels.
         groups: a function from `Layer` to the name of a group, such as `by_block`:
@@ -329,9 +311,8 @@ def layer_analysis(
 
     Raises:
         ValueError: if an option is out of range or does not go with `spectrum`; when
-            called, if a layer or a
-            follower is not in the parameters or does not fit them, or if a kernel
-            differs along an axis of a `shard_map` around the call.
+            called, if a layer or a follower is not in the parameters or does not fit
+            them, or if a kernel differs along an axis of a `shard_map` around the call.
 
     Warns:
         UserWarning: once per analysis, when it is first traced, if no layer or only
@@ -348,61 +329,53 @@ def layer_analysis(
         Zhou et al, `Temperature Balancing, Layer-wise Weight Analysis, and Neural
         Network Training <https://arxiv.org/abs/2312.00359>`_, 2023
     """
-    if layers is not None:
-        layers = tuple(layers)
-        for layer in layers:
-            if not isinstance(layer, Layer):
-                msg = f"layers must hold Layer objects, got {layer!r}."
-                raise ValueError(msg)
+    layers = None if layers is None else tuple(layers)
+    for layer in layers or ():
+        if not isinstance(layer, Layer):
+            msg = f"layers must hold Layer objects, got {layer!r}."
+            raise ValueError(msg)
     if isinstance(metric, str) and metric not in METRICS:
         msg = f"metric must be one of {', '.join(METRICS)}, got {metric!r}."
         raise ValueError(msg)
-    for name, function in (("fit", fit), ("assign", assign), ("metric", metric)):
-        if not callable(function) and not isinstance(function, str):
-            msg = f"{name} must be a function, got {function!r}."
-            raise ValueError(msg)
+    check_function("fit", fit)
+    check_function("assign", assign)
+    if not isinstance(metric, str):
+        check_function("metric", metric)
     check_int("min_eigenvalues", min_eigenvalues, at_least=0)
     check_int("max_dim", max_dim, at_least=1)
     check_number("conv_norm", conv_norm, above=0)
     if eigenvalue_floor is not None:
         check_number("eigenvalue_floor", eigenvalue_floor, above=0)
     for name, function in (("groups", groups), ("kernels", kernels)):
-        if function is not None and not callable(function):
-            msg = f"{name} must be a function or None, got {function!r}."
-            raise ValueError(msg)
-    _check_windows(windows, spectrum)
-    _check_spectrum(spectrum, fit, metric, eigenvalue_floor)
-    if metric is relative_alpha:
-        _check_random("fit", fit, isinstance(fit, fit_median))
+        if function is not None:
+            check_function(name, function, kind="a function or None")
     options = Options(
-        fit=fit,
-        metric=metric,
-        assign=assign,
-        min_eigenvalues=min_eigenvalues,
-        eigenvalue_floor=eigenvalue_floor,
-        conv_norm=conv_norm,
-        spectrum=spectrum,
-        windows=windows,
-        groups=groups,
+        fit,
+        metric,
+        assign,
+        min_eigenvalues,
+        eigenvalue_floor,
+        conv_norm,
+        spectrum,
+        windows,
+        groups,
     )
+    _check_together(options)
     return LayerAnalysis(layers, options, max_dim, mesh, kernels)
 
 
 def relative_alpha(analysis: Analysis) -> Float[Array, " layers"]:
     """Return alpha / random_alpha, a metric without the bias of the aspect ratio.
 
-    It is 1 for an untrained matrix of any shape, up to about 1.5/n for a smaller side
-    of n, and 0 for what is not fitted.
-
     Args:
         analysis: the table.
 
     Returns:
-        One number per layer.
+        1 for an untrained matrix of any shape, up to about 1.5/n for a smaller side of
+        n, and 0 for what is not fitted.
 
     Raises:
-        ValueError: if the table has no `random_alpha`, as with another fit than
-            `fit_median`.
+        ValueError: if the table has no `random_alpha`: that needs `fit_median`.
 
     >>> params = {"kernel": jax.random.normal(jax.random.key(0), (64, 256))}
     >>> table = layer_analysis(min_eigenvalues=0, metric=relative_alpha)
@@ -460,51 +433,45 @@ def esd(
     return [row[len(row) - n :] for row, n in zip(eigenvalues, count, strict=True)]
 
 
-def _check_windows(cut, spectrum) -> None:
-    """Raise ValueError unless windows are some, and go with the spectrum."""
-    if cut is None:
-        return
-    if not isinstance(cut, windows):
+def _check_together(options: Options) -> None:
+    """Raise ValueError unless the options go with the spectrum and the metric."""
+    fit, cut, spectrum = options.fit, options.windows, options.spectrum
+    if options.metric is relative_alpha:
+        _check_random("fit", fit, isinstance(fit, fit_median))
+    if cut is not None and not isinstance(cut, windows):
         msg = f"windows must be windows(...) or None, got {cut!r}."
         raise ValueError(msg)
-    if isinstance(spectrum, quadrature):
-        msg = (
-            f"windows = {cut} cut kernels into small matrices, which spectrum = "
-            f"{spectrum} does not read; pass spectrum=exact()."
-        )
-        raise ValueError(msg)
-
-
-def _check_spectrum(spectrum, fit, metric, eigenvalue_floor) -> None:
-    """Raise ValueError unless the other options can do with such a spectrum."""
     if not isinstance(spectrum, exact | quadrature):
         msg = f"spectrum must be exact() or quadrature(...), got {spectrum!r}."
         raise ValueError(msg)
     if isinstance(spectrum, exact):
         return
+    if cut is not None:
+        msg = (
+            f"windows = {cut} cut kernels into small matrices, which spectrum = "
+            f"{spectrum} does not read; pass spectrum=exact()."
+        )
+        raise ValueError(msg)
     takes_weights = callable(getattr(fit, "fit_weighted", None))
     if not takes_weights or getattr(fit, "absolute", False):
-        name, value, remedy = "fit", fit, "pass fit_median(...)"
-    elif metric == "ks_distance":
-        name, value, remedy = "metric", metric, "pass another metric, such as 'alpha'"
-    elif eigenvalue_floor is not None:
-        name, value, remedy = "eigenvalue_floor", eigenvalue_floor, "leave it out"
+        name, remedy = "fit", "pass fit_median(...)"
+    elif options.metric == "ks_distance":
+        name, remedy = "metric", "pass another metric, such as 'alpha'"
+    elif options.eigenvalue_floor is not None:
+        name, remedy = "eigenvalue_floor", "leave it out"
     else:
         return
     msg = (
-        f"{name} = {value!r} needs single eigenvalues, but spectrum = {spectrum} "
-        f"estimates their density; {remedy}, or spectrum=exact()."
+        f"{name} = {getattr(options, name)!r} needs single eigenvalues, but spectrum = "
+        f"{spectrum} estimates their density; {remedy}, or spectrum=exact()."
     )
     raise ValueError(msg)
 
 
 def _checked_layers(
-    layers: Sequence[Layer],
-    leaves: Mapping[str, Leaf],
-    max_dim: int | None = None,
-    options: Options | None = None,
+    layers: Sequence[Layer], leaves: Mapping[str, Leaf]
 ) -> tuple[Layer, ...]:
-    """Expand stacks and check that every kernel is fit for its way to a spectrum."""
+    """Expand stacks, and check that there is a layer and that kernels hold numbers."""
     given, layers = layers, expand_stacks(layers, shapes_of(leaves))
     if not layers:
         why = (
@@ -523,50 +490,45 @@ def _checked_layers(
                 f"{kernel.dtype} of shape {kernel.shape}; take it out of `layers`."
             )
             raise ValueError(msg)
-        if options is None or max_dim is None:
-            continue
-        side = min(cut_of(layer, kernel.shape, options.windows).shape)
-        if max_dim < side <= options.spectrum.above:
-            msg = (
-                f"layer {layer.name!r} needs the eigenvalues of a {side} x {side} "
-                f"matrix, above max_dim = {max_dim}; estimate them by "
-                f"spectrum=quadrature(), leave it out of `layers`, raise max_dim, or "
-                f"split it into parts (`Layer.part`)."
-            )
-            raise ValueError(msg)
     return layers
+
+
+def _check_side(layer: Layer, shape, max_dim: int, options: Options) -> None:
+    """Raise ValueError if matrices are too large to be decomposed."""
+    side = min(cut_of(layer, shape, options.windows).shape)
+    if max_dim < side <= options.spectrum.above:
+        msg = (
+            f"layer {layer.name!r} needs the eigenvalues of a {side} x {side} matrix, "
+            f"above max_dim = {max_dim}; estimate them by spectrum=quadrature(), leave "
+            f"it out of `layers`, raise max_dim, or split it into parts "
+            f"(`Layer.part`)."
+        )
+        raise ValueError(msg)
 
 
 def _ineffective(
     layers: Sequence[Layer], kernels: Mapping[str, Any], options: Options
 ) -> str | None:
     """Say why no multiplier can differ from 1; None if at least two layers can."""
-    shapes = {path: kernel.shape for path, kernel in kernels.items()}
-    counts, least = eigenvalue_counts(layers, shapes, options), options.min_eigenvalues
+    counts, least = eigenvalue_counts(layers, kernels, options), options.min_eigenvalues
     tunable = [i for i, count in enumerate(counts) if count >= least]
     if len(tunable) > 1:
         return None
-    sizes = sorted(counts)
+    fewest, *more = sorted(counts)
+    remedy = f"Pass layer_analysis(..., min_eigenvalues={fewest}) to tune every layer."
     if not tunable:
-        between = " to ".join(map(str, sorted({sizes[0], sizes[-1]})))
-        have = f"all {len(layers)} have" if len(layers) > 1 else "the only one has"
+        between = " to ".join(map(str, sorted({fewest, max(counts)})))
+        have = f"all {len(layers)} have" if more else "the only one has"
         return (
             f"no layer reaches min_eigenvalues = {least}: {have} {between} "
             f"eigenvalues, so every multiplier stays 1 and TempBalance changes "
-            f"nothing. Pass layer_analysis(..., min_eigenvalues={sizes[0]}) to tune "
-            f"every layer."
+            f"nothing. {remedy}"
         )
+    if more:
+        others = f"the other {len(more)} have at most {sorted(counts)[-2]}"
+    else:
+        others, remedy = "there is no other layer", "Give the analysis more layers."
     name, count = layers[tunable[0]].name, counts[tunable[0]]
-    others = (
-        f"the other {len(layers) - 1} have at most {sizes[-2]}"
-        if len(layers) > 1
-        else "there is no other layer"
-    )
-    remedy = (
-        f"Pass layer_analysis(..., min_eigenvalues={sizes[0]}) to tune every layer."
-        if len(layers) > 1
-        else "Give the analysis more layers."
-    )
     return (
         f"only one layer can be tuned: {name!r} with {count} eigenvalues reaches "
         f"min_eigenvalues = {least}, {others}. A layer with nothing to be compared "
@@ -587,19 +549,13 @@ def _analyze(
         if past is not None:
             alpha = smoothed_alpha(table.alpha, *past)
             table = dataclasses.replace(table, alpha=alpha)
-        shapes = {path: kernel.shape for path, kernel in kernels.items()}
-        return assigned_table(table, options, sizes_of(layers, shapes))
+        return assigned_table(table, options, sizes_of(layers, kernels))
 
     return on_mesh(mesh, analyze, kernels, past)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _eigenvalues(
-    kernels,
-    layers: tuple[Layer, ...],
-    conv_norm: int | float,
-    mesh: AbstractMesh | None,
-):
+def _eigenvalues(kernels, layers: tuple[Layer, ...], conv_norm, mesh):
     def eigenvalues(kernels):
         spectra = layer_spectra(kernels, layers, conv_norm, SINGULAR_VALUES)
         return spectra.absolute(jnp.exp(spectra.log_eigenvalues)), spectra.count
@@ -617,30 +573,38 @@ def layer_table(
 
     Large layers are estimated, the others decomposed.
     """
-    table = _joint_table(kernels, layers, options)
-    shapes = {path: kernel.shape for path, kernel in kernels.items()}
-    random = _random_alphas(layers, shapes, options)
-    return dataclasses.replace(
-        table, random_alpha=jnp.asarray(random, table.alpha.dtype)
-    )
-
-
-def _joint_table(kernels, layers, options) -> Analysis:
     large = [is_large(layer, kernels[layer.path].shape, options) for layer in layers]
-    tables, order = [], []
-    for reads, table_of in ((False, exact_table), (True, _estimated_table)):
+    parts, order = [], []
+    for reads, columns_of in ((False, exact_columns), (True, _estimated_columns)):
         own = [i for i, is_one in enumerate(large) if is_one == reads]
         if own:
-            tables.append(table_of(kernels, tuple(layers[i] for i in own), options))
+            parts.append(columns_of(kernels, [layers[i] for i in own], options))
             order += own
-    if len(tables) == 1:
-        return tables[0]
-    place = np.argsort(order)
-    columns = {
-        name: jnp.concatenate([getattr(table, name) for table in tables])[place]
-        for name in COLUMNS
-    }
-    return Analysis(layers=layers, **columns)
+    columns = parts[0]
+    if len(parts) > 1:
+        place = np.argsort(order)
+        columns = {
+            name: jnp.concatenate([part[name] for part in parts])[place]
+            for name in columns
+        }
+    return untuned_table(layers, columns, _random_alphas(layers, kernels, options))
+
+
+def untuned_table(
+    layers: tuple[Layer, ...], columns: Mapping[str, Any], random_alpha: Any = 0.0
+) -> Analysis:
+    """Make the table from what the spectra tell; every multiplier is 1."""
+    alpha = columns["alpha"]
+    size = jnp.maximum(columns["tail_size"], 1).astype(alpha.dtype)
+    random_alpha = jnp.asarray(random_alpha, alpha.dtype)
+    return Analysis(
+        layers=layers,
+        **columns,
+        alpha_error=jnp.where(alpha > 0, (alpha - 1) / jnp.sqrt(size), 0),
+        random_alpha=jnp.broadcast_to(random_alpha, alpha.shape),
+        multipliers=jnp.ones_like(alpha),
+        tuned=jnp.zeros_like(columns["fitted"]),
+    )
 
 
 def is_large(layer: Layer, shape: tuple[int, ...], options: Options) -> bool:
@@ -648,95 +612,88 @@ def is_large(layer: Layer, shape: tuple[int, ...], options: Options) -> bool:
     return min(layer.matrix_shape(shape)) > options.spectrum.above
 
 
-def exact_table(
-    kernels: Mapping[str, Any], layers: tuple[Layer, ...], options: Options
-) -> Analysis:
-    """Make the table of layers whose matrices are decomposed."""
+def exact_columns(
+    kernels: Mapping[str, Any], layers: Sequence[Layer], options: Options
+) -> dict[str, Any]:
+    """Return what the spectra of layers tell whose matrices are decomposed."""
     cut, route = options.windows, route_of(options)
     spectra = layer_spectra(kernels, layers, options.conv_norm, route, cut)
+    columns = measured(spectra, options)
     if cut is None:
-        return fitted_table(spectra, layers, options)
+        return columns
     blocks = [cut_of(x, kernels[x.path].shape, cut).blocks for x in layers]
-    row_of = np.repeat(np.arange(len(layers)), blocks)
-    rows = fitted_table(spectra, tuple(layers[i] for i in row_of), options)
-    return _averaged(rows, layers, row_of)
+    return _averaged(columns, np.repeat(np.arange(len(layers)), blocks), len(layers))
+
+
+def _estimated_columns(kernels, layers, options: Options) -> dict[str, Any]:
+    method: Any = options.spectrum
+    estimate = quadrature_spectra(kernels, layers, options.conv_norm, method)
+    return measured(estimate, options)
 
 
 def _averaged(
-    table: Analysis, layers: tuple[Layer, ...], layer_of_row: Int[np.ndarray, " rows"]
-) -> Analysis:
-    """Average a table with one row per block over the blocks of each layer.
+    columns: dict[str, Any], layer_of_row: Int[np.ndarray, " rows"], layers: int
+) -> dict[str, Any]:
+    """Average columns with one row per block over the blocks of each layer.
 
     What a fit has found is averaged over the blocks that could be fitted; counts are
     sums; norms are averaged as λ, in units of their largest, so that nothing overflows.
     """
-    if len(layers) == len(layer_of_row):
-        return dataclasses.replace(table, layers=layers)
+    if layers == len(layer_of_row):
+        return columns
+    fitted, segments = columns["fitted"], jnp.asarray(layer_of_row)
 
     def total(column):
-        return jax.ops.segment_sum(column, jnp.asarray(layer_of_row), len(layers))
+        return jax.ops.segment_sum(column, segments, layers)
 
     def mean(column):
         return total(column) / jnp.asarray(np.bincount(layer_of_row), column.dtype)
 
-    fits = jnp.maximum(total(table.fitted.astype(jnp.int32)), 1)
+    fits = total(fitted.astype(jnp.int32))
 
     def mean_of_fits(column):
-        return total(jnp.where(table.fitted, column, 0)) / fits.astype(column.dtype)
+        number = jnp.maximum(fits, 1).astype(column.dtype)
+        return total(jnp.where(fitted, column, 0)) / number
 
     def mean_square(column):
-        top = jax.ops.segment_max(column, jnp.asarray(layer_of_row), len(layers))
+        top = jax.ops.segment_max(column, segments, layers)
         unit = jnp.where(top > 0, top, 1)
         return unit * jnp.sqrt(mean((column / unit[layer_of_row]) ** 2))
 
-    fit_columns = ("alpha", "alpha_hat", "ks_distance", "xmin")
-    columns = {name: mean_of_fits(getattr(table, name)) for name in fit_columns}
-    for name in ("stable_rank", "effective_rank", "entropy"):
-        columns[name] = mean(getattr(table, name))
-    for name in ("spectral_norm", "frobenius_norm"):
-        columns[name] = mean_square(getattr(table, name))
-    for name in ("tail_size", "eigenvalue_count"):
-        columns[name] = total(getattr(table, name))
-    alpha = columns["alpha"]
-    return Analysis(
-        layers=layers,
-        **columns,
-        alpha_error=_alpha_error(alpha, columns["tail_size"]),
-        random_alpha=jnp.zeros_like(alpha),
-        multipliers=jnp.ones_like(alpha),
-        fitted=total(table.fitted.astype(jnp.int32)) > 0,
-        tuned=jnp.zeros_like(alpha, bool),
-    )
+    ways = {
+        mean_of_fits: ("alpha", "alpha_hat", "ks_distance", "xmin"),
+        mean: ("stable_rank", "effective_rank", "entropy"),
+        mean_square: ("spectral_norm", "frobenius_norm"),
+        total: ("tail_size", "eigenvalue_count"),
+    }
+    means = {name: way(columns[name]) for way, names in ways.items() for name in names}
+    return means | {"fitted": fits > 0}
 
 
-def _alpha_error(alpha, tail_size):
-    size = jnp.maximum(tail_size, 1).astype(alpha.dtype)
-    return jnp.where(alpha > 0, (alpha - 1) / jnp.sqrt(size), 0)
-
-
-def _random_alphas(layers, shapes, options) -> list[float]:
+def _random_alphas(layers, kernels, options: Options) -> list[float]:
     """Return the exponent of untrained matrices of each layer's shape; 0 if unknown."""
     if not isinstance(options.fit, fit_median):
         return [0.0] * len(layers)
-    cuts = [cut_of(x, shapes[x.path], options.windows) for x in layers]
-    counts = [cut.matrices * min(cut.shape) for cut in cuts]
+    cuts = [cut_of(x, kernels[x.path].shape, options.windows) for x in layers]
     return [
-        random_alpha(min(cut.shape), max(cut.shape), count, options.fit)
-        for cut, count in zip(cuts, counts, strict=True)
+        random_alpha(
+            *sorted(cut.shape), cut.eigenvalue_count // cut.blocks, options.fit
+        )
+        for cut in cuts
     ]
 
 
 def eigenvalue_counts(
-    layers: Sequence[Layer], shapes: Mapping[str, Any], options: Options
+    layers: Sequence[Layer], kernels: Mapping[str, Any], options: Options
 ) -> list[int]:
     """Return the number of eigenvalues of each layer, in windows where there are."""
-    cuts = [cut_of(layer, shapes[layer.path], options.windows) for layer in layers]
+    cuts = [cut_of(x, kernels[x.path].shape, options.windows) for x in layers]
     return [cut.eigenvalue_count for cut in cuts]
 
 
-def sizes_of(layers: Sequence[Layer], shapes: Mapping[str, Any]) -> list[int]:
+def sizes_of(layers: Sequence[Layer], kernels: Mapping[str, Any]) -> list[int]:
     """Return the number of weights of each layer."""
-    cuts = [cut_of(layer, shapes[layer.path], None) for layer in layers]
+    cuts = [cut_of(x, kernels[x.path].shape, None) for x in layers]
     return [cut.matrices * math.prod(cut.shape) for cut in cuts]
 
 
@@ -747,23 +704,6 @@ def smoothed_alpha(
     past, weight = past.astype(alpha.dtype), weight.astype(alpha.dtype)
     mean = weight * past + (1 - weight) * alpha
     return jnp.where((past > 0) & (alpha > 0), mean, alpha)
-
-
-def _estimated_table(kernels, layers, options):
-    estimate = quadrature_spectra(kernels, layers, options.conv_norm, options.spectrum)
-    return estimated_table(estimate, layers, options)
-
-
-def estimated_table(
-    spectra: WeightedSpectra, layers: tuple[Layer, ...], options: Options
-) -> Analysis:
-    """Make the same table as `fitted_table`, from weighted nodes."""
-    fit: Any = options.fit
-    with jax.named_scope("fit"):
-        law = fit.fit_weighted(spectra.log_nodes, spectra.weights, spectra.count)
-        for name, column in zip(PowerLaw._fields, law, strict=True):
-            _check_shape(f"fit ({name})", column, (len(layers),))
-    return metrics_table(layers, spectra, law, absolute=False)
 
 
 def route_of(options: Options) -> Route:
@@ -778,23 +718,76 @@ def route_of(options: Options) -> Route:
     return SINGULAR_VALUES if precise else GRAM
 
 
-def fitted_table(
-    spectra: Spectra, layers: tuple[Layer, ...], options: Options
-) -> Analysis:
-    """Fit every layer, and make the table before any multiplier is assigned."""
-    fit, floor = options.fit, options.eigenvalue_floor
-    absolute = getattr(fit, "absolute", False)
+def measured(spectra: Spectra, options: Options) -> dict[str, Any]:
+    """Fit each row, and return the columns of the table that its spectrum tells.
+
+    What is not fitted has alpha 0 and no tail.
+    """
+    absolute = getattr(options.fit, "absolute", False)
     with jax.named_scope("fit"):
-        logs = spectra.log_eigenvalues
-        log_unit = spectra.log_unit()[:, None]
-        kept = spectra.is_eigenvalue()
-        if floor is not None:
-            above = kept & (logs + log_unit > math.log(floor))
-            kept = jnp.where(above.any(axis=-1, keepdims=True), above, kept)
-        law = fit(logs + log_unit if absolute else logs, kept)
+        law = _fit(spectra, options)
         for name, column in zip(PowerLaw._fields, law, strict=True):
-            _check_shape(f"fit ({name})", column, (len(layers),))
-    return metrics_table(layers, spectra, law, absolute=absolute)
+            _check_shape(f"fit ({name})", column, (len(spectra.count),))
+    dtype = law.alpha.dtype
+    fitted = _is_fitted(law, spectra, absolute)
+    is_zero = spectra.log_top == -jnp.inf
+    log_top = jnp.where(is_zero, 0, spectra.log_top)
+    sigma = jnp.where(is_zero, 0, jnp.exp(log_top / 2)) * jnp.sqrt(spectra.factor)
+    frobenius = sigma * jnp.sqrt(spectra.stable_rank)
+    alpha = jnp.where(fitted, law.alpha, 0).astype(dtype)
+    xmin = law.xmin if absolute else spectra.absolute(law.xmin)
+    entropy, effective_rank = entropies(spectra)
+    return {
+        "alpha": alpha,
+        "alpha_hat": alpha * (log_top + spectra.log_unit()) / math.log(10),
+        "ks_distance": jnp.where(fitted, law.ks_distance, 0).astype(dtype),
+        "xmin": jnp.where(fitted, xmin, 0).astype(dtype),
+        "tail_size": jnp.where(fitted, law.tail_size, 0).astype(jnp.int32),
+        "eigenvalue_count": jnp.asarray(spectra.count),
+        "spectral_norm": jnp.ldexp(sigma, spectra.exponent),
+        "frobenius_norm": jnp.ldexp(frobenius, spectra.exponent),
+        "stable_rank": spectra.stable_rank,
+        "effective_rank": effective_rank.astype(dtype),
+        "entropy": entropy.astype(dtype),
+        "fitted": fitted,
+    }
+
+
+def _fit(spectra: Spectra, options: Options) -> PowerLaw:
+    """Fit the eigenvalues above the floor, or the nodes of an estimate."""
+    fit: Any = options.fit
+    logs, kept = spectra.log_eigenvalues, spectra.weights
+    if logs.ndim == 3:
+        return fit.fit_weighted(logs, kept, spectra.count)
+    log_unit = spectra.log_unit()[:, None]
+    if options.eigenvalue_floor is not None:
+        above = kept & (logs + log_unit > math.log(options.eigenvalue_floor))
+        kept = jnp.where(above.any(axis=-1, keepdims=True), above, kept)
+    return fit(logs + log_unit if getattr(fit, "absolute", False) else logs, kept)
+
+
+def _is_fitted(
+    law: PowerLaw, spectra: Spectra, absolute: bool
+) -> Bool[Array, " layers"]:
+    """Return whether each fit can be trusted; False for whatever is NaN."""
+    in_range = (law.xmin > 0) & (law.xmin < jnp.inf)
+    log_xmin = jnp.log(jnp.where(in_range, law.xmin, 1))
+    log_first = -jnp.inf
+    if absolute:
+        # Such an xmin can leave the range of the dtype: then the tail tells.
+        log_xmin = log_xmin - spectra.log_unit()
+        logs = spectra.log_eigenvalues
+        width = logs.shape[-1]
+        first = jnp.clip(width - law.tail_size, 0, width - 1)[:, None]
+        log_first = jnp.take_along_axis(logs, first, axis=-1)[:, 0]
+    log_xmin = jnp.where(in_range, log_xmin, log_first)
+    return (
+        spectra.finite
+        & (spectra.log_top > -jnp.inf)
+        & (law.alpha > 0)
+        & (law.alpha <= MAX_ALPHA)
+        & (log_xmin > spectra.log_top + spectra.log_noise)
+    )
 
 
 def assigned_table(
@@ -802,10 +795,7 @@ def assigned_table(
 ) -> Analysis:
     """Fill in the multipliers that the map gives to the metric.
 
-    Args:
-        table: the table.
-        options: with the metric, the map, and the groups.
-        sizes: number of weights of each layer, for maps that need layers.
+    The sizes are numbers of weights, for maps that need layers.
     """
     metric = options.metric
     scores = getattr(table, metric) if isinstance(metric, str) else metric(table)
@@ -839,204 +829,9 @@ def assign_multipliers(
     return jnp.where(tuned, multipliers, 1).astype(scores.dtype), tuned
 
 
-def layer_matrices(
-    kernels: Mapping[str, Any], layer: Layer
-) -> Float[Array, "pooled rows columns"]:
-    """Read a kernel as the matrices of one layer."""
-    kernel = _part_of(kernels[layer.path], layer.part)
-    stack = as_matrices(kernel, layer.axes)
-    return stack[_slices(kernel, layer.axes)[layer.index]]
-
-
-def layer_spectra(
-    kernels: Mapping[str, Any],
-    layers: Sequence[Layer],
-    conv_norm: int | float,
-    route: Route,
-    cut: Windows = None,
-) -> Spectra:
-    """Compute spectra of the layers, those of one kernel read as one stack.
-
-    With windows there is one row for each block of a layer, in order.
-    """
-    groups: dict[tuple, list[int]] = {}
-    for position, layer in enumerate(layers):
-        groups.setdefault((layer.path, layer.axes, layer.part), []).append(position)
-    stacks, factors, order, whole = [], [], [], []
-    for (path, axes, part), members in groups.items():
-        kernel = _part_of(kernels[path], part)
-        stack = as_matrices(kernel, axes)
-        slices = _slices(kernel, axes)
-        wanted = np.asarray([slices[layers[i].index] for i in members])
-        if not np.array_equal(wanted, np.arange(len(stack))):
-            stack = stack[wanted]
-        blocks = 1
-        if cut is not None:
-            # A window may miss what is not finite.
-            finite = jnp.isfinite(stack).all(axis=(1, 2, 3))
-            stack = cut.cut(stack, bool(axes.pooled))
-            blocks = len(stack) // len(members)
-            whole.append(jnp.repeat(finite, blocks))
-        stacks.append(stack)
-        factors.append(conv_norm if axes.pooled else 1.0)
-        order += np.repeat(members, blocks).tolist()
-    spectra = compute_spectra(stacks, factors, route)
-    if whole:
-        spectra = spectra._replace(finite=spectra.finite & jnp.concatenate(whole))
-    if order == sorted(order):
-        return spectra
-    rows = np.argsort(order, kind="stable")
-    return jax.tree.map(lambda column: column[rows], spectra)
-
-
-def _part_of(kernel, part):
-    if part is None:
-        return kernel
-    axis, start, stop = part
-    return jax.lax.slice_in_dim(kernel, start, stop, axis=axis)
-
-
-def _slices(kernel, axes: MatrixAxes) -> np.ndarray:
-    """Number the slices of the stacked axes, by index."""
-    sizes = [kernel.shape[axis] for axis in axes.stacked]
-    return np.arange(math.prod(sizes)).reshape(sizes)
-
-
 def _check_shape(name: str, column, shape: tuple[int, ...]) -> None:
     if jnp.shape(column) != shape:
         msg = (
             f"{name} must return shape {shape}, one per layer, got {jnp.shape(column)}."
         )
         raise ValueError(msg)
-
-
-def metrics_table(
-    layers: tuple[Layer, ...],
-    spectra: Spectra | WeightedSpectra,
-    law: PowerLaw,
-    *,
-    absolute: bool,
-) -> Analysis:
-    """Derive the columns of the table, before any multiplier is assigned.
-
-    Args:
-        layers: the layers, one per row.
-        spectra: their spectra or estimates of them, each in the unit of its own kernel.
-        law: the fits.
-        absolute: whether the fits were given eigenvalues in absolute units.
-
-    Returns:
-        Analysis with multipliers 1 and nothing tuned; what is not fitted has alpha 0
-        and no tail.
-    """
-    exponent, dtype = spectra.exponent, law.alpha.dtype
-    if isinstance(spectra, Spectra):
-        log_top, stable_rank = spectra.log_eigenvalues[:, -1], _stable_rank(spectra)
-        log_first = _log_first(law, spectra)
-        logs, weights = spectra.log_eigenvalues, spectra.is_eigenvalue()
-    else:
-        log_top, stable_rank = spectra.log_top, spectra.stable_rank()
-        log_first = jnp.full_like(log_top, -jnp.inf)
-        logs = spectra.log_nodes.reshape(len(layers), -1)
-        weights = spectra.weights.reshape(logs.shape)
-        weights = weights * jnp.asarray(spectra.count, weights.dtype)[:, None]
-    entropy, effective_rank = entropies(logs, weights.astype(logs.dtype))
-    fitted = _is_fitted(law, spectra, log_top, log_first, absolute)
-    is_zero = log_top == -jnp.inf
-    log_top = jnp.where(is_zero, 0, log_top)
-    sigma = jnp.where(is_zero, 0, jnp.exp(log_top / 2)) * jnp.sqrt(spectra.factor)
-    alpha = jnp.where(fitted, law.alpha, 0).astype(dtype)
-    xmin = law.xmin if absolute else spectra.absolute(law.xmin)
-    tail_size = jnp.where(fitted, law.tail_size, 0).astype(jnp.int32)
-    return Analysis(
-        layers=layers,
-        alpha=alpha,
-        alpha_error=_alpha_error(alpha, tail_size),
-        random_alpha=jnp.zeros_like(alpha),
-        alpha_hat=alpha * (log_top + spectra.log_unit()) / math.log(10),
-        ks_distance=jnp.where(fitted, law.ks_distance, 0).astype(dtype),
-        xmin=jnp.where(fitted, xmin, 0).astype(dtype),
-        tail_size=tail_size,
-        eigenvalue_count=jnp.asarray(spectra.count),
-        spectral_norm=jnp.ldexp(sigma, exponent),
-        frobenius_norm=jnp.ldexp(sigma * jnp.sqrt(stable_rank), exponent),
-        stable_rank=stable_rank,
-        effective_rank=effective_rank.astype(dtype),
-        entropy=entropy.astype(dtype),
-        multipliers=jnp.ones_like(alpha),
-        fitted=fitted,
-        tuned=jnp.zeros_like(fitted),
-    )
-
-
-def _stable_rank(spectra: Spectra) -> Float[Array, " layers"]:
-    """Σλ / λ_max; 0 where there is no spectrum."""
-    logs = spectra.log_eigenvalues
-    is_zero = logs[:, -1:] == -jnp.inf
-    counted = spectra.is_eigenvalue() & ~is_zero
-    relative = logs - jnp.where(is_zero, 0, logs[:, -1:])
-    return jnp.where(counted, jnp.exp(relative), 0).sum(axis=-1)
-
-
-def _log_first(law: PowerLaw, spectra: Spectra) -> Float[Array, " layers"]:
-    """Return the smallest eigenvalue of each tail."""
-    logs = spectra.log_eigenvalues
-    width = logs.shape[-1]
-    first = jnp.clip(width - law.tail_size, 0, width - 1)[:, None]
-    return jnp.take_along_axis(logs, first, axis=-1)[:, 0]
-
-
-def _is_fitted(
-    law: PowerLaw,
-    spectra: Spectra | WeightedSpectra,
-    log_top: Float[Array, " layers"],
-    log_first: Float[Array, " layers"],
-    absolute: bool,
-) -> Bool[Array, " layers"]:
-    """Return whether each fit can be trusted; False for whatever is NaN."""
-    # An absolute xmin can leave the range of the dtype: then its tail tells.
-    in_range = (law.xmin > 0) & (law.xmin < jnp.inf)
-    log_xmin = jnp.log(jnp.where(in_range, law.xmin, 1))
-    log_xmin = log_xmin - (spectra.log_unit() if absolute else 0)
-    log_xmin = jnp.where(in_range, log_xmin, log_first)
-    return (
-        spectra.finite
-        & (log_top > -jnp.inf)
-        & (law.alpha > 0)
-        & (law.alpha <= MAX_ALPHA)
-        & (log_xmin > log_top + spectra.log_noise)
-    )
-
-
-def entropies(
-    log_eigenvalues: Float[Array, "layers n"], weights: Float[Array, "layers n"]
-) -> tuple[Float[Array, " layers"], Float[Array, " layers"]]:
-    """Compute entropy and effective rank; `Analysis` has their formulas.
-
-    Args:
-        log_eigenvalues: logarithms in any unit, -inf for zeros.
-        weights: how many eigenvalues each stands for; 0 for padding.
-
-    Returns:
-        Both; 0 where all eigenvalues are zero.
-    """
-    logs = jnp.where(weights > 0, log_eigenvalues, -jnp.inf)
-    top = jnp.max(logs, axis=-1, keepdims=True)
-    some = top > -jnp.inf
-    logs = logs - jnp.where(some, top, 0)
-
-    def total(values):
-        return jnp.sum(weights * values, axis=-1, keepdims=True)
-
-    def shannon(probability):
-        logarithm = jnp.log(jnp.where(probability > 0, probability, 1))
-        return -total(probability * logarithm)
-
-    def shares(values):
-        return values / jnp.where(some, total(values), 1)
-
-    rank = total((logs > 2 * math.log(6e-5)).astype(logs.dtype))
-    known = jnp.log(jnp.where(some, rank, 2) + 6e-5)
-    entropy = shannon(shares(jnp.exp(logs)) + 6e-5) / known
-    effective_rank = jnp.exp(shannon(shares(jnp.exp(logs / 2))))
-    return jnp.where(some, entropy, 0)[:, 0], jnp.where(some, effective_rank, 0)[:, 0]

@@ -1,9 +1,7 @@
 """Checkpoint files of any framework, read one leaf at a time and never unpickled.
 
-`open_checkpoint` reads the names, shapes and dtypes of what is stored;
-`Checkpoint.read` reads one leaf. The headers of safetensors and Flax files are parsed
-here, since the libraries for them map or load whole files: memory holds one leaf,
-whatever the size of the model.
+The headers of safetensors and Flax files are parsed here, since the libraries for them
+map or load whole files: memory holds one leaf, whatever the size of the model.
 
 References:
     `The safetensors format <https://github.com/huggingface/safetensors#format>`_
@@ -89,10 +87,7 @@ class Checkpoint:
 
     @functools.cached_property
     def names(self) -> Mapping[str, str]:
-        """Names in the file, by the paths of `shapes`.
-
-        The final `value` of a boxed leaf, as Flax nnx stores it, is no part of a path.
-        """
+        """Names in the file, by the paths of `shapes`, without the `value` of boxes."""
         bare = {name: name.removesuffix("/value") for name in self.leaves}
         unique = len(set(bare.values())) == len(bare)
         return {path if unique else name: name for name, path in bare.items()}
@@ -163,13 +158,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(msg)
     if path.is_dir() and not (path / "_METADATA").exists():
         return open_checkpoint(_only_one_in(path))
-    if path.is_dir():
-        read = _read_orbax
-    else:
-        readers = [r for suffix, r in _READERS.items() if path.name.endswith(suffix)]
-        if not readers:
-            raise CheckpointError(_unknown(path))
-        read = readers[0]
+    readers = [r for suffix, r in _READERS.items() if path.name.endswith(suffix)]
+    if not readers and not path.is_dir():
+        raise CheckpointError(_unknown(path))
+    read = _read_orbax if path.is_dir() else readers[0]
     with _one_line(path):
         leaves = read(path)
     if not leaves:
@@ -193,6 +185,12 @@ def _one_line(path: Path, what: str = "") -> Iterator[None]:
             said = f"it is damaged, cut short or of another format: {said}"
         msg = f"{path}: {f'{what}: ' if what else ''}{said}"
         raise CheckpointError(msg) from error
+
+
+def _check(holds: bool, message: str) -> None:
+    """Raise ValueError unless something holds that a format demands."""
+    if not holds:
+        raise ValueError(message)
 
 
 def _unknown(path: Path) -> str:
@@ -239,13 +237,10 @@ def _raw_leaf(
 ) -> StoredLeaf:
     """Return a leaf whose numbers lie in these pieces of a file, one after another."""
     shape = tuple(map(operator.index, shape))
-    if min(shape, default=0) < 0:
-        msg = f"the shape {shape} is negative"
-        raise ValueError(msg)
+    _check(min(shape, default=0) >= 0, f"the shape {shape} is negative")
     size = sum(piece.stop - piece.start for piece in pieces)
-    if math.prod(shape) * dtype.itemsize != size:
-        msg = f"shape {shape} of {dtype} does not take {size} bytes"
-        raise ValueError(msg)
+    fits = math.prod(shape) * dtype.itemsize == size
+    _check(fits, f"shape {shape} of {dtype} does not take {size} bytes")
     problem = "it holds Python objects, never unpickled" if dtype.hasobject else ""
     load = functools.partial(_read_pieces, path, shape, dtype, pieces)
     return StoredLeaf(shape, dtype, problem, load)
@@ -258,18 +253,13 @@ def _read_pieces(path, shape, dtype, pieces):
         for piece in pieces:
             file.seek(piece.start)
             length = piece.stop - piece.start
-            if file.readinto(target[:length]) != length:
-                msg = "the file ends early"
-                raise EOFError(msg)
+            _check(file.readinto(target[:length]) == length, "the file ends early")
             target = target[length:]
     return array
 
 
 def _no_array(shape: tuple[int, ...], problem: str) -> StoredLeaf:
-    def load():
-        raise ValueError(problem)
-
-    return StoredLeaf(shape, None, problem, load)
+    return StoredLeaf(shape, None, problem, functools.partial(np.zeros, 0))
 
 
 # --- safetensors ----------------------------------------------------------------------
@@ -293,17 +283,15 @@ def _read_safetensors(path: Path) -> dict[str, StoredLeaf]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(size - 8, _MOST_HEADER):
-            msg = f"its header of {length} bytes does not fit into {size}"
-            raise ValueError(msg)
+        fits = 2 <= length <= min(size - 8, _MOST_HEADER)
+        _check(fits, f"its header of {length} bytes does not fit into {size}")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     leaves = {}
     for name, entry in header.items():
         start, stop = (8 + length + operator.index(n) for n in entry["data_offsets"])
-        if not 8 + length <= start <= stop <= size:
-            msg = f"{name!r} lies at bytes {start} to {stop} of {size}"
-            raise ValueError(msg)
+        inside = 8 + length <= start <= stop <= size
+        _check(inside, f"{name!r} lies at bytes {start} to {stop} of {size}")
         dtype = _SAFETENSORS.get(entry["dtype"])
         if dtype is None:
             problem = f"its type {entry['dtype']} is unknown"
@@ -319,19 +307,14 @@ def _read_shards(path: Path) -> dict[str, StoredLeaf]:
     place = json.loads(path.read_bytes())["weight_map"]
     leaves: dict[str, StoredLeaf] = {}
     for shard in sorted(set(place.values())):
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            msg = f"the shard {shard!r} is no safetensors file next to its index"
-            raise ValueError(msg)
+        beside = Path(shard).name == shard and shard.endswith(".safetensors")
+        _check(beside, f"the shard {shard!r} is no safetensors file next to its index")
         found = open_checkpoint(path.parent / shard).leaves
         twice = found.keys() & leaves.keys()
-        if twice:
-            msg = f"two shards hold {listing(sorted(twice))}"
-            raise ValueError(msg)
+        _check(not twice, f"two shards hold {listing(sorted(twice))}")
         leaves |= found
     missing = place.keys() - leaves.keys()
-    if missing:
-        msg = f"no shard holds {listing(sorted(missing))}"
-        raise ValueError(msg)
+    _check(not missing, f"no shard holds {listing(sorted(missing))}")
     return leaves
 
 
@@ -348,13 +331,9 @@ def _read_npz(path: Path) -> dict[str, StoredLeaf]:
     leaves = {}
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
-            if not info.filename.endswith(".npy"):
-                msg = f"its member {info.filename!r} is no array of NumPy"
-                raise ValueError(msg)
             name = info.filename.removesuffix(".npy")
-            if name in leaves:
-                msg = f"two leaves are called {name!r}"
-                raise ValueError(msg)
+            _check(name != info.filename, f"its member {name!r} is no array of NumPy")
+            _check(name not in leaves, f"two leaves are called {name!r}")
             with archive.open(info) as member:
                 leaves[name] = _npy_leaf(path, info, member)
     return leaves
@@ -368,9 +347,9 @@ def _npy_leaf(path: Path, info: zipfile.ZipInfo, member) -> StoredLeaf:
     if dtype.hasobject:
         return _no_array(shape, "it holds Python objects, which are never unpickled")
     size = info.file_size - member.tell()
-    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != size:
-        msg = f"{info.filename!r}: shape {shape} of {dtype} does not take {size} bytes"
-        raise ValueError(msg)
+    fits = min(shape, default=0) >= 0 and math.prod(shape) * dtype.itemsize == size
+    place = f"{info.filename!r}: shape {shape} of {dtype}"
+    _check(fits, f"{place} does not take {size} bytes")
     if dtype == np.dtype("V2"):  # What NumPy makes of bfloat16, which it does not know.
         dtype = np.dtype(jnp.bfloat16)
     load = functools.partial(_read_member, path, info.filename, dtype)
@@ -385,18 +364,27 @@ def _read_member(path, filename, dtype):
 
 # --- Flax: MessagePack ----------------------------------------------------------------
 
-# Kind and width in bytes of the length, or of the value, of what has no short form.
-_MSGPACK = {
-    **dict.fromkeys((0xC0, 0xC2, 0xC3), ("plain", 0)),
-    **{0xC4 + i: ("bytes", 2**i) for i in range(3)},
-    **{0xC7 + i: ("ext", 2**i) for i in range(3)},
-    **{0xCA + i: ("float", 4 * 2**i) for i in range(2)},
-    **{0xCC + i: ("plain", 2**i) for i in range(4)},
-    **{0xD0 + i: ("plain", 2**i) for i in range(4)},
-    **{0xD9 + i: ("bytes", 2**i) for i in range(3)},
-    **{0xDC + i: ("array", 2 * 2**i) for i in range(2)},
-    **{0xDE + i: ("map", 2 * 2**i) for i in range(2)},
-}
+# First and last byte of each form of a value, its kind, and the width of what follows,
+# its length or the number itself: from this many bytes on, twice as many with each next
+# byte. 0 says that the first byte holds it.
+_MSGPACK = (
+    (0x00, 0x7F, "plain", 0),
+    (0x80, 0x8F, "map", 0),
+    (0x90, 0x9F, "array", 0),
+    (0xA0, 0xBF, "bytes", 0),
+    (0xC0, 0xC0, "plain", 0),
+    (0xC2, 0xC3, "plain", 0),
+    (0xC4, 0xC6, "bytes", 1),
+    (0xC7, 0xC9, "ext", 1),
+    (0xCA, 0xCB, "plain", 4),
+    (0xCC, 0xCF, "plain", 1),
+    (0xD0, 0xD3, "plain", 1),
+    (0xD4, 0xD8, "ext", 0),
+    (0xD9, 0xDB, "bytes", 1),
+    (0xDC, 0xDD, "array", 2),
+    (0xDE, 0xDF, "map", 2),
+    (0xE0, 0xFF, "plain", 0),
+)
 # Flax's type of an array: shape, name of the dtype and numbers.
 _NDARRAY = 1
 _CHUNKED = "__msgpack_chunked_array__"
@@ -412,39 +400,29 @@ class Head(NamedTuple):
 
 def _take(file: io.BufferedReader, size: int) -> bytes:
     taken = file.read(size)
-    if len(taken) < size:
-        msg = "the file ends early"
-        raise EOFError(msg)
+    _check(len(taken) == size, "the file ends early")
     return taken
 
 
 def _head(file: io.BufferedReader) -> Head:
     """Read the head of the next value."""
     (byte,) = _take(file, 1)
-    for start, stop, kind in (
-        (0x00, 0x80, "plain"),
-        (0x80, 0x90, "map"),
-        (0x90, 0xA0, "array"),
-        (0xA0, 0xC0, "bytes"),
-        (0xE0, 0x100, "plain"),
-    ):
-        if start <= byte < stop:
-            return Head(kind, byte - start)
-    if 0xD4 <= byte <= 0xD8:
-        return Head("ext", 2 ** (byte - 0xD4), _take(file, 1)[0])
-    if byte not in _MSGPACK:
-        msg = f"byte {byte:#x} at {file.tell() - 1} starts no value"
-        raise ValueError(msg)
-    kind, width = _MSGPACK[byte]
-    value = int.from_bytes(_take(file, width), "big")
-    return Head(kind, value, _take(file, 1)[0] if kind == "ext" else 0)
+    for first, last, kind, width in _MSGPACK:
+        if first <= byte <= last:
+            value = byte - first
+            if width:
+                value = int.from_bytes(_take(file, width << value), "big")
+            elif kind == "ext":
+                value = 2**value
+            return Head(kind, value, _take(file, 1)[0] if kind == "ext" else 0)
+    msg = f"byte {byte:#x} at {file.tell() - 1} starts no value"
+    raise ValueError(msg)
 
 
 def _bytes(file: io.BufferedReader) -> bytes:
     head = _head(file)
-    if head.kind != "bytes" or head.value > 2**16:
-        msg = f"a name is expected at byte {file.tell()}, not {head.kind}"
-        raise ValueError(msg)
+    is_name = head.kind == "bytes" and head.value <= 2**16
+    _check(is_name, f"a name is expected at byte {file.tell()}, not {head.kind}")
     return _take(file, head.value)
 
 
@@ -452,14 +430,10 @@ def _read_msgpack(path: Path) -> dict[str, StoredLeaf]:
     """Read names and places of all arrays of a Flax file."""
     size, found = path.stat().st_size, {}
     with path.open("rb") as file:
-        if _take(file, 1)[0] not in (*range(0x80, 0x90), 0xDE, 0xDF):
-            msg = "it does not start with a dict"
-            raise ValueError(msg)
+        _check(_head(file).kind == "map", "it does not start with a dict")
         file.seek(0)
         _walk(file, path, (), found)
-        if file.tell() != size:
-            msg = f"it ends at byte {file.tell()} of {size}"
-            raise ValueError(msg)
+        _check(file.tell() == size, f"it ends at byte {file.tell()} of {size}")
     for marker in [name for name in found if name.endswith(f"/{_CHUNKED}")]:
         _join_chunks(path, marker.removesuffix(f"/{_CHUNKED}"), found)
     plain = _no_array((), "it is no array")
@@ -478,32 +452,27 @@ def _walk(file, path: Path, names: tuple[str, ...], found: dict[str, Any]) -> No
             _walk(file, path, (*names, name), found)
         return
     name = "/".join(names)
-    if name in found:
-        msg = f"two leaves are called {name!r}"
-        raise ValueError(msg)
+    _check(name not in found, f"two leaves are called {name!r}")
     found[name] = head.value
     if head.kind in ("bytes", "ext"):
         stop = file.tell() + head.value
         if head.kind == "ext" and head.code == _NDARRAY:
             found[name] = _ndarray(file, path, stop)
         file.seek(0, io.SEEK_END)
-        if stop > file.tell():
-            msg = f"{name!r} ends at byte {stop} of {file.tell()}"
-            raise ValueError(msg)
+        inside = stop <= file.tell()
+        _check(inside, f"{name!r} ends at byte {stop} of {file.tell()}")
         file.seek(stop)
 
 
 def _ndarray(file, path: Path, stop: int) -> StoredLeaf:
     outer, inner = _head(file), _head(file)
-    if (outer.kind, outer.value, inner.kind) != ("array", 3, "array"):
-        msg = f"no array of Flax ends at byte {stop}"
-        raise ValueError(msg)
+    is_array = (outer.kind, outer.value, inner.kind) == ("array", 3, "array")
+    _check(is_array, f"no array of Flax ends at byte {stop}")
     shape = [_head(file).value for _ in range(min(inner.value, 64))]
     dtype = np.dtype(_bytes(file).decode())
     numbers = _head(file)
-    if numbers.kind != "bytes" or file.tell() + numbers.value != stop:
-        msg = f"the numbers of an array do not end at byte {stop}"
-        raise ValueError(msg)
+    fits = numbers.kind == "bytes" and file.tell() + numbers.value == stop
+    _check(fits, f"the numbers of an array do not end at byte {stop}")
     return _raw_leaf(path, shape, dtype, [Piece(file.tell(), stop)])
 
 

@@ -1,4 +1,4 @@
-"""Checks of numbers given by the user."""
+"""Checks of what the user gives."""
 
 import contextlib
 import math
@@ -31,6 +31,13 @@ def check_number(
         bound = f"> {above}" if above > -math.inf else f">= {at_least}"
         bound += f" and < {below}" if below < math.inf else ""
         msg = f"{name} must be a finite number {bound}, got {name} = {value!r}."
+        raise ValueError(msg)
+
+
+def check_function(name: str, value: Any, *, kind: str = "a function") -> None:
+    """Raise ValueError unless the value can be called."""
+    if not callable(value):
+        msg = f"{name} must be {kind}, got {value!r}."
         raise ValueError(msg)
 
 

@@ -20,7 +20,7 @@ def describe(
 ) -> list[dict[str, Any]]:
     """Describe every leaf: its layer, or why it has none.
 
-    A matrix that could be a layer and is in no list has a note in capitals.  What
+    A matrix that could be a layer and is in no list has a note in capitals. What
     `trace_layers` has found out of a leaf stands before what its name suggests.
 
     Args:
@@ -118,14 +118,20 @@ def _note_in_list(layer: Layer, leaf: Leaf, least: int, frozen: bool) -> str:
 
 def _note_traced(said: str, leaf: Leaf, reading: Reading) -> str:
     """Say why a leaf belongs to no layer of the list, though it may to one outside."""
-    if said == "layer" and reading.axes is not None:
-        count = Layer(leaf.path, reading.axes).eigenvalue_count(leaf.shape)
-        return f"NOT IN THE LIST: a kernel with {count} eigenvalues keeps multiplier 1"
     if said == "layer":
-        return "NOT IN THE LIST: a kernel keeps multiplier 1"
+        return _note_missing(leaf, reading)
     if said.startswith("unclear: "):
         return f"NOT IN THE LIST, multiplier 1: {said.removeprefix('unclear: ')}"
     return f"{said}, which is not in the list" if said.startswith("follows ") else said
+
+
+def _note_missing(leaf: Leaf, reading: Reading) -> str:
+    """Say that a kernel is in no list."""
+    count = ""
+    if reading.axes is not None:
+        number = Layer(leaf.path, reading.axes).eigenvalue_count(leaf.shape)
+        count = f" with {number} eigenvalues"
+    return f"NOT IN THE LIST: a kernel{count} keeps multiplier 1"
 
 
 def _note_outside(
@@ -137,8 +143,7 @@ def _note_outside(
     """Say why a leaf belongs to no layer."""
     reading = readings[leaf.path]
     if reading.axes is not None:
-        count = Layer(leaf.path, reading.axes).eigenvalue_count(leaf.shape)
-        return f"NOT IN THE LIST: a kernel with {count} eigenvalues keeps multiplier 1"
+        return _note_missing(leaf, reading)
     if reading.unclear:
         return f"NOT IN THE LIST, multiplier 1: {reading.reason}"
     if reading.reason == "norm":

@@ -10,7 +10,7 @@ a loop of small calls is slow, many matrices are decomposed in one call.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -34,10 +34,8 @@ _ROWS = 8
 class Decomposed(NamedTuple):
     """What is known of the matrices of one bucket.
 
-    Attributes:
-        values: ascending eigenvalues λ, or singular values σ, of W / 2^exponent.
-        exponent: of the power of two that each matrix was divided by.
-        finite: whether the matrix is finite; it was replaced by zeros if not.
+    The values are ascending eigenvalues λ, or singular values σ, of W / 2^exponent. A
+    matrix that is not finite was replaced by zeros.
     """
 
     values: Float[Array, "matrices n"]
@@ -48,10 +46,8 @@ class Decomposed(NamedTuple):
 class Scale(NamedTuple):
     """Powers of two near the largest magnitudes of matrices.
 
-    Attributes:
-        unit: 2^exponent, at most the largest magnitude; 0 for what counts as zero.
-        exponent: its exponent; the smallest one for what counts as zero.
-        finite: whether the matrix is finite; it counts as zero if not.
+    The unit is 2^exponent, at most the largest magnitude; it is 0, and the exponent the
+    smallest one, for what counts as zero, as a matrix does that is not finite.
     """
 
     unit: Float[Array, " matrices"]
@@ -62,16 +58,8 @@ class Scale(NamedTuple):
 def gram_eigenvalues(buckets: Sequence[Bucket]) -> list[Decomposed]:
     """Compute the eigenvalues λ of WᵀW or WWᵀ, the smaller one, for each matrix W.
 
-    Equivalent to `scipy.linalg.svdvals(w)[::-1] ** 2`, but for an error of a few
-    eps·sqrt(n)·λ_max.
-
-    Args:
-        buckets: arrays of matrices, (matrices, rows, columns).
-
-    Returns:
-        What is known of each bucket.
+    They are `scipy.linalg.svdvals(w)[::-1] ** 2` up to a few eps·sqrt(n)·λ_max.
     """
-    scale = find_scale(buckets)
 
     def reduce(matrix):
         _, diagonal, beside, _ = jax.lax.linalg.tridiagonal(_gram(matrix))
@@ -82,44 +70,54 @@ def gram_eigenvalues(buckets: Sequence[Bucket]) -> list[Decomposed]:
         with jax.named_scope("tridiagonal"):
             forms = _one_by_one(reduce, buckets, unit, (2, int(n.max())))
         with jax.named_scope("bisection"):
-            return _by_bucket(tridiagonal_eigenvalues(forms, n), buckets)
+            return tridiagonal_eigenvalues(forms, n)
 
-    def by_eigvalsh(buckets, unit):
-        return _in_chunks(lambda w: jnp.linalg.eigvalsh(_gram(w)), buckets, unit)
-
-    values = jax.lax.platform_dependent(
-        list(buckets), scale.unit, cpu=by_bisection, default=by_eigvalsh
-    )
-    return _decomposed(values, scale)
+    return _decomposed(buckets, by_bisection, lambda w: jnp.linalg.eigvalsh(_gram(w)))
 
 
 def singular_values(buckets: Sequence[Bucket]) -> list[Decomposed]:
-    """Compute the singular values σ of each matrix, exact to a few eps·σ_max.
-
-    Equivalent to `scipy.linalg.svdvals(w)[::-1]`.
-
-    Args:
-        buckets: arrays of matrices, (matrices, rows, columns).
-
-    Returns:
-        What is known of each bucket.
-    """
-    scale = find_scale(buckets)
+    """Compute the singular values σ of each matrix, exact to a few eps·σ_max."""
 
     def ascending(matrix):
         return jnp.linalg.svd(matrix, compute_uv=False)[::-1]
 
-    def on_cpu(buckets, unit):
+    def one_by_one(buckets, unit):
         n = max(_side(w) for w in buckets)
-        return _by_bucket(_one_by_one(ascending, buckets, unit, (n,)), buckets)
+        return _one_by_one(ascending, buckets, unit, (n,))
 
-    def elsewhere(buckets, unit):
-        return _in_chunks(ascending, buckets, unit)
+    return _decomposed(buckets, one_by_one, ascending)
+
+
+def _decomposed(
+    buckets: Sequence[Bucket], on_cpu: Callable[..., Any], elsewhere: Decompose
+) -> list[Decomposed]:
+    """Decompose buckets into one table on CPU, and many matrices at once elsewhere."""
+    scale = find_scale(buckets)
+
+    def split(column):
+        return jnp.split(column, np.cumsum([len(bucket) for bucket in buckets])[:-1])
+
+    def by_bucket(buckets, unit):
+        parts = zip(split(on_cpu(buckets, unit)), buckets, strict=True)
+        return [part[:, : _side(bucket)] for part, bucket in parts]
+
+    def in_chunks(buckets, unit):
+        found = []
+        for bucket, own in zip(buckets, split(unit), strict=True):
+            together = max(1, CHUNK_BYTES // (bucket[0].size * bucket.dtype.itemsize))
+            found.append(
+                jax.lax.map(
+                    lambda pair: elsewhere(_divided(*pair)),
+                    (bucket, own),
+                    batch_size=together,
+                )
+            )
+        return found
 
     values = jax.lax.platform_dependent(
-        list(buckets), scale.unit, cpu=on_cpu, default=elsewhere
+        list(buckets), scale.unit, cpu=by_bucket, default=in_chunks
     )
-    return _decomposed(values, scale)
+    return [*map(Decomposed, values, split(scale.exponent), split(scale.finite))]
 
 
 def find_scale(buckets: Sequence[Bucket]) -> Scale:
@@ -157,17 +155,13 @@ def tridiagonal_eigenvalues(
 ) -> Float[Array, "matrices n"]:
     """Compute the eigenvalues of symmetric tridiagonal matrices by bisection.
 
-    Equivalent to `scipy.linalg.eigvalsh_tridiagonal` for each matrix, within a few
-    eps·|λ|_max. The number of eigenvalues below x is that of negative pivots of T - xI,
-    a Sturm count. One count on a grid finds the cell of every eigenvalue; halving all
-    cells together does the rest.
+    They are ascending, and exact to a few eps·|λ|_max. The number of eigenvalues below
+    x is that of negative pivots of T - xI, a Sturm count. One count on a grid finds the
+    cell of every eigenvalue; halving all cells together does the rest.
 
     Args:
         forms: the diagonals d_k, and next to them e_{k-1}; e_{-1} is not read.
-        sizes: of the matrices; nothing is read from columns beyond them.
-
-    Returns:
-        Ascending eigenvalues; columns beyond the size of a matrix have no meaning.
+        sizes: of the matrices; columns beyond them have no meaning.
 
     >>> matrix = jnp.asarray([[[2.0, 2.0], [0.0, 1.0]]])
     >>> print(tridiagonal_eigenvalues(matrix, np.asarray([2])).round(4))
@@ -197,7 +191,7 @@ def _gram(matrix: Float[Array, "_ _"]) -> Float[Array, "n n"]:
 
 
 def _side(bucket: Bucket) -> int:
-    """The number of eigenvalues of each matrix."""
+    """Return the number of eigenvalues of each matrix."""
     return min(bucket.shape[1:])
 
 
@@ -225,39 +219,6 @@ def _one_by_one(
         table = jax.lax.fori_loop(0, len(bucket), fill, table)
         start += len(bucket)
     return table
-
-
-def _in_chunks(
-    decompose: Decompose, buckets: Sequence[Bucket], unit
-) -> list[Float[Array, "_ _"]]:
-    """Decompose as many matrices of a bucket at once as fit in CHUNK_BYTES."""
-    found = []
-    for bucket, own in zip(buckets, _split(unit, buckets), strict=True):
-        together = max(1, CHUNK_BYTES // (bucket[0].size * bucket.dtype.itemsize))
-        found.append(
-            jax.lax.map(
-                lambda pair: decompose(_divided(*pair)),
-                (bucket, own),
-                batch_size=together,
-            )
-        )
-    return found
-
-
-def _split(column, buckets):
-    """Cut what there is of each matrix by bucket."""
-    return jnp.split(column, np.cumsum([len(bucket) for bucket in buckets])[:-1])
-
-
-def _by_bucket(table, buckets):
-    """Cut a table by bucket, and its rows to the size of the matrices."""
-    parts = zip(_split(table, buckets), buckets, strict=True)
-    return [part[:, : _side(bucket)] for part, bucket in parts]
-
-
-def _decomposed(values, scale: Scale) -> list[Decomposed]:
-    exponents, finite = _split(scale.exponent, values), _split(scale.finite, values)
-    return [*map(Decomposed, values, exponents, finite)]
 
 
 def _bisect(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax.numpy as jnp
 
 from tb_optax.layers import Layer, MatrixAxes
-from tb_optax.leaves import Leaf, leaves_of, match_paths
+from tb_optax.leaves import Leaf, leaves_of, match_paths, natural
 
 
 class Reading(NamedTuple):
@@ -122,13 +122,8 @@ def find_layers(
         raise ValueError(msg)
     kernels = {p: r.axes for p, r in readings.items() if r.axes is not None}
     follows = _followers(leaves, kernels)
-    paths = sorted(kernels, key=_natural) if _dotted(leaves) else list(kernels)
+    paths = sorted(kernels, key=natural) if _dotted(leaves) else list(kernels)
     return tuple(Layer(path, kernels[path], follows.get(path, ())) for path in paths)
-
-
-def _natural(path: str) -> list[Any]:
-    """Return a key that sorts numbers inside a path by value: 10 after 9."""
-    return [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", path)]
 
 
 def _dotted(leaves: Mapping[str, Leaf]) -> bool:

@@ -15,9 +15,6 @@ devices: a sharded kernel stays where it is, and only vectors travel.
 References:
     Golub and Meurant, `Matrices, Moments and Quadrature with Applications
     <https://press.princeton.edu/books/hardcover/9780691143415>`_, 2010
-
-    Ubaru, Chen and Saad, `Fast Estimation of tr(f(A)) via Stochastic Lanczos Quadrature
-    <https://doi.org/10.1137/16M1104974>`_, 2017
 """
 
 import dataclasses
@@ -30,18 +27,19 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from tb_optax.checks import check_int
-from tb_optax.layers import Layer, MatrixAxes
+from tb_optax.layers import Layer, MatrixAxes, by_kernel
 from tb_optax.leaves import computing_dtype
-from tb_optax.sharding import over_devices
+from tb_optax.sharding import over_devices, replicated
+from tb_optax.spectrum import Spectra
 
 # Lanczos vectors that are kept at once, in bytes; a stack of matrices is never cut.
 _BASIS_BYTES = 2**28
 
 _HIGHEST = jax.lax.Precision.HIGHEST
+_barrier = jax.lax.optimization_barrier
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,52 +123,6 @@ class quadrature:
 Spectrum: TypeAlias = exact | quadrature
 
 
-class WeightedSpectra(NamedTuple):
-    """Estimated spectral densities of several layers.
-
-    λ = factor · 4^exponent · exp(log_nodes).
-
-    Attributes:
-        log_nodes: one ascending row per probe and pooled matrix; -inf for a zero, for
-            what rounding noise hides, and for padding; -inf only, where every matrix
-            has fewer distinct eigenvalues than there are steps.
-        weights: of the nodes; those of a layer sum to 1.
-        count: N, number of eigenvalues of each layer.
-        factor: `conv_norm` where several matrices are pooled, else 1.
-        exponent: power of two near the largest magnitude of each layer.
-        finite: whether the kernel is finite; the spectrum is zero where it is not.
-        log_top: largest node of each layer, -inf where there is none.
-        square_sum: Σλ / (factor · 4^exponent), from the kernel itself.
-        log_noise: ln of the smallest λ / λ_max above rounding noise.
-    """
-
-    log_nodes: Float[Array, "layers samples steps"]
-    weights: Float[Array, "layers samples steps"]
-    count: Int[np.ndarray, " layers"]
-    factor: Float[np.ndarray, " layers"]
-    exponent: Int[Array, " layers"]
-    finite: Bool[Array, " layers"]
-    log_top: Float[Array, " layers"]
-    square_sum: Float[Array, " layers"]
-    log_noise: Float[np.ndarray, " layers"]
-
-    def log_unit(self) -> Float[Array, " layers"]:
-        """Natural logarithm of the unit of each row."""
-        exponent = self.exponent.astype(self.log_nodes.dtype)
-        return 2 * math.log(2) * exponent + np.log(self.factor)
-
-    def absolute(self, values: Float[Array, " layers"]) -> Float[Array, " layers"]:
-        """Values in the units of the rows, in absolute units; they may overflow."""
-        return jnp.ldexp(values * self.factor, 2 * self.exponent)
-
-    def stable_rank(self) -> Float[Array, " layers"]:
-        """Σλ / λ_max; 0 where there is no spectrum."""
-        known = self.log_top > -jnp.inf
-        return jnp.where(
-            known, self.square_sum / jnp.exp(jnp.where(known, self.log_top, 0)), 0
-        )
-
-
 class Measures(NamedTuple):
     """What one look at the entries of each matrix tells.
 
@@ -205,26 +157,26 @@ class Operator:
 
     @property
     def batch(self) -> tuple[int, ...]:
-        """Sizes of the axes along which there are several matrices."""
+        """The sizes of the axes along which there are several matrices."""
         return tuple(self.kernel.shape[a] for a in self.axes.stacked + self.axes.pooled)
 
     @property
     def count(self) -> int:
-        """Number of matrices: slice by slice, those of a slice together."""
+        """The number of matrices: slice by slice, those of a slice together."""
         return math.prod(self.batch)
 
     @property
     def pooled(self) -> int:
-        """Number of matrices of each slice."""
+        """The number of matrices of each slice."""
         return math.prod(self.kernel.shape[axis] for axis in self.axes.pooled)
 
     @property
     def n(self) -> int:
-        """Smaller side of the matrices."""
+        """The smaller side of the matrices."""
         return math.prod(self._sizes(self._sides()[0]))
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         """The type of its vectors; half precision is computed in float32."""
         return computing_dtype(self.kernel)
 
@@ -247,10 +199,8 @@ class Operator:
         squares = jnp.sum(squares, axis=others, keepdims=True)
         # XLA's maximum on CPU may pass over NaN; a sum does not.
         finite = jnp.isfinite(jnp.sum(squares, axis=kept, keepdims=True))
-        if self.part is not None:
-            squares = jnp.where(self._inside(range(squares.ndim)), squares, 0)
-        square_sum = jnp.sum(squares, axis=kept, keepdims=True)
-        square_sum = jnp.where(finite, square_sum, 0)
+        own = self._fitted(squares, tuple(range(squares.ndim)), -1)
+        square_sum = jnp.where(finite, jnp.sum(own, axis=kept, keepdims=True), 0)
         order = self.axes.stacked + self.axes.pooled + matrix_axes
         columns = (exponent, finite, square_sum)
         return Measures(*(jnp.transpose(x, order).ravel() for x in columns))
@@ -265,56 +215,39 @@ class Operator:
         half, rest = _powers(exponent.reshape(self.batch), self.dtype)
 
         def times(vectors, side, other):
-            vectors = self._contract(_rows_times(half, vectors), side, other)
-            return _rows_times(rest, vectors)
+            # Only the part counts: where the rest of the kernel is stand zeros.
+            vectors = self._fitted(_rows_times(half, vectors), side, 1)
+            found = self._contract(vectors, side, other)
+            return _rows_times(rest, self._fitted(found, other, -1))
 
         number = vectors.shape[1]
         vectors = vectors.reshape(*self.batch, number, *self._sizes(near))
-        vectors = times(self._padded(vectors, near), near, far)
-        if self.part is not None and self.part[0] in far:
-            inside = self._inside(far)[(None,) * (vectors.ndim - len(far))]
-            vectors = jnp.where(inside, vectors, 0)
-        vectors = self._cut(times(vectors, far, near), near)
+        vectors = times(times(vectors, near, far), far, near)
         return vectors.reshape(self.count, number, self.n)
 
     def _sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The axes of the smaller side of the matrices, and those of the other."""
+        """Return the axes of the smaller side of the matrices, then of the other."""
         rows, columns = self.axes.reduction, self.axes.output
         fewer_rows = math.prod(self._sizes(rows)) <= math.prod(self._sizes(columns))
         return (rows, columns) if fewer_rows else (columns, rows)
 
     def _sizes(self, side: tuple[int, ...]) -> list[int]:
-        """Sizes of the axes of one side, of the part only."""
+        """Return the sizes of the axes of one side, of the part only."""
         sizes = {axis: self.kernel.shape[axis] for axis in side}
         if self.part is not None and self.part[0] in side:
             sizes[self.part[0]] = self.part[2] - self.part[1]
         return list(sizes.values())
 
-    def _inside(self, side: Sequence[int]) -> Bool[Array, "..."]:
-        """Where the part is, along the last axes of an array, those of a side."""
-        assert self.part is not None
-        axis, start, stop = self.part
-        shape = [self.kernel.shape[axis] if a == axis else 1 for a in side]
-        number = jnp.arange(self.kernel.shape[axis]).reshape(shape)
-        return (number >= start) & (number < stop)
-
-    def _padded(self, vectors, side):
-        """Vectors of the part with zeros where the rest of the kernel is."""
+    def _fitted(self, array, side: tuple[int, ...], sign: int):
+        """Cut the last axes of an array, a side, to the part (-1), or pad them (1)."""
         if self.part is None or self.part[0] not in side:
-            return vectors
+            return array
         axis, start, stop = self.part
-        widths = [(0, 0)] * vectors.ndim
+        widths = [(0, 0, 0)] * array.ndim
         after = self.kernel.shape[axis] - stop
-        widths[len(self.batch) + 1 + side.index(axis)] = (start, after)
-        return jnp.pad(vectors, widths)
-
-    def _cut(self, vectors, side):
-        """Vectors without what belongs to the rest of the kernel."""
-        if self.part is None or self.part[0] not in side:
-            return vectors
-        axis, start, stop = self.part
-        place = len(self.batch) + 1 + side.index(axis)
-        return jax.lax.slice_in_dim(vectors, start, stop, axis=place)
+        place = array.ndim - len(side) + side.index(axis)
+        widths[place] = (sign * start, sign * after, 0)
+        return jax.lax.pad(array, jnp.zeros((), array.dtype), widths)
 
     def _contract(self, vectors, side, other):
         """Sum over the axes of one side, which leaves those of the other.
@@ -356,6 +289,21 @@ class Operator:
         return sum(jnp.split(found, 3, axis=place)) if in_pieces else found
 
 
+@dataclasses.dataclass(frozen=True)
+class _OneOf(Operator):
+    """One of several operators of equal sizes, by number; its own is the first."""
+
+    operators: Sequence[Operator] = ()
+    place: Any = None
+
+    def measure(self) -> Measures:
+        return jax.lax.switch(self.place, [own.measure for own in self.operators])
+
+    def product(self, vectors, exponent):
+        products = [own.product for own in self.operators]
+        return jax.lax.switch(self.place, products, vectors, exponent)
+
+
 class Reading(NamedTuple):
     """What is read off each matrix; see `Measures` and `lanczos`.
 
@@ -373,7 +321,7 @@ def quadrature_spectra(
     layers: Sequence[Layer],
     conv_norm: int | float,
     method: quadrature,
-) -> WeightedSpectra:
+) -> Spectra:
     """Estimate the spectral densities of layers, many of them at once.
 
     The peak of temporary memory is that of the vectors: about 3·probes·steps·n numbers
@@ -381,46 +329,31 @@ def quadrature_spectra(
     stack. A kernel is copied only where fewer than half of the slices of a stack are
     asked for (their range), or if it is float16.
 
-    Args:
-        kernels: kernels by path, sharded in any way.
-        layers: layers, stacks expanded.
-        conv_norm: factor on λ where axes are pooled.
-        method: how many probes and steps.
-
-    Returns:
-        WeightedSpectra, one row per layer, in the order given.
+    There is one row per layer, in the order given. Where a kernel has fewer distinct
+    eigenvalues than there are steps, all nodes are -inf.
     """
-    families: dict[tuple, list[int]] = {}
-    for position, layer in enumerate(layers):
-        families.setdefault((layer.path, layer.axes, layer.part), []).append(position)
-    operators, places = [], []
+    families = by_kernel(layers)
+    operators, slices = [], []
     for (path, axes, part), members in families.items():
-        kernel, slices = _cropped(
-            kernels[path], axes, [layers[i].index for i in members]
-        )
+        indices = [layers[i].index for i in members]
+        kernel, places = _cropped(kernels[path], axes, indices)
         operators.append(Operator(kernel, axes, part))
-        places.append(slices)
+        slices.append(places)
     groups = _groups(operators, method)
     read = [_read([operators[i] for i in group], method) for group in groups]
     read = jax.tree.map(lambda *columns: jnp.concatenate(columns), *read)
 
-    # The number of the first matrix of each layer, and how many it has.
-    first, pooled, n = np.zeros((3, len(layers)), int)
-    eps = np.zeros(len(layers))
-    start = 0
+    operator_of, first, start = {}, np.zeros(len(layers), int), 0
     for i in np.concatenate(groups):
         members = list(families.values())[i]
-        pooled[members] = operators[i].pooled
-        n[members] = operators[i].n
-        eps[members] = jnp.finfo(operators[i].dtype).eps
-        first[members] = start + places[i] * operators[i].pooled
+        operator_of |= dict.fromkeys(members, operators[i])
+        first[members] = start + slices[i] * operators[i].pooled
         start += operators[i].count
-    factor = [conv_norm if layer.axes.pooled else 1.0 for layer in layers]
-    return _pooled(read, first, pooled, n, eps, factor)
+    return _pooled(read, [operator_of[i] for i in range(len(layers))], first, conv_norm)
 
 
 def estimate_key(kernels: Mapping[str, Any], layer: Layer) -> tuple:
-    """What layers must share that `estimate_one_of` chooses from."""
+    """Return what layers must share that `estimate_one_of` chooses from."""
     operator = Operator(kernels[layer.path], layer.axes, layer.part)
     sizes = ("large", operator.n, operator.pooled, operator.dtype)
     key = (*sizes, bool(layer.axes.pooled))
@@ -433,173 +366,32 @@ def estimate_one_of(
     place: Int[Array, ""],
     conv_norm: int | float,
     method: quadrature,
-) -> WeightedSpectra:
-    """Estimate the spectral density of the layer with this number.
+) -> Spectra:
+    """Estimate the spectral density of one of several layers with one `estimate_key`.
 
     Products with all of the kernels are compiled, into one recurrence. The slice of a
     stack is copied; one of a stack that is sharded along the stacked axis moves.
-
-    Args:
-        kernels: kernels by path, sharded in any way.
-        layers: layers with one `estimate_key`.
-        place: which of them.
-        conv_norm: factor on λ where axes are pooled.
-        method: how many probes and steps.
-
-    Returns:
-        WeightedSpectra, of one row.
     """
     like = layers[0]
     if like.axes.stacked:
         cuts = [functools.partial(_slice, kernels[x.path], x) for x in layers]
-        kernel = jax.lax.switch(place, cuts)
-        operator = Operator(kernel, like.axes, like.part)
+        operator = Operator(jax.lax.switch(place, cuts), like.axes, like.part)
     else:
-        operator = _OneOf(
-            [Operator(kernels[x.path], x.axes, x.part) for x in layers], place
-        )
+        own = [Operator(kernels[x.path], x.axes, x.part) for x in layers]
+        operator = _OneOf(own[0].kernel, like.axes, like.part, own, place)
     read = _read([operator], method)
-    factor = [conv_norm if like.axes.pooled else 1.0]
-    first, pooled, n = np.asarray([[0], [operator.pooled], [operator.n]])
-    eps = np.asarray([jnp.finfo(read.diagonal.dtype).eps])
-    return _pooled(read, first, pooled, n, eps, factor)
-
-
-@dataclasses.dataclass(frozen=True)
-class _OneOf:
-    """One of several operators of equal sizes, by number."""
-
-    operators: Sequence[Operator]
-    place: Int[Array, ""]
-
-    @property
-    def count(self) -> int:
-        return self.operators[0].count
-
-    @property
-    def pooled(self) -> int:
-        return self.operators[0].pooled
-
-    @property
-    def n(self) -> int:
-        return self.operators[0].n
-
-    def measure(self):
-        return jax.lax.switch(self.place, [own.measure for own in self.operators])
-
-    def product(self, vectors, exponent):
-        products = [own.product for own in self.operators]
-        return jax.lax.switch(self.place, products, vectors, exponent)
+    return _pooled(read, [operator], np.zeros(1, int), conv_norm)
 
 
 def _slice(kernel, layer: Layer):
-    """One slice of a stack, as a stack of one."""
+    """Return one slice of a stack, as a stack of one."""
     for axis, index in zip(layer.axes.stacked, layer.index, strict=True):
         kernel = jax.lax.slice_in_dim(kernel, index, index + 1, axis=axis)
     return kernel
 
 
-def _groups(operators: Sequence[Operator], method: quadrature) -> list[list[int]]:
-    """Numbers of the operators that are read together: of one size, in few bytes."""
-    kinds = [(own.n, own.dtype.itemsize) for own in operators]
-    groups: list[list[int]] = []
-    room, kind = 0, None
-    for i in sorted(range(len(operators)), key=kinds.__getitem__):
-        size = operators[i].count * method.probes * method.steps * math.prod(kinds[i])
-        if kinds[i] != kind or size > room:
-            groups.append([])
-            room, kind = _BASIS_BYTES, kinds[i]
-        groups[-1].append(i)
-        room -= size
-    return groups
-
-
-def _read(operators: Sequence[Operator | _OneOf], method: quadrature) -> Reading:
-    """One recurrence for all matrices of operators of one size."""
-    columns = [operator.measure() for operator in operators]
-    measures = jax.tree.map(lambda *parts: jnp.concatenate(parts), *columns)
-    finite = measures.finite[:, None, None]
-    n, dtype = operators[0].n, measures.square_sum.dtype
-    signs = {own.pooled: sign_probes(own.pooled, method.probes, n) for own in operators}
-    # Slices of a stack share their probes.
-    start = jnp.concatenate(
-        [
-            jnp.tile(signs[own.pooled], (own.count // own.pooled, 1, 1))
-            for own in operators
-        ]
-    )
-    ends = np.cumsum([own.count for own in operators])
-
-    def product(vectors):
-        products = []
-        for own, end in zip(operators, ends, strict=True):
-            members = slice(end - own.count, end)
-            products.append(own.product(vectors[members], measures.exponent[members]))
-        return jnp.where(finite, _replicated(jnp.concatenate(products)), 0)
-
-    # A matrix with fewer rows than steps has no more vectors.
-    steps = min(method.steps, n)
-    missing = [(0, 0), (0, 0), (0, method.steps - steps)]
-    with jax.named_scope("lanczos"):
-        diagonal, beside = lanczos(product, start.astype(dtype), steps)
-    ended = (beside[..., : steps - 1] == 0).any(axis=2).all(axis=1)
-    diagonal, beside = jnp.pad(diagonal, missing), jnp.pad(beside, missing)
-    return Reading(diagonal, beside, ended, measures)
-
-
-def sign_probes(pooled: int, probes: int, n: int) -> Float[Array, "pooled probes n"]:
-    """Random signs / sqrt(n): the same at every call, others for each pooled matrix."""
-    key = jax.random.key(0, impl="threefry2x32")
-    return jax.random.rademacher(key, (pooled, probes, n), float) / math.sqrt(n)
-
-
-def _pooled(read: Reading, first, pooled, n, eps, factor) -> WeightedSpectra:
-    """From matrices to layers, the matrices of each in one unit."""
-    dtype, shape = read.diagonal.dtype, read.diagonal.shape
-    rows = [row.reshape(-1, shape[-1]) for row in (read.diagonal, read.beside)]
-    with jax.named_scope("finish"):
-        nodes, weights = (x.reshape(shape) for x in gauss_quadrature(*rows))
-    # Layers with fewer matrices repeat their last one, with weight 0.
-    slots = np.arange(pooled.max())
-    members = first[:, None] + np.minimum(slots, pooled[:, None] - 1)
-    own = (slots < pooled[:, None])[..., None, None]
-    exponent, finite, square_sum = (column[members] for column in read.measures)
-    unit = exponent.max(axis=1)
-    finite = finite.all(axis=1)
-    offset = 2 * math.log(2) * (exponent - unit[:, None]).astype(dtype)
-    logs = jnp.log(jnp.where(nodes > 0, nodes, 1))
-    logs = jnp.where(nodes > 0, logs, -jnp.inf)[members] + offset[..., None, None]
-    logs = jnp.where(own & finite[:, None, None, None], logs, -jnp.inf)
-    log_top = logs.max(axis=(1, 2, 3))
-    log_noise = np.log(8 * eps).astype(dtype)
-    weights = weights[members]
-    # Past an invariant subspace, what rounding left of a residual can lead to nodes of
-    # no weight between the others.
-    hidden = weights <= eps.astype(dtype)[:, None, None, None]
-    hidden |= logs <= (log_top + log_noise)[:, None, None, None]
-    # Between fewer distinct eigenvalues than steps there is no density to estimate.
-    hidden |= read.ended[members].all(axis=1)[:, None, None, None]
-    samples = (len(members), -1, shape[-1])
-    share = own / (pooled * shape[1])[:, None, None, None].astype(dtype)
-    square_sum = jnp.where(own[..., 0, 0], square_sum * jnp.exp(offset), 0)
-    logs, weights = jax.lax.sort(
-        (jnp.where(hidden, -jnp.inf, logs), weights * share), num_keys=1
-    )
-    return WeightedSpectra(
-        log_nodes=logs.reshape(samples),
-        weights=weights.reshape(samples),
-        count=pooled * n,
-        factor=np.asarray(factor, dtype),
-        exponent=unit,
-        finite=finite,
-        log_top=log_top,
-        square_sum=jnp.where(finite, square_sum.sum(axis=1), 0),
-        log_noise=log_noise,
-    )
-
-
 def _cropped(kernel, axes: MatrixAxes, indices: Sequence[tuple[int, ...]]):
-    """A stack without the slices before and after those that are asked for.
+    """Cut the slices off a stack before and after those that are asked for.
 
     Half of the slices or more are left as they are, since cutting is copying.
 
@@ -617,14 +409,126 @@ def _cropped(kernel, axes: MatrixAxes, indices: Sequence[tuple[int, ...]]):
     return kernel, np.ravel_multi_index(tuple(asked), sizes)
 
 
-_barrier = jax.lax.optimization_barrier
+def _groups(operators: Sequence[Operator], method: quadrature) -> list[list[int]]:
+    """Number the operators that are read together: of one size, in few bytes."""
+    kinds = [(own.n, own.dtype.itemsize) for own in operators]
+    groups: list[list[int]] = []
+    room, kind = 0, None
+    for i in sorted(range(len(operators)), key=kinds.__getitem__):
+        size = operators[i].count * method.probes * method.steps * math.prod(kinds[i])
+        if kinds[i] != kind or size > room:
+            groups.append([])
+            room, kind = _BASIS_BYTES, kinds[i]
+        groups[-1].append(i)
+        room -= size
+    return groups
 
 
-def _replicated(vectors):
-    """Vectors, of which every device has all; kernels stay as they are."""
-    if not jax.sharding.get_abstract_mesh().auto_axes:
-        return vectors
-    return jax.lax.with_sharding_constraint(vectors, PartitionSpec())
+def _read(operators: Sequence[Operator], method: quadrature) -> Reading:
+    """Run one recurrence for all matrices of operators of one size."""
+    columns = [operator.measure() for operator in operators]
+    measures = jax.tree.map(lambda *parts: jnp.concatenate(parts), *columns)
+    finite = measures.finite[:, None, None]
+    n, dtype = operators[0].n, operators[0].dtype
+    signs = {own.pooled: sign_probes(own.pooled, method.probes, n) for own in operators}
+    # Slices of a stack share their probes.
+    start = jnp.concatenate(
+        [
+            jnp.tile(signs[own.pooled], (own.count // own.pooled, 1, 1))
+            for own in operators
+        ]
+    )
+    ends = np.cumsum([own.count for own in operators])
+
+    def product(vectors):
+        products = []
+        for own, end in zip(operators, ends, strict=True):
+            members = slice(end - own.count, end)
+            products.append(own.product(vectors[members], measures.exponent[members]))
+        return jnp.where(finite, replicated(jnp.concatenate(products)), 0)
+
+    # A matrix with fewer rows than steps has no more vectors.
+    steps = min(method.steps, n)
+    missing = [(0, 0), (0, 0), (0, method.steps - steps)]
+    with jax.named_scope("lanczos"):
+        diagonal, beside = lanczos(product, start.astype(dtype), steps)
+    ended = (beside[..., : steps - 1] == 0).any(axis=2).all(axis=1)
+    diagonal, beside = jnp.pad(diagonal, missing), jnp.pad(beside, missing)
+    return Reading(diagonal, beside, ended, measures)
+
+
+def sign_probes(pooled: int, probes: int, n: int) -> Float[Array, "pooled probes n"]:
+    """Draw random signs / sqrt(n): the same at every call, others for each matrix."""
+    key = jax.random.key(0, impl="threefry2x32")
+    return jax.random.rademacher(key, (pooled, probes, n), float) / math.sqrt(n)
+
+
+def _pooled(
+    read: Reading, operators: Sequence[Operator], first, conv_norm: int | float
+) -> Spectra:
+    """Go from matrices to layers, bringing the matrices of each to one unit.
+
+    `first` is the number of the first matrix of each layer, whose operator is given.
+    """
+    dtype, (_, probes, steps) = read.diagonal.dtype, read.diagonal.shape
+    logs, weights = _log_nodes(read)
+    pooled, n = np.asarray([(operator.pooled, operator.n) for operator in operators]).T
+    eps = np.asarray([jnp.finfo(operator.dtype).eps for operator in operators], float)
+    factor = [conv_norm if operator.axes.pooled else 1 for operator in operators]
+    # Layers with fewer matrices repeat their last one, with weight 0.
+    slots = np.arange(pooled.max())
+    members = first[:, None] + np.minimum(slots, pooled[:, None] - 1)
+    own = slots < pooled[:, None]
+    exponent, finite, square_sum = (column[members] for column in read.measures)
+    unit = exponent.max(axis=1)
+    finite = finite.all(axis=1)
+    offset = 2 * math.log(2) * (exponent - unit[:, None]).astype(dtype)
+    square_sum = jnp.where(own, square_sum * jnp.exp(offset), 0).sum(axis=1)
+    own = own[..., None, None]
+    logs = logs[members] + offset[..., None, None]
+    logs = jnp.where(own & _to_nodes(finite), logs, -jnp.inf)
+    log_top = logs.max(axis=(1, 2, 3))
+    log_noise = np.log(8 * eps).astype(dtype)
+    weights = weights[members]
+    # Past an invariant subspace, what rounding left of a residual can lead to nodes of
+    # no weight between the others.
+    hidden = weights <= _to_nodes(eps.astype(dtype))
+    hidden |= logs <= _to_nodes(log_top + log_noise)
+    # Between fewer distinct eigenvalues than steps there is no density to estimate.
+    hidden |= _to_nodes(read.ended[members].all(axis=1))
+    weights = weights * (own / _to_nodes(pooled * probes).astype(dtype))
+    logs = jnp.where(hidden, -jnp.inf, logs)
+    logs, weights = jax.lax.sort((logs, weights), num_keys=1)
+    samples = (len(members), -1, steps)
+    known = log_top > -jnp.inf
+    square_sum = jnp.where(finite, square_sum, 0)
+    stable_rank = square_sum / jnp.exp(jnp.where(known, log_top, 0))
+    return Spectra(
+        log_eigenvalues=logs.reshape(samples),
+        weights=weights.reshape(samples),
+        count=pooled * n,
+        factor=np.asarray(factor, dtype),
+        exponent=unit,
+        finite=finite,
+        log_top=log_top,
+        stable_rank=jnp.where(known, stable_rank, 0),
+        log_noise=log_noise,
+    )
+
+
+def _log_nodes(read: Reading):
+    """Return the logarithms of the nodes of each matrix, and their weights."""
+    shape = read.diagonal.shape
+    rows = [row.reshape(-1, shape[-1]) for row in (read.diagonal, read.beside)]
+    with jax.named_scope("finish"):
+        nodes, weights = (x.reshape(shape) for x in gauss_quadrature(*rows))
+    logs = jnp.log(jnp.where(nodes > 0, nodes, 1))
+    return jnp.where(nodes > 0, logs, -jnp.inf), weights
+
+
+def _to_nodes(column):
+    """Let a column of the layers broadcast against (layers, slots, probes, nodes)."""
+    return column[:, None, None, None]
 
 
 def lanczos(
@@ -634,18 +538,13 @@ def lanczos(
 ) -> tuple[
     Float[Array, "matrices probes steps"], Float[Array, "matrices probes steps"]
 ]:
-    r"""The Lanczos recurrence of many symmetric matrices and start vectors at once.
+    r"""Run the Lanczos recurrence of many matrices A and unit vectors q_0 at once.
 
         r_j = A q_j - (A q_j)ᵀ[q_0 ... q_j] [q_0 ... q_j],   q_{j+1} = r_j / |r_j|,
 
     orthogonalized twice against all vectors so far. Where a residual is no more than
     rounding noise, 8·eps of |T|, the q's span an invariant subspace: there the
     recurrence ends, and zeros follow, which are eigenvalues 0 of weight 0.
-
-    Args:
-        product: multiplies all vectors by their matrices A.
-        start: vectors of norm 1.
-        steps: how many steps, at least 1.
 
     Returns:
         The diagonal of T, q_jᵀ A q_j; and its other diagonals, |r_j|, of which the last
@@ -687,14 +586,9 @@ def lanczos(
 def gauss_quadrature(
     diagonal: Float[Array, "rows steps"], beside: Float[Array, "rows steps"]
 ) -> tuple[Float[Array, "rows steps"], Float[Array, "rows steps"]]:
-    """Nodes and weights of tridiagonal matrices, as `lanczos` returns them.
+    """Return nodes and weights of tridiagonal matrices, as `lanczos` returns them.
 
-    Args:
-        diagonal: of each matrix.
-        beside: its other diagonals; the last number is not read.
-
-    Returns:
-        Eigenvalues, ascending, and squared first components of the eigenvectors.
+    They are ascending eigenvalues, and squared first components of eigenvectors.
 
     >>> nodes, weights = gauss_quadrature(jnp.full((1, 2), 2.5), jnp.full((1, 2), 1.5))
     >>> print(*(np.asarray(row).round(3) for row in (nodes, weights)))
@@ -708,7 +602,7 @@ def gauss_quadrature(
 
 
 def _eigenpairs(buckets):
-    """On CPU, one matrix per call of LAPACK: two batched calls can deadlock."""
+    """Decompose; on CPU one matrix per call, since two batched ones can deadlock."""
     [matrices] = buckets
 
     def pairs(matrices):
@@ -722,12 +616,12 @@ def _eigenpairs(buckets):
 
 
 def _powers(exponent, dtype):
-    """2^-exponent as a product of two numbers that are normal ones."""
+    """Return 2^-exponent as a product of two numbers that are normal ones."""
     half = exponent // 2
     one = jnp.ones_like(exponent, dtype)
     return jnp.ldexp(one, -half), jnp.ldexp(one, half - exponent)
 
 
 def _rows_times(factor, vectors):
-    """Vectors times the factor of their matrix."""
+    """Multiply vectors by the factor of their matrix."""
     return factor[(...,) + (None,) * (vectors.ndim - factor.ndim)] * vectors

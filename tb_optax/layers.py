@@ -75,10 +75,8 @@ class MatrixAxes(_Compact):
     @property
     def rank(self) -> int:
         """Number of axes of the kernel."""
-        return sum(
-            len(field)
-            for field in (self.reduction, self.output, self.pooled, self.stacked)
-        )
+        fields = (self.reduction, self.output, self.pooled, self.stacked)
+        return sum(map(len, fields))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -150,10 +148,8 @@ class Layer(_Compact):
 class Layers(tuple[Layer, ...]):
     """A tuple of layers that knows the verdict on every leaf of the parameters.
 
-    It is equal to the plain tuple, prints and hashes like it; slices keep the notes.
-
-    The notes say of each leaf that it is a layer, which layer it follows, or why it is
-    neither.
+    It is equal to the plain tuple, prints and hashes like it; slices keep the notes,
+    which say of each leaf that it is a layer, which layer it follows, or why neither.
 
     >>> layers = Layers([Layer("w", MatrixAxes((0,), (1,)))], {"b": "not used"})
     >>> layers[:0], layers[:0].notes["b"]
@@ -199,9 +195,6 @@ def expand_stacks(
     Args:
         layers: layers, each with or without an index.
         shapes: shape of every leaf by path; None where a mask stands.
-
-    Returns:
-        Layers with one multiplier each.
 
     Raises:
         ValueError: if a kernel is absent or does not fit its layer.
@@ -254,6 +247,14 @@ def _kernel_shape(layer, shapes) -> tuple[int, ...]:
     return shape
 
 
+def by_kernel(layers: Sequence[Layer]) -> dict[tuple[Any, ...], list[int]]:
+    """Number the layers that are slices of one kernel, by its path, axes and part."""
+    found: dict[tuple[Any, ...], list[int]] = {}
+    for position, layer in enumerate(layers):
+        found.setdefault((layer.path, layer.axes, layer.part), []).append(position)
+    return found
+
+
 def layer_of_leaf(
     layers: Sequence[Layer], shapes: Mapping[str, tuple[int, ...] | None]
 ) -> dict[str, Int[np.ndarray, "..."]]:
@@ -288,14 +289,13 @@ def layer_of_leaf(
             shape = shapes[path]
             if shape is None:
                 continue
-            kernel_shape = shapes[layer.path]
-            where = _part_of_leaf(layer, path, shape, kernel_shape)
-            owner = owners.setdefault(path, np.full((1,) * len(shape), -1))
-            wanted = tuple(
+            where = _part_of_leaf(layer, path, shape, shapes[layer.path])
+            owner = owners.get(path, np.full((1,) * len(shape), -1))
+            wanted = [
                 n if chosen != slice(None) else 1
                 for n, chosen in zip(shape, where, strict=True)
-            )
-            both = np.broadcast_shapes(owner.shape, wanted)
+            ]
+            both = np.broadcast_shapes(owner.shape, tuple(wanted))
             owner = np.broadcast_to(owner, both).copy()
             taken = owner[where]
             if (taken >= 0).any():
@@ -352,12 +352,7 @@ def _output_axis_of_follower(layer, path, shape, kernel_shape) -> int:
 def parts_of(
     layer: Layer, shape: Sequence[int], split: tuple[int, int | Sequence[int]] | None
 ) -> list[Layer]:
-    """Cut a layer along an output axis.
-
-    Args:
-        layer: the layer.
-        shape: of its kernel.
-        split: the axis, and the number or the sizes of the parts; None leaves it whole.
+    """Cut a layer along an output axis: into so many parts, or into parts of sizes.
 
     Raises:
         ValueError: if the axis is no output, or the parts do not add up to it.
@@ -396,12 +391,8 @@ def with_followers(
 ) -> tuple[list[Layer], list[str]]:
     """Attach followers to layers; each is cut into slices and parts as its kernel is.
 
-    Args:
-        layers: layers without followers.
-        targets: for every follower, the path of its kernel, and whether it may follow
-            the first slice or part alone, if it cannot be cut: as a norm does that
-            feeds all of them.
-        shapes: shape of every leaf by path.
+    A target is the path of a follower's kernel, and whether it may follow the first
+    slice or part alone, if it cannot be cut: as a norm does that feeds all of them.
 
     Returns:
         The layers, and the paths of the leaves that follow none.

@@ -1,6 +1,7 @@
 """Leaves of a parameter tree by path, whatever framework made it; patterns on paths."""
 
 import fnmatch
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -56,9 +57,6 @@ def leaves_of(tree: Any) -> dict[str, Leaf]:
 
     The final `.value` of a boxed leaf (nnx, `nn.Partitioned`) is not part of the
     path, so that the same tree has the same paths with and without its boxes.
-
-    Raises:
-        ValueError: if two leaves have the same path.
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_absent)
     leaves = {}
@@ -139,9 +137,6 @@ def match_paths(
 ) -> dict[str, T]:
     """Return what the first matching pattern says of each path that one matches.
 
-    Raises:
-        ValueError: if a pattern matches no path.
-
     >>> match_paths("axes", {"a/*": 1, "*": 2}, ["a/w", "b/w"])
     {'a/w': 1, 'b/w': 2}
     """
@@ -161,6 +156,11 @@ def match_paths(
         )
         raise ValueError(msg)
     return found
+
+
+def natural(path: str) -> list[Any]:
+    """Return a key that sorts numbers inside a path by value: 10 after 9."""
+    return [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", path)]
 
 
 def listing(names: Iterable[str], limit: int = 8) -> str:

@@ -1,12 +1,11 @@
 """Maps from a metric of the layers to their multipliers.
 
-A map is a function `(metric, tuned) -> multipliers` over vectors with one entry
-per layer.  Only tuned layers take part in its minimum, maximum, sum or ranking;
-it returns 1 for the others and NaN for a tuned layer outside its domain.  A map with
-the attribute `needs_layers = True` is called with a third argument, one pair
-`(Layer, size)` per entry, size being the number of its weights.  Those here are frozen
-dataclasses, so that equal maps compare equal and share one compilation; any function
-of that signature will do.
+A map is a function `(metric, tuned) -> multipliers` over vectors with one entry per
+layer. Only tuned layers take part in its minimum, maximum, sum or ranking; it returns 1
+for the others and NaN for a tuned layer outside its domain. A map with the attribute
+`needs_layers = True` is called with a third argument, one pair `(Layer, size)` per
+entry, size being the number of its weights. Those here are frozen dataclasses, so that
+equal maps share one compilation.
 """
 
 import dataclasses
@@ -19,11 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from tb_optax.checks import check_number
+from tb_optax.checks import check_function, check_number
 from tb_optax.layers import Layer
 
+Vector: TypeAlias = Float[Array, " layers"]
+Mask: TypeAlias = Bool[Array, " layers"]
 # Of `(metric, tuned)`, or of `(metric, tuned, rows)` where it needs the layers.
-Assign: TypeAlias = Callable[..., Float[Array, " layers"]]
+Assign: TypeAlias = Callable[..., Vector]
 Rows: TypeAlias = Sequence[tuple[Layer, int]]
 Groups: TypeAlias = Callable[[Layer], str | None]
 
@@ -55,9 +56,7 @@ class linear:
         check_number("low", self.low, at_least=0)
         check_number("high", self.high, at_least=0)
 
-    def __call__(
-        self, metric: Float[Array, " layers"], tuned: Bool[Array, " layers"]
-    ) -> Float[Array, " layers"]:
+    def __call__(self, metric: Vector, tuned: Mask) -> Vector:
         """Return the multipliers of the layers."""
         low, high, spread = _extremes(metric, tuned)
         position = (metric - low) / jnp.where(spread, high - low, 1)
@@ -78,12 +77,9 @@ class sqrt:
     [0.5 1.5 1. ]
     """
 
-    def __call__(
-        self, metric: Float[Array, " layers"], tuned: Bool[Array, " layers"]
-    ) -> Float[Array, " layers"]:
+    def __call__(self, metric: Vector, tuned: Mask) -> Vector:
         """Return the multipliers of the layers."""
-        defined = tuned & (metric >= 0)
-        return _share(jnp.sqrt, metric, tuned, defined)
+        return _share(jnp.sqrt, metric, tuned, metric >= 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +96,9 @@ class log2:
     [0.5 1.5 1. ]
     """
 
-    def __call__(
-        self, metric: Float[Array, " layers"], tuned: Bool[Array, " layers"]
-    ) -> Float[Array, " layers"]:
+    def __call__(self, metric: Vector, tuned: Mask) -> Vector:
         """Return the multipliers of the layers."""
-        defined = tuned & (metric >= 1)
-        return _share(jnp.log2, metric, tuned, defined)
+        return _share(jnp.log2, metric, tuned, metric >= 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,9 +128,7 @@ class step:
         check_number("low", self.low, at_least=0)
         check_number("high", self.high, at_least=0)
 
-    def __call__(
-        self, metric: Float[Array, " layers"], tuned: Bool[Array, " layers"]
-    ) -> Float[Array, " layers"]:
+    def __call__(self, metric: Vector, tuned: Mask) -> Vector:
         """Return the multipliers of the layers."""
         _, _, spread = _extremes(metric, tuned)
         order = jnp.argsort(jnp.where(tuned, metric, jnp.inf), stable=True)
@@ -181,9 +172,7 @@ class sigmoid:
         check_number("above", self.above, at_least=0)
         check_number("temperature", self.temperature, above=0)
 
-    def __call__(
-        self, metric: Float[Array, " layers"], tuned: Bool[Array, " layers"]
-    ) -> Float[Array, " layers"]:
+    def __call__(self, metric: Vector, tuned: Mask) -> Vector:
         """Return the multipliers of the layers."""
         _, _, spread = _extremes(metric, tuned)
         x = metric - _mean(metric, tuned)
@@ -220,9 +209,7 @@ class standard_sigmoid:
     def __post_init__(self):
         check_number("temperature", self.temperature, above=0)
 
-    def __call__(
-        self, metric: Float[Array, " layers"], tuned: Bool[Array, " layers"]
-    ) -> Float[Array, " layers"]:
+    def __call__(self, metric: Vector, tuned: Mask) -> Vector:
         """Return the multipliers of the layers."""
         _, _, spread = _extremes(metric, tuned)
         x = jnp.where(tuned, metric - _mean(metric, tuned), 0)
@@ -266,19 +253,14 @@ class mean_one:
     ungrouped: bool = False
 
     def __post_init__(self):
-        _check_map("assign", self.assign)
+        check_function("assign", self.assign)
 
     @property
     def needs_layers(self) -> bool:
         """Whether it is to be called with the layers."""
         return self.by_size or getattr(self.assign, "needs_layers", False)
 
-    def __call__(
-        self,
-        metric: Float[Array, " layers"],
-        tuned: Bool[Array, " layers"],
-        rows: Rows = (),
-    ) -> Float[Array, " layers"]:
+    def __call__(self, metric: Vector, tuned: Mask, rows: Rows = ()) -> Vector:
         """Return the multipliers of the layers."""
         multipliers = apply_map(self.assign, metric, tuned, rows)
         counted = tuned & jnp.isfinite(multipliers)
@@ -344,17 +326,12 @@ class nested:
     needs_layers: ClassVar[bool] = True
 
     def __post_init__(self):
-        for name in ("blocks", "layers", "groups"):
-            value = getattr(self, name)
-            if name != "blocks" or value is not None:
-                _check_map(name, value)
+        if self.blocks is not None:
+            check_function("blocks", self.blocks)
+        check_function("layers", self.layers)
+        check_function("groups", self.groups)
 
-    def __call__(
-        self,
-        metric: Float[Array, " layers"],
-        tuned: Bool[Array, " layers"],
-        rows: Rows,
-    ) -> Float[Array, " layers"]:
+    def __call__(self, metric: Vector, tuned: Mask, rows: Rows) -> Vector:
         """Return the multipliers of the layers."""
         place, members = _members(self.groups, rows)
         if not len(members):
@@ -390,7 +367,7 @@ def grouped(assign: Assign, groups: Groups | None) -> Assign:
 
 @dataclasses.dataclass(frozen=True)
 class _Grouped:
-    """A map of the means of groups; see `grouped`."""
+    """A map of the means of groups, as `grouped` makes it."""
 
     assign: Assign
     groups: Groups
@@ -421,14 +398,8 @@ def _members(groups: Groups, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
     return place, place == np.arange(len(distinct))[:, None]
 
 
-def _check_map(name: str, value) -> None:
-    if not callable(value):
-        msg = f"{name} must be a function, got {value!r}."
-        raise ValueError(msg)
-
-
 def _mean(values, tuned):
-    """Mean over the tuned layers; 1 where there is none."""
+    """Return the mean over the tuned layers; 1 where there is none."""
     count = tuned.sum(dtype=values.dtype)
     total = jnp.where(tuned, values, 0).sum()
     return jnp.where(count > 0, total / jnp.maximum(count, 1), 1)
@@ -444,11 +415,13 @@ def _extremes(metric, tuned):
     return low, high, high - low > 8 * jnp.finfo(metric.dtype).eps * largest
 
 
-def _share(score, metric, tuned, defined):
-    """n·score(M) / Σ score(M) over the defined layers; NaN for the other tuned ones.
+def _share(score, metric, tuned, inside):
+    """Return n·score(M) / Σ score(M) over the tuned layers inside the domain.
 
-    1 for the defined layers where their metrics are equal up to rounding.
+    It is NaN for the other tuned ones, and 1 where the metrics are equal but for
+    rounding.
     """
+    defined = tuned & inside
     _, _, spread = _extremes(metric, defined)
     scores = jnp.where(defined, score(jnp.where(defined, metric, 1)), 0)
     total = jnp.where(spread, scores.sum(), 1)

@@ -21,14 +21,7 @@ def random_alpha(n: int, m: int, count: int, fit: fit_median) -> float:
 
         alpha = 1 + (1 - i/N) / ∫ (ln x(p) - ln xmin) dp    over p from i/N to 1.
 
-    Args:
-        n: smaller side of the matrices.
-        m: larger side.
-        count: N, number of eigenvalues that are pooled.
-        fit: the fit; its position and threshold matter.
-
-    Returns:
-        The exponent; 0 where the fit finds none.
+    N is the number of eigenvalues that are pooled. It is 0 where the fit finds none.
 
     >>> round(random_alpha(1000, 1000, 1000, fit_median()), 2)
     2.12

@@ -129,11 +129,10 @@ def spectrum(
         axes.set_title(row["layer"], fontsize="medium")
     if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize="small", loc="lower left", frameon=False)
-    axes.set_xlabel("eigenvalue λ = σ²")
-    axes.set_ylabel("density")
-    # Labels between the decades would run into one another.
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    for axis, name in ((axes.xaxis, "eigenvalue λ = σ²"), (axes.yaxis, "density")):
+        axis.set_label_text(name)
+        # Labels between the decades would run into one another.
+        axis.set_minor_formatter(NullFormatter())
     return figure
 
 
@@ -153,11 +152,9 @@ def layers(
 ) -> Figure:
     """Draw alpha and multiplier of all layers, in the order of the rows.
 
-    Where the rows have `alpha_error`, error bars show it: (alpha - 1)/√k for the k
-    eigenvalues of the tail, the error if they were independent. They repel each other,
-    so that it is an upper bound. `random_alpha`, what an untrained matrix of the shape
-    has, is drawn as a line. Layers that are not fitted leave a gap; those that are not
-    tuned have hollow marks at multiplier 1.
+    Where the rows have `alpha_error` and `random_alpha`, error bars and short lines
+    show them. Layers that are not fitted leave a gap; those that are not tuned have
+    hollow marks at multiplier 1.
 
     Args:
         rows: `Analysis.rows()`, from the first layer to the last.
@@ -217,8 +214,7 @@ def curves(
 ) -> Figure:
     """Draw one number of every layer over training, colored by depth.
 
-    A legend names up to 52 layers; a color bar stands for more. Given `axes`, it is
-    left to the caller.
+    The legend is that of `depth_legend`; given `axes`, it is left to the caller.
 
     Args:
         steps: steps or epochs of the rows, ascending, a vector.
@@ -238,22 +234,17 @@ def curves(
     steps, values = _checked(steps, values, names)
     own = axes is None
     figure, (axes,) = _axes_or_figure(axes, (7.0, 4.0), 1)
-    marker = "." if len(steps) <= 50 and len(names) <= MOST_LINES and not held else ""
-    width = 1.5 if len(names) <= MOST_LINES else 0.7
-    style: Any = "steps-post" if held else "default"
-    for name, column, color in zip(names, values.T, _colors(len(names)), strict=True):
-        axes.plot(
-            steps,
-            column,
-            color=color,
-            drawstyle=style,
-            label=name,
-            linewidth=width,
-            marker=marker,
-        )
-    axes.set_xlabel("step")
+    few = len(names) <= MOST_LINES
+    style: Any = {
+        "drawstyle": "steps-post" if held else "default",
+        "linewidth": 1.5 if few else 0.7,
+        "marker": "." if few and len(steps) <= 50 and not held else "",
+    }
+    colors = colormaps["viridis"](np.linspace(0, 0.93 if few else 1, len(names)))
+    for name, column, color in zip(names, values.T, colors, strict=True):
+        axes.plot(steps, column, color=color, label=name, **style)
+    _name_steps(axes)
     axes.set_ylabel(label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.grid(alpha=0.3)
     axes.margins(x=0.02)
     if own:
@@ -333,15 +324,14 @@ def heat_map(
     image = axes.pcolormesh(edges, np.arange(len(names) + 1) - 0.5, shown)
     axes.set_yticks(*_named(names), fontsize="x-small")
     axes.invert_yaxis()
-    axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    _name_steps(axes)
     around: Any = axes.figure
     around.colorbar(image, ax=axes, label=label)
     return figure
 
 
 def depth_legend(figure: FigureBase, axes: Axes) -> None:
-    """Name the lines of `axes` to the right of a figure, or all by one color bar."""
+    """Name up to 52 lines of `axes` right of a figure, and more by a color bar."""
     handles, names = axes.get_legend_handles_labels()
     if len(names) > MOST_LINES:
         colors = ScalarMappable(Normalize(1, len(names)), colormaps["viridis"])
@@ -402,7 +392,6 @@ def _named(names: Sequence[str]) -> tuple[Sequence[int], list[str]]:
     return places, [names[i] for i in places]
 
 
-def _colors(number: int) -> np.ndarray:
-    return colormaps["viridis"](
-        np.linspace(0, 1 if number > MOST_LINES else 0.93, number)
-    )
+def _name_steps(axes: Axes) -> None:
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))

@@ -1,13 +1,12 @@
 """Power laws fitted to the tail of an empirical spectral density.
 
-A fit is a function `(log_eigenvalues, valid) -> PowerLaw` over a table with one
-row per layer.  The three here are frozen dataclasses, so that equal fits compare
-equal and share one compilation; any function of that signature will do.  Two
+A fit is a function `(log_eigenvalues, valid) -> PowerLaw` over a table with one row per
+layer. Those here are frozen dataclasses, so that equal fits share one compilation. Two
 attributes tell the analysis what a fit needs:
 
 - `whole_spectrum = True`: it looks below the median, and takes the slower route
   through singular values, which keeps the small eigenvalues exact.
-- `absolute = True`: it depends on the unit of the eigenvalues.  Every other fit
+- `absolute = True`: it depends on the unit of the eigenvalues. Every other fit
   is given eigenvalues in units of its layer's own scale, where float32 logarithms
   are most accurate, and its `xmin` is scaled back.
 """
@@ -42,7 +41,9 @@ class PowerLaw(NamedTuple):
     tail_size: Int[Array, " layers"]
 
 
-Fit: TypeAlias = Callable[[Float[Array, "layers n"], Bool[Array, "layers n"]], PowerLaw]
+Logs: TypeAlias = Float[Array, "layers n"]
+Mask: TypeAlias = Bool[Array, "layers n"]
+Fit: TypeAlias = Callable[[Logs, Mask], PowerLaw]
 
 # Candidate tails compared at once by the fits that try every xmin.
 _CANDIDATES_AT_ONCE = 64
@@ -87,9 +88,7 @@ class fit_median:
     def __post_init__(self):
         check_number("position", self.position, above=1)
 
-    def __call__(
-        self, log_eigenvalues: Float[Array, "layers n"], valid: Bool[Array, "layers n"]
-    ) -> PowerLaw:
+    def __call__(self, log_eigenvalues: Logs, valid: Mask) -> PowerLaw:
         """Fit every row; rows ascend, invalid entries come first."""
         width = log_eigenvalues.shape[-1]
         count = valid.sum(axis=-1)
@@ -160,7 +159,7 @@ class fit_min_ks:
 
     Every λ_i but the largest is tried as xmin, with the Hill estimate alpha(i) of
     the tail it starts and the distance D(i) between the two; the first smallest D
-    wins.  Invariant under W -> cW.  Work grows with N² per layer.
+    wins. Invariant under W -> cW. Work grows with N² per layer.
 
     >>> log_eigenvalues = jnp.log(jnp.asarray([[1e-6, 1.0, 1.2, 1.5, 2.0, 4.0]]))
     >>> law = fit_min_ks()(log_eigenvalues, jnp.ones((1, 6), bool))
@@ -175,9 +174,7 @@ class fit_min_ks:
     whole_spectrum: ClassVar[bool] = True
     absolute: ClassVar[bool] = False
 
-    def __call__(
-        self, log_eigenvalues: Float[Array, "layers n"], valid: Bool[Array, "layers n"]
-    ) -> PowerLaw:
+    def __call__(self, log_eigenvalues: Logs, valid: Mask) -> PowerLaw:
         """Fit every row; rows ascend, invalid entries come first."""
         return _min_ks(log_eigenvalues, valid, valid)
 
@@ -187,7 +184,7 @@ class fit_peak:
     """As `fit_min_ks`, with xmin near the peak of the density ("fix-finger").
 
     The peak is 10 to the left edge of the first fullest bin of a histogram of
-    log10 λ between its extremes.  The window for xmin is
+    log10 λ between its extremes. The window for xmin is
 
     - published: log10(0.95·peak) <= xmin <= 1.5·peak.  The lower bound compares a
       logarithm with an eigenvalue, so that it rarely binds and the result depends
@@ -222,9 +219,7 @@ class fit_peak:
         """Whether the fit depends on the unit of the eigenvalues."""
         return self.published_window
 
-    def __call__(
-        self, log_eigenvalues: Float[Array, "layers n"], valid: Bool[Array, "layers n"]
-    ) -> PowerLaw:
+    def __call__(self, log_eigenvalues: Logs, valid: Mask) -> PowerLaw:
         """Fit every row; rows ascend, invalid entries come first."""
         counted = valid & (log_eigenvalues > -jnp.inf)
         logs = jnp.where(counted, log_eigenvalues, 0) / math.log(10)
@@ -261,7 +256,7 @@ class _Cells(NamedTuple):
 
     @classmethod
     def of(cls, log_nodes, weights) -> "_Cells":
-        """Half of each node's weight goes to either side, as far as the next node."""
+        """Spread half of each node's weight to either side, as far as the next node."""
         exists = log_nodes > -jnp.inf
         x = jnp.where(exists, log_nodes, 0)
         before = jnp.concatenate([x[..., :1], x[..., :-1]], axis=-1)
@@ -279,7 +274,7 @@ class _Cells(NamedTuple):
     def quantiles(
         self, probabilities: Float[Array, "k layers"]
     ) -> Float[Array, "k layers"]:
-        """The ln λ with so much below them, by bisection; -inf among the zeros."""
+        """Return the ln λ with so much below them, by bisection; -inf among zeros."""
         lower, upper, mass, at_zero = (column[None] for column in self)
         low = jnp.min(lower, axis=-1, initial=jnp.inf, where=mass > 0)
         high = jnp.max(upper, axis=-1, initial=-jnp.inf, where=mass > 0)
@@ -300,7 +295,7 @@ class _Cells(NamedTuple):
         return jnp.where(known, high, -jnp.inf)
 
     def excess(self, threshold):
-        """∫ (ln λ - threshold) over what lies above the threshold."""
+        """Return ∫ (ln λ - threshold) over what lies above the threshold."""
         threshold = jnp.where(threshold > -jnp.inf, threshold, 0)[:, None]
         above = jnp.maximum(self.upper - threshold, 0)
         below = jnp.maximum(threshold - self.lower, 0)
@@ -311,15 +306,8 @@ class _Cells(NamedTuple):
         return jnp.sum(self.mass * share * (above + start) / 2, axis=-1)
 
 
-def _hill(
-    log_eigenvalues: Float[Array, "layers n"],
-    threshold: Float[Array, " layers"],
-    start: Int[Array, " layers"],
-) -> PowerLaw:
-    """Hill estimates of the tails from column `start` on, above `threshold`.
-
-    A threshold of -inf means that there is no tail to fit.
-    """
+def _hill(log_eigenvalues: Logs, threshold, start) -> PowerLaw:
+    """Fit the tails from column `start` on, above `threshold`; -inf for no tail."""
     width = log_eigenvalues.shape[-1]
     fits = threshold > -jnp.inf
     rank = jnp.arange(width)[None] - start[:, None]
@@ -340,7 +328,7 @@ def _hill(
 
 
 def _ks_terms(excess, alpha, rank, size):
-    """|1 - (λ/xmin)^(1-alpha) - m/n| for ln(λ/xmin) = excess, m = rank, n = size.
+    """Return |1 - (λ/xmin)^(1-alpha) - m/n|: ln(λ/xmin) = excess, m = rank, n = size.
 
     Where excess is 0 the power is 1 for every alpha, an infinite one included.
     """
@@ -350,12 +338,8 @@ def _ks_terms(excess, alpha, rank, size):
     return jnp.abs(1 - jnp.exp(exponent) - share)
 
 
-def _min_ks(
-    log_eigenvalues: Float[Array, "layers n"],
-    valid: Bool[Array, "layers n"],
-    window: Bool[Array, "layers n"],
-) -> PowerLaw:
-    """The candidate xmin of the window with the smallest KS distance, row by row.
+def _min_ks(log_eigenvalues: Logs, valid: Mask, window: Mask) -> PowerLaw:
+    """Take the candidate xmin of the window with the smallest KS distance.
 
     Distances are computed for `_CANDIDATES_AT_ONCE` candidates at a time, so that
     memory grows with N and not with N².

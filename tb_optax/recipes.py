@@ -1,9 +1,8 @@
 """Published methods of the family, each in a few public parts.
 
 Every recipe takes the layers, the interval and the published constants, and returns the
-transform that ends a chain; no recipe is an optimizer. docs/family.md compares them.
-
-Where `weight_decay` is involved, the chain goes on with the learning rate alone.
+transform that ends a chain; after one with a `weight_decay` comes the learning rate
+alone. docs/family.md compares them.
 """
 
 import dataclasses
@@ -382,12 +381,11 @@ class largest_at_ends:
 
     def __call__(self, analysis: Analysis) -> Float[Array, " layers"]:
         """Return one number per layer."""
-        ends = np.asarray(
-            [
-                any(fnmatch.fnmatchcase(layer.path, p) for p in self.patterns)
-                for layer in analysis.layers
-            ]
-        )
+
+        def is_end(layer):
+            return any(fnmatch.fnmatchcase(layer.path, p) for p in self.patterns)
+
+        ends = np.asarray([is_end(layer) for layer in analysis.layers])
         others = analysis.fitted & ~ends
         largest = jnp.max(analysis.alpha, initial=0, where=others)
         return jnp.where(ends & (largest > 0), largest, analysis.alpha)

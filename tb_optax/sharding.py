@@ -1,14 +1,13 @@
 """Matrices spread over the devices of a mesh, and numbers that all of them share.
 
 Every eigenproblem is solved on one device, once, and its eigenvalues are sent to the
-others: nothing is computed twice, and no rounding of one device's linear algebra can
-set its copy of the multipliers apart from another's.
+others: no rounding of one device's linear algebra can set its multipliers apart.
 """
 
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +19,7 @@ Bucket: TypeAlias = Float[Array, "_ _ _"]
 
 
 def mesh_of(arrays: Mapping[str, Any], given: Mesh | AbstractMesh | None) -> Any:
-    """Find the mesh to work on: of the context, the given one, or of the arrays.
-
-    Args:
-        arrays: arrays by name, concrete or traced.
-        given: a mesh; None looks for one.
-
-    Returns:
-        An `AbstractMesh`, or None where there is none.
+    """Find the abstract mesh to work on: of the context, the given one, or the arrays'.
 
     Raises:
         ValueError: if another mesh is set than is given; or, inside `shard_map`, if
@@ -72,25 +64,19 @@ def placed(arrays: Mapping[str, Any], mesh: Mesh | AbstractMesh | None) -> Any:
 
 
 def on_mesh(mesh: AbstractMesh | None, function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function with all axes of a mesh automatic, and replicate its results.
-
-    Args:
-        mesh: what `mesh_of` found; None calls the function as it is.
-        function: arrays to a tree of arrays.
-        *args: arrays, sharded in any way.
-    """
+    """Call a function with all axes of a mesh automatic, and replicate its results."""
     if mesh is None:
         return function(*args)
 
-    def replicated(*args):
-        return jax.tree.map(_constrain_to_all, function(*args))
+    def called(*args):
+        return jax.tree.map(replicated, function(*args))
 
     with jax.sharding.use_abstract_mesh(mesh):
         if mesh.explicit_axes:
-            replicated = jax.sharding.auto_axes(
-                replicated, axes=mesh.explicit_axes, out_sharding=PartitionSpec()
+            called = jax.sharding.auto_axes(
+                called, axes=mesh.explicit_axes, out_sharding=PartitionSpec()
             )
-        return replicated(*args)
+        return called(*args)
 
 
 def over_devices(
@@ -98,48 +84,40 @@ def over_devices(
 ) -> list[Any]:
     """Call a function of buckets of matrices, on each device for its share of them.
 
-    A bucket's matrices, all of one shape, are padded with zero matrices to a multiple
-    of the number of devices. They reach their devices one mesh axis at a time, which
-    XLA compiles to all-to-alls and permutes: nowhere is a kernel put together that
-    was not whole before. What the function returns is gathered.
-
-    Inside `shard_map` each device takes its share of what all of them hold.
-
-    Args:
-        function: buckets to a tree of arrays for each, with its matrices along their
-            first axis.
-        buckets: matrices, those of each bucket of one shape.
-
-    Returns:
-        The function's results, equal on all devices.
+    A bucket's matrices are padded with zero matrices to a multiple of the number of
+    devices. They reach their devices one mesh axis at a time, which XLA compiles to
+    all-to-alls and permutes: nowhere is a kernel put together that was not whole
+    before. Inside `shard_map` each device takes its share of what all of them hold.
+    What the function returns, arrays with the matrices along their first axis, is
+    gathered, and equal on all devices.
 
     >>> def traces(buckets):
     ...     return [jnp.trace(w, axis1=1, axis2=2) for w in buckets]
     >>> print(*over_devices(traces, [jnp.ones((2, 3, 3)), jnp.ones((1, 2, 2))]))
     [3. 3.] [2.]
     """
-    axes = _axes()
-    if not (axes.automatic or axes.manual):
+    automatic, manual = _axes()
+    if not (automatic or manual):
         return function(list(buckets))
     sizes = jax.sharding.get_abstract_mesh().shape
-    devices = math.prod(sizes[axis] for axis in (*axes.automatic, *axes.manual))
+    devices = math.prod(sizes[axis] for axis in (*automatic, *manual))
     padded = [
         jnp.pad(bucket, ((0, -len(bucket) % devices), (0, 0), (0, 0)))
         for bucket in buckets
     ]
 
     def share(*buckets):
-        if axes.manual:
-            return _shared_out(function, buckets, axes.manual)
+        if manual:
+            return _shared_out(function, buckets, manual)
         return function(list(buckets))
 
-    if axes.automatic:
-        batch = PartitionSpec(axes.automatic)
-        padded = [_by_batch(bucket, axes.automatic, sizes) for bucket in padded]
+    if automatic:
+        batch = PartitionSpec(automatic)
+        padded = [_by_batch(bucket, automatic, sizes) for bucket in padded]
         share = jax.shard_map(
-            share, in_specs=batch, out_specs=batch, axis_names=set(axes.automatic)
+            share, in_specs=batch, out_specs=batch, axis_names=set(automatic)
         )
-    results = jax.tree.map(_constrain_to_all, share(*padded))
+    results = jax.tree.map(replicated, share(*padded))
     return [
         jax.tree.map(operator.itemgetter(slice(len(bucket))), result)
         for bucket, result in zip(buckets, results, strict=True)
@@ -166,19 +144,13 @@ def _shared_out(function, buckets: Sequence[Bucket], axes: Sequence[str]) -> lis
     return jax.tree.map(shared, function([own(bucket) for bucket in buckets]))
 
 
-class _Axes(NamedTuple):
-    """Mesh axes that XLA may partition over, and those of a `shard_map` around."""
-
-    automatic: tuple[str, ...]
-    manual: tuple[str, ...]
-
-
-def _axes() -> _Axes:
+def _axes() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the axes that XLA may partition over, and those of a `shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     # With check_vma=False nothing says whether kernels differ along a manual axis:
     # then each device analyzes what it holds.
     tracked = [a for a in mesh.manual_axes if _varying_axes(jax.lax.axis_index(a))]
-    return _Axes(mesh.auto_axes, tuple(tracked))
+    return mesh.auto_axes, tuple(tracked)
 
 
 def _varying_axes(array) -> frozenset[str]:
@@ -206,7 +178,8 @@ def _by_batch(stack, axes: Sequence[str], sizes: Mapping[str, int]):
     return stack
 
 
-def _constrain_to_all(column):
+def replicated(array):
+    """Give every device the whole of an array, where XLA may partition."""
     if not jax.sharding.get_abstract_mesh().auto_axes:
-        return column
-    return jax.lax.with_sharding_constraint(column, PartitionSpec())
+        return array
+    return jax.lax.with_sharding_constraint(array, PartitionSpec())

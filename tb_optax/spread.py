@@ -13,16 +13,16 @@ from tb_optax.analysis import (
     Options,
     assign_multipliers,
     eigenvalue_counts,
-    estimated_table,
-    exact_table,
+    exact_columns,
     is_large,
-    layer_matrices,
+    measured,
     sizes_of,
     smoothed_alpha,
 )
 from tb_optax.lanczos import Spectrum, estimate_key, estimate_one_of, exact
 from tb_optax.layers import Layer, MatrixAxes
 from tb_optax.leaves import computing_dtype
+from tb_optax.spectrum import layer_matrices
 from tb_optax.submatrices import Windows, cut_of
 
 
@@ -32,22 +32,13 @@ def piece_starts(
     pieces: int,
     spectrum: Spectrum = exact(),
     cut: Windows = None,
-):
-    """Cut the layers into runs of about equal cost.
+) -> Int[np.ndarray, " starts"]:
+    """Cut the layers into runs of about equal cost, and return where each starts.
 
-    The cost of a layer is that of its Gram matrices and their tridiagonal forms,
-    pooled·n²·(m + 4/3 n), or that of the products of `quadrature`,
-    pooled·2·steps·probes·n·m. A layer larger than its share is a piece of its own.
-
-    Args:
-        layers: layers, stacks expanded.
-        shapes: shape of every kernel by path.
-        pieces: how many runs, some of them empty where there are fewer layers.
-        spectrum: how the layers are read.
-        cut: windows that they are cut into.
-
-    Returns:
-        int32 array (pieces + 1,): piece p is layers[starts[p]:starts[p + 1]].
+    Piece p is layers[starts[p]:starts[p + 1]]. The cost of a layer is that of its Gram
+    matrices and their tridiagonal forms, or that of the products of `quadrature`. A
+    layer larger than its share is a piece of its own; some pieces are empty where
+    there are fewer layers.
 
     >>> dense = MatrixAxes((0,), (1,))
     >>> layers = [Layer(name, dense) for name in "abcd"]
@@ -74,20 +65,11 @@ def spread_refresh(
     options: Options,
     pieces: int,
 ) -> tuple[Float[Array, " layers"], Float[Array, " layers"]]:
-    """Compute one piece of a refresh: alphas of its layers, and at its end multipliers.
+    """Compute one of so many pieces of a refresh.
 
     Layers are analyzed one by one. Those whose matrices agree in shape and dtype share
-    one compiled analysis, whatever their number; large ones share a recurrence.
-
-    Args:
-        kernels: kernels by path, as they are at this step.
-        piece: which piece, 0..pieces - 1.
-        multipliers: those in force.
-        alpha: exponents; those of earlier pieces belong to this refresh.
-        weight: of the past in an exponential average of alpha; None replaces it.
-        layers: layers, stacks expanded.
-        options: what to compute; its metric is alpha.
-        pieces: steps of a whole refresh.
+    one compiled analysis, whatever their number; large ones share a recurrence. The
+    weight is that of the past in an exponential average of alpha; None replaces it.
 
     Returns:
         Multipliers, new ones from all alphas after the last piece; alphas.
@@ -101,23 +83,24 @@ def spread_refresh(
     def alpha_of(pooled, members, place):
         own = jax.lax.switch(place, [matrices[i] for i in members])
         axes = MatrixAxes((1,), (2,), **{"pooled" if pooled else "stacked": (0,)})
-        alone = (Layer("", axes, index=() if pooled else (0,)),)
-        return exact_table({"": own}, alone, options).alpha[0].astype(alpha.dtype)
+        alone = Layer("", axes, index=() if pooled else (0,))
+        return exact_columns({"": own}, [alone], options)["alpha"]
 
     def alpha_of_large(members, place):
-        own = tuple(layers[i] for i in members)
+        own = [layers[i] for i in members]
         method: Any = options.spectrum
         spectra = estimate_one_of(kernels, own, place, options.conv_norm, method)
-        return estimated_table(spectra, own[:1], options).alpha[0].astype(alpha.dtype)
+        return measured(spectra, options)["alpha"]
 
-    analyses = []
-    for members in kinds.values():
+    def analysis(members):
         like = layers[members[0]]
         if is_large(like, kernels[like.path].shape, options):
-            analysis = functools.partial(alpha_of_large, members)
+            found = functools.partial(alpha_of_large, members)
         else:
-            analysis = functools.partial(alpha_of, bool(like.axes.pooled), members)
-        analyses.append(analysis)
+            found = functools.partial(alpha_of, bool(like.axes.pooled), members)
+        return lambda place: found(place)[0].astype(alpha.dtype)
+
+    analyses = [analysis(members) for members in kinds.values()]
 
     def visit(i, alpha):
         kind, place = jnp.asarray(kind_of)[i], jnp.asarray(place_of)[i]
@@ -132,9 +115,9 @@ def spread_refresh(
     alpha = jax.lax.fori_loop(starts[piece], starts[piece + 1], visit, alpha)
 
     def assign():
-        counts = jnp.asarray(eigenvalue_counts(layers, shapes, options))
+        counts = jnp.asarray(eigenvalue_counts(layers, kernels, options))
         scores = alpha.astype(computing_dtype(*kernels.values()))
-        rows = tuple(zip(layers, sizes_of(layers, shapes), strict=True))
+        rows = tuple(zip(layers, sizes_of(layers, kernels), strict=True))
         found, _ = assign_multipliers(scores, alpha > 0, counts, options, rows)
         return found.astype(multipliers.dtype)
 

@@ -247,22 +247,19 @@ def _with_slices(
     have the paths and shapes of the parameters; or else, of a single stack, what the
     other layers leave of `count`.
     """
-    stacks = {x.path: x for x in layers if x.axes.stacked and not x.index}
+    stacks = [layer for layer in layers if layer.axes.stacked and not layer.index]
     if not stacks:
         return layers
     if shapes is None:
         shapes = _shapes_of_moments(opt_state, stacks)
-        entries = [
-            layer for layer in layers if layer.path in stacks and not layer.index
-        ]
-        ((path, stack), *others) = stacks.items()
-        rest = count - (len(layers) - len(entries))
-        if path not in shapes and not others and len(stack.axes.stacked) == 1:
-            size, left = divmod(rest, len(entries))
-            known = [0] * stack.axes.rank
-            known[stack.axes.stacked[0]] = size if left == 0 else 0
-            shapes = {path: tuple(known)}
-    missing = [path for path in stacks if path not in shapes]
+        path, axes = stacks[0].path, stacks[0].axes
+        alone = all(stack.path == path for stack in stacks)
+        if path not in shapes and alone and len(axes.stacked) == 1:
+            size, left = divmod(count - (len(layers) - len(stacks)), len(stacks))
+            known = np.zeros(axes.rank, int)
+            known[axes.stacked[0]] = size if left == 0 else 0
+            shapes = {path: tuple(known.tolist())}
+    missing = [path for path in {x.path: None for x in stacks} if path not in shapes]
     if missing:
         msg = (
             f"the optimizer state does not tell how many slices {listing(missing)} "
@@ -270,25 +267,26 @@ def _with_slices(
             f"jax.eval_shape(analyze, params).layers."
         )
         raise ValueError(msg)
-    expanded = []
-    for layer in layers:
-        is_stack = layer.path in stacks and not layer.index
-        expanded += expand_stacks([layer], shapes) if is_stack else [layer]
-    return expanded
+    expanded = [
+        expand_stacks([layer], shapes) if layer in stacks else [layer]
+        for layer in layers
+    ]
+    return [layer for slices in expanded for layer in slices]
 
 
 def _shapes_of_moments(
-    opt_state: Any, stacks: Mapping[str, Layer]
+    opt_state: Any, stacks: Sequence[Layer]
 ) -> dict[str, tuple[int, ...] | None]:
     """Find shapes of kernels by the paths of moments: `0/mu/blocks/kernel`."""
     flat, _ = jax.tree_util.tree_flatten_with_path(opt_state)
-    found: dict[str, tuple[int, ...] | None] = {}
-    for keys, leaf in flat:
-        for path, layer in stacks.items():
-            fits = is_array(leaf) and len(leaf.shape) == layer.axes.rank
-            if fits and path_of(keys).endswith(f"/{path}"):
-                found[path] = tuple(leaf.shape)
-    return found
+    return {
+        stack.path: tuple(leaf.shape)
+        for keys, leaf in flat
+        for stack in stacks
+        if is_array(leaf)
+        and len(leaf.shape) == stack.axes.rank
+        and path_of(keys).endswith(f"/{stack.path}")
+    }
 
 
 def as_vectors(analysis: Analysis, state: TempBalanceState):
@@ -323,15 +321,16 @@ def _find_state(opt_state, which: Which) -> TempBalanceState:
         raise ValueError(msg)
     if which is None:
         return found[places[0]]
-    if isinstance(which, int) and 0 <= which < len(found):
-        return found[places[which]]
-    if which not in found or isinstance(which, int):
+    place = which
+    if isinstance(which, int):
+        place = places[which] if 0 <= which < len(places) else None
+    if place not in found:
         msg = (
             f"which must be a position below {len(found)} or one of the paths "
             f"{listing(places)}, got which = {which!r}."
         )
         raise ValueError(msg)
-    return found[which]
+    return found[place]
 
 
 def check_fields(state: Any) -> None:
@@ -372,5 +371,5 @@ def _unwrap(value):
 
 
 def _rewrap(old, value):
-    """`value` in an nnx variable like `old`, where `old` is one."""
+    """Return `value` in an nnx variable like `old`, where `old` is one."""
     return old.replace(value) if hasattr(old, "get_value") else value

@@ -1,12 +1,4 @@
-"""Submatrices of equal shape, so that exponents do not depend on the aspect ratio.
-
-The exponent of a random matrix depends on its aspect ratio alone. Windows cut all
-kernels to one ratio before their spectra are taken (FARMS).
-
-References:
-    Hu et al, `Eigenspectrum Analysis of Neural Networks without Aspect Ratio Bias
-    <https://arxiv.org/abs/2506.06280>`_, 2025
-"""
+"""Submatrices of equal shape, so that exponents do not depend on the aspect ratio."""
 
 import dataclasses
 import math
@@ -23,12 +15,9 @@ from tb_optax.layers import Layer
 
 
 class Cut(NamedTuple):
-    """The matrices of one layer, of one shape.
+    """The matrices of one layer, all of one shape, inputs first.
 
-    Attributes:
-        blocks: groups of matrices, each of which has an ESD and a fit of its own.
-        matrices: how many each block pools.
-        shape: of a matrix, along the inputs and along the outputs.
+    They are in blocks, each of which pools its matrices and has a fit of its own.
     """
 
     blocks: int
@@ -37,13 +26,15 @@ class Cut(NamedTuple):
 
     @property
     def eigenvalue_count(self) -> int:
-        """Number of eigenvalues of the layer, over all blocks."""
+        """The number of eigenvalues of the layer, over all blocks."""
         return self.blocks * self.matrices * min(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class windows:
     r"""Take the spectra of submatrices with a fixed ratio of sides (FARMS).
+
+    The exponent of a random matrix depends on its aspect ratio alone.
 
     A kernel without pooled axes, (in, out), is covered by overlapping windows of `rows`
     outputs and int(rows·ratio) inputs. Along a side of s entries, a window of w has
@@ -56,8 +47,8 @@ class windows:
     A convolution is cut position by position: with R >= C the sides of a position's
     matrix, R // C blocks follow each other along the longer side, C x floor(C·ratio)
     where ratio <= 1, and else floor(C / ratio) x C; what is left over is not used.
-    The positions share one ESD for each block, and every column of the table is the
-    mean over the blocks that can be fitted, but for counts, which are sums.
+    The positions of a block share one ESD. Columns of the table are means over the
+    blocks that can be fitted, counts are sums.
 
     The published code differs in three places, which `published=True` restores: a side
     that is shorter than its window counts whole here, where a negative start there
@@ -128,11 +119,11 @@ class windows:
         if outputs >= inputs:
             stack = stack[:, :, :width, : cut.blocks * height]
             stack = stack.reshape(*stack.shape[:3], cut.blocks, height)
-            stack = stack.transpose(0, 3, 1, 2, 4)
+            stack = jnp.moveaxis(stack, 3, 1)
         else:
             stack = stack[:, :, : cut.blocks * width, :height]
             stack = stack.reshape(*stack.shape[:2], cut.blocks, width, height)
-            stack = stack.transpose(0, 2, 1, 3, 4)
+            stack = jnp.moveaxis(stack, 2, 1)
         return stack.reshape(-1, *stack.shape[2:])
 
     def _grid(self, inputs: int, outputs: int):

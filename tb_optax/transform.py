@@ -18,7 +18,7 @@ from tb_optax.analysis import (
     layer_analysis,
     leaf_multipliers,
 )
-from tb_optax.checks import check_int, check_number
+from tb_optax.checks import check_function, check_int, check_number
 from tb_optax.layers import layer_of_leaf
 from tb_optax.leaves import is_array, leaves_of, path_of, shapes_of
 from tb_optax.sharding import mesh_of, on_mesh
@@ -112,31 +112,13 @@ def scale_by_temp_balance(
         Network Training <https://arxiv.org/abs/2312.00359>`_, 2023
     """
     name = "scale_by_temp_balance"
-    refresh = _Refresh(
-        name, analyze, interval, spread, start, stop, ramp, smoothing
-    ).checked()
-    decay = _decay(weight_decay, mask)
+    when = _Refresh(name, analyze, interval, spread, start, stop, ramp, smoothing)
 
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, TempBalanceState]:
-        del extra_args
-        by_path, state = refresh.advance(state, params)
-        updates = decay(updates, params, by_path)
+    def scale(update, multiplier):
+        with jax.numpy_dtype_promotion("standard"):
+            return (update * multiplier).astype(update.dtype)
 
-        def scale(keys, update):
-            multiplier = by_path.get(path_of(keys))
-            if multiplier is None or not is_array(update):
-                return update
-            with jax.numpy_dtype_promotion("standard"):
-                return (update * multiplier).astype(update.dtype)
-
-        return jax.tree_util.tree_map_with_path(scale, updates), state
-
-    return optax.GradientTransformationExtraArgs(refresh.init, update_fn)
+    return _transform(when, weight_decay, mask, scale)
 
 
 def add_balanced_weight_decay(
@@ -192,22 +174,8 @@ def add_balanced_weight_decay(
         LLMs <https://arxiv.org/abs/2506.14562>`_, 2025
     """
     name = "add_balanced_weight_decay"
-    refresh = _Refresh(
-        name, analyze, interval, spread, start, stop, ramp, smoothing
-    ).checked()
-    decay = _decay(weight_decay, mask)
-
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, TempBalanceState]:
-        del extra_args
-        by_path, state = refresh.advance(state, params)
-        return decay(updates, params, by_path), state
-
-    return optax.GradientTransformationExtraArgs(refresh.init, update_fn)
+    when = _Refresh(name, analyze, interval, spread, start, stop, ramp, smoothing)
+    return _transform(when, weight_decay, mask, lambda update, _: update)
 
 
 def temp_balance(
@@ -252,7 +220,7 @@ def temp_balance(
     return optax.chain(optimizer, balance)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Refresh:
     """When and from what the multipliers of a state are renewed.
 
@@ -269,15 +237,12 @@ class _Refresh:
     ramp: Any
     smoothing: Any
 
-    def checked(self) -> "_Refresh":
-        """Return this with the default analysis, if the options go together."""
-        analyze = layer_analysis() if self.analyze is None else self.analyze
-        if not callable(analyze):
-            msg = (
-                f"analyze must be a function such as layer_analysis(...), got "
-                f"{analyze!r}."
-            )
-            raise ValueError(msg)
+    def __post_init__(self):
+        """Put the default analysis in, and check that the options go together."""
+        if self.analyze is None:
+            self.analyze = layer_analysis()
+        kind = "a function such as layer_analysis(...)"
+        check_function("analyze", self.analyze, kind=kind)
         # Inside inject_hyperparams numbers are arrays, whose values are not known.
         for name, value, least in (
             ("interval", self.interval, 1),
@@ -289,21 +254,22 @@ class _Refresh:
                 check_int(name, value, at_least=int(least))
         if not isinstance(self.smoothing, jax.Array):
             check_number("smoothing", self.smoothing, at_least=0, below=1)
-        own = dataclasses.replace(self, analyze=analyze)
+        for name, unused in (("start", 0), ("stop", None), ("smoothing", 0)):
+            value = getattr(self, name)
+            if self.interval is None and _is_known(value) and value != unused:
+                msg = (
+                    f"{name} = {value!r} needs an interval, got interval = None: the "
+                    f"host decides when it refreshes, and what it sets is taken as it "
+                    f"is; leave {name} out."
+                )
+                raise ValueError(msg)
+        if self.spread and not isinstance(self.interval, int | np.integer):
+            msg = f"spread=True needs an int interval, got interval = {self.interval}."
+            raise ValueError(msg)
         if self.spread:
-            _check_spread(analyze, self.interval)
-        if own.smooths(if_unknown=False):
-            _check_smoothing(analyze, self.interval, self.smoothing)
-        if self.interval is None:
-            _check_host("start", self.start, not _is(self.start, 0))
-            _check_host("stop", self.stop, self.stop is not None)
-        return own
-
-    def smooths(self, if_unknown: bool) -> bool:
-        """Return whether alpha is smoothed, which a traced number does not tell."""
-        if isinstance(self.smoothing, jax.core.Tracer):
-            return if_unknown
-        return bool(self.smoothing != 0)
+            _check_alpha("spread=True", self.analyze)
+        if _is_known(self.smoothing) and self.smoothing != 0:
+            _check_alpha(f"smoothing = {self.smoothing!r}", self.analyze)
 
     def init(self, params: optax.Params) -> TempBalanceState:
         """Return the state before the first update."""
@@ -345,7 +311,7 @@ class _Refresh:
             done, target, alpha = renew(plan, state._replace(multipliers=target))
             refreshed = jnp.where(done, state.count, refreshed)
         multipliers = target
-        if not _is(self.ramp, 0):
+        if isinstance(self.ramp, jax.Array) or self.ramp > 1:
             multipliers = _ramped(here, target, refreshed + self.ramp - state.count)
         count = jnp.asarray(optax.safe_increment(state.count))
         state = TempBalanceState(count, multipliers, alpha, target, refreshed)
@@ -353,8 +319,8 @@ class _Refresh:
 
     def _weight(self) -> Number | None:
         """Return the weight of the past in alpha; None where it has none."""
-        applies = _metric_of(self.analyze) == "alpha"
-        return self.smoothing if self.smooths(if_unknown=applies) else None
+        unused = not isinstance(self.smoothing, jax.Array) and self.smoothing == 0
+        return None if unused or _metric_of(self.analyze) != "alpha" else self.smoothing
 
     def _at_once(self, plan: Resolved, state: TempBalanceState):
         """Refresh if count % interval is 0."""
@@ -374,22 +340,22 @@ class _Refresh:
             self.analyze,
             plan.layers,
             interval,
-            (count == first, None if active is True else active),
+            (count == first, active),
             state,
             plan.kernels,
             self._weight(),
         )
         return active & (count == end), multipliers, alpha
 
-    def _allows(self, count) -> bool | jax.Array:
-        """Whether `start` and `stop` allow a refresh at a count."""
-        after = True if _is(self.start, 0) else count >= self.start
+    def _allows(self, count) -> jax.Array:
+        """Return whether `start` and `stop` allow a refresh at a count."""
+        after = jnp.asarray(count >= self.start)
         return after if self.stop is None else after & (count <= self.stop)
 
 
-def _is(value: Any, number: int) -> bool:
-    """Whether a value is this number; False for an array, which may change."""
-    return not isinstance(value, jax.Array) and value == number
+def _is_known(value: Any) -> bool:
+    """Return whether a value is known while it is traced."""
+    return not isinstance(value, jax.core.Tracer)
 
 
 def _ramped(here, target, left):
@@ -399,30 +365,46 @@ def _ramped(here, target, left):
     return jnp.where(left > 1, moved, target).astype(here.dtype)
 
 
-def _decay(weight_decay: Number, mask: Any) -> Callable[..., optax.Updates]:
-    """Return a function that adds a balanced weight decay to updates."""
+def _transform(
+    refresh: _Refresh, weight_decay: Number, mask: Any, scale: Callable[..., Any]
+) -> optax.GradientTransformationExtraArgs:
+    """Make the transform that adds a balanced weight decay, and scales the sum."""
     if not isinstance(weight_decay, jax.Array):
         check_number("weight_decay", weight_decay, at_least=0)
+    decays = isinstance(weight_decay, jax.Array) or weight_decay > 0
     of_mask = optax.add_decayed_weights(1.0, mask)
 
-    def decay(updates, params, by_path):
-        if _is(weight_decay, 0):
-            return updates
-        zeros = jax.tree.map(
-            lambda leaf: jnp.zeros_like(leaf) if is_array(leaf) else leaf, updates
-        )
-        terms, _ = of_mask.update(zeros, of_mask.init(params), params)
+    def changed(updates, params, by_path):
+        terms = updates
+        if decays:
+            zeros = jax.tree.map(
+                lambda leaf: jnp.zeros_like(leaf) if is_array(leaf) else leaf, updates
+            )
+            terms, _ = of_mask.update(zeros, of_mask.init(params), params)
 
-        def add(keys, update, term):
+        def change(keys, update, term):
+            multiplier = by_path.get(path_of(keys))
             if not is_array(update):
                 return update
-            factor = weight_decay * by_path.get(path_of(keys), 1)
-            with jax.numpy_dtype_promotion("standard"):
-                return (update + factor * term).astype(update.dtype)
+            if decays:
+                factor = weight_decay * (1 if multiplier is None else multiplier)
+                with jax.numpy_dtype_promotion("standard"):
+                    update = (update + factor * term).astype(update.dtype)
+            return update if multiplier is None else scale(update, multiplier)
 
-        return jax.tree_util.tree_map_with_path(add, updates, terms)
+        return jax.tree_util.tree_map_with_path(change, updates, terms)
 
-    return decay
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, TempBalanceState]:
+        del extra_args
+        by_path, state = refresh.advance(state, params)
+        return changed(updates, params, by_path), state
+
+    return optax.GradientTransformationExtraArgs(refresh.init, update_fn)
 
 
 def _resolve(analyze: Analyze, params: Any) -> Resolved:
@@ -462,7 +444,7 @@ def _spread(
 ):
     """Compute this step's piece of a refresh; at the first one the whole of it.
 
-    `when` says whether it is the first, and whether a piece is due; None is yes.
+    `when` says whether it is the first, and whether a piece is due.
     """
     is_first, active = when
 
@@ -477,15 +459,13 @@ def _spread(
         past = None if weight is None else jnp.asarray(weight)
         return on_mesh(mesh, refresh, own, piece, *vectors, past)
 
-    def piece_if_due():
-        if active is None:
-            return one_piece()
+    def one_piece_if_due():
         return jax.lax.cond(active, one_piece, lambda: (state.multipliers, state.alpha))
 
     return jax.lax.cond(
-        is_first if active is None else is_first & active,
+        is_first & active,
         lambda: as_vectors(_analyzed(analyze, layers, kernels, state, weight), state),
-        piece_if_due,
+        one_piece_if_due,
     )
 
 
@@ -501,41 +481,13 @@ def _metric_of(analyze):
     return analyze.options.metric if isinstance(analyze, LayerAnalysis) else None
 
 
-def _check_alpha(option: str, analyze, unit: str, remedy: str = "") -> None:
+def _check_alpha(option: str, analyze) -> None:
     """Raise ValueError unless the analysis ranks by what the state carries."""
     metric = _metric_of(analyze)
     if metric != "alpha":
         msg = (
             f"{option} needs a layer_analysis(...) with metric='alpha', which is all "
-            f"that the state carries from {unit} to {unit}, got "
-            f"{metric or analyze!r}{remedy}."
+            f"that the state carries from step to step, got {metric or analyze!r}; "
+            f"leave it out, or rank by alpha."
         )
         raise ValueError(msg)
-
-
-def _check_smoothing(analyze, interval, smoothing) -> None:
-    if interval is None:
-        msg = (
-            f"smoothing = {smoothing!r} needs an interval, got interval = None: the "
-            f"multipliers of the host are taken as they are; average before "
-            f"set_multipliers, or leave smoothing out."
-        )
-        raise ValueError(msg)
-    option, remedy = f"smoothing = {smoothing!r}", "; leave smoothing out"
-    _check_alpha(option, analyze, "refresh", remedy)
-
-
-def _check_host(name: str, value, given: bool) -> None:
-    if given and not isinstance(value, jax.Array):
-        msg = (
-            f"{name} = {value!r} needs an interval, got interval = None: the host "
-            f"decides when it refreshes; leave {name} out."
-        )
-        raise ValueError(msg)
-
-
-def _check_spread(analyze, interval) -> None:
-    if not isinstance(interval, (int, np.integer)):
-        msg = f"spread=True needs an int interval, got interval = {interval!r}."
-        raise ValueError(msg)
-    _check_alpha("spread=True", analyze, "piece")

@@ -153,7 +153,7 @@ def analyze_together(
             options = analyses[i].options
             factor = np.where(pooled, options.conv_norm, 1).astype(spectra.factor.dtype)
             own = spectra._replace(factor=factor)
-            table = pipeline.fitted_table(own, flat, options)
+            table = pipeline.untuned_table(flat, pipeline.measured(own, options))
             tables.append(pipeline.assigned_table(table, options))
         return tables
 

@@ -445,7 +445,7 @@ def alpha_of(method):
     @jax.jit
     def alpha(kernel):
         estimate = quadrature_spectra({"w": kernel}, layers, 1.0, method)
-        columns = (estimate.log_nodes, estimate.weights, estimate.count)
+        columns = (estimate.log_eigenvalues, estimate.weights, estimate.count)
         return fit_median().fit_weighted(*columns).alpha[0]
 
     return alpha
