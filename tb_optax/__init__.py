@@ -3,7 +3,7 @@
 params -> layers -> matrices -> ESD -> power law -> multipliers -> updates
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 from tb_optax import recipes
 from tb_optax.analysis import Analysis, esd, layer_analysis, relative_alpha
