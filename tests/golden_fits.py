@@ -1,4 +1,4 @@
-"""Fits of the recorded spectra in float64, and where float32 may choose otherwise."""
+"""Fits of the recorded nets in float64, and where float32 may choose otherwise."""
 
 import functools
 
@@ -7,10 +7,9 @@ import numpy as np
 import reference
 
 CONFIGS = golden.shared()["metric_configs"]
-EPS = float(np.finfo(np.float32).eps)
 
 # Two tails whose float64 distances are this close are a tie: rounding may choose
-# either, and the alpha of either is accepted.
+# either, and either is accepted.
 TIE = {"float32": 2e-5, "x64": 1e-12}
 # The layer-fits with such a tie, under every configuration of that fit.
 CLOSE_FITS = {
@@ -19,6 +18,7 @@ CLOSE_FITS = {
         ("custom_heavy", "block.conv1", "fix-finger"),
         ("resnet18_w0.25_init", "layer4.0.shortcut.0", "goodness-of-fit"),
         ("wrn10x1_init", "layer2.0.shortcut.0", "goodness-of-fit"),
+        ("checkpoint/resnet32", "layer2.4.conv1", "goodness-of-fit"),
     },
     "x64": set(),
 }
@@ -37,49 +37,57 @@ NOT_FITTED = {
 }
 
 
+@functools.cache
+def eigenvalues_of(name: str, layer: str, conv_norm: float) -> np.ndarray:
+    """Return the float64 eigenvalues of a layer."""
+    return reference.spectrum(golden.net(name).kernel(layer), conv_norm)
+
+
 def spectrum(name: str, layer: str, row: int) -> np.ndarray:
-    """The recorded float64 eigenvalues that a fit is given."""
-    net, config = golden.net(name), CONFIGS[row]
-    position = net.layer_names.index(layer)
-    pooled = net.kernel(layer).ndim == 4
-    factor = config["conv_norm"] / 0.5 if pooled else 1
-    eigenvalues = factor * golden.eigenvalues_of(net)[position]
+    """Return the float64 eigenvalues that a fit is given."""
+    config = CONFIGS[row]
+    eigenvalues = eigenvalues_of(name, layer, config["conv_norm"])
     return reference.above_floor(eigenvalues, golden.floor_of(config))
 
 
 @functools.cache
-def tried(name: str, layer: str, row: int) -> reference.Candidates:
-    """The candidate tails of a layer, those of the peak fit in its own window."""
+def candidates(name: str, layer: str, row: int) -> reference.Candidates:
+    """Return the candidate tails of a layer, those of the peak fit in its window."""
     eigenvalues = spectrum(name, layer, row)
     peak = CONFIGS[row]["pl_fitting"] == "fix-finger"
     window = reference.peak_window(eigenvalues) if peak else None
     return reference.candidates(eigenvalues, window)
 
 
+def ties(name: str, layer: str, row: int, precision_name: str) -> np.ndarray:
+    """Return the positions of the tails whose distance ties with the smallest."""
+    distance = candidates(name, layer, row).ks_distance
+    return np.flatnonzero(distance <= distance.min() + TIE[precision_name])
+
+
 @functools.cache
-def best_fit(name: str, layer: str, row: int) -> reference.Fit:
-    """The fit of a layer."""
+def fit(name: str, layer: str, row: int) -> reference.Fit:
+    """Return the fit of a layer."""
     eigenvalues = spectrum(name, layer, row)
     if CONFIGS[row]["pl_fitting"] == "median":
         return reference.fit_median(eigenvalues, CONFIGS[row]["xmin_pos"])
-    return reference.best_of(eigenvalues, tried(name, layer, row))
+    return reference.best_of(eigenvalues, candidates(name, layer, row))
 
 
-def tied_alphas(name: str, layer: str, row: int, precision_name: str) -> np.ndarray:
-    """The alphas of all candidates whose distance ties with the smallest."""
-    candidates = tried(name, layer, row)
-    limit = candidates.ks_distance.min() + TIE[precision_name]
-    return candidates.alpha[candidates.ks_distance <= limit]
-
-
-def accepted_alpha(
-    name: str, layer: str, row: int, precision_name: str, alpha: float
-) -> float:
-    """The published alpha, or that of a tied tail where it is nearer to `alpha`."""
-    position = golden.net(name).layer_names.index(layer)
-    published = golden.net(name).arrays["metrics_f64d"][row, position, 0]
+def fit_with_tail(
+    name: str, layer: str, row: int, precision_name: str, tail_size: int
+) -> reference.Fit:
+    """Return the fit of a layer, or that of a tied tail if this has the tail size."""
     close = (name, layer, CONFIGS[row]["pl_fitting"])
-    if close not in CLOSE_FITS[precision_name]:
-        return published
-    others = [published, *tied_alphas(name, layer, row, precision_name)]
-    return min(others, key=lambda other: abs(alpha / other - 1))
+    eigenvalues = spectrum(name, layer, row)
+    first = len(eigenvalues) - tail_size
+    tied = close in CLOSE_FITS[precision_name]
+    if not tied or first not in ties(name, layer, row, precision_name):
+        return fit(name, layer, row)
+    tried = candidates(name, layer, row)
+    return reference.Fit(
+        float(tried.alpha[first]),
+        float(tried.ks_distance[first]),
+        float(eigenvalues[first]),
+        tail_size,
+    )

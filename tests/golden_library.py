@@ -1,6 +1,6 @@
 """Drives the library as the published code is configured.
 
-Everything is computed once and shared by the test modules: compiling is what costs.
+Spectra are computed once and shared by the test modules: compiling is what costs.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import reference
 
 import tb_optax
 from tb_optax import analysis as pipeline
+from tb_optax.layers import layer_of_leaf
 
 # Golden name of a metric, to the library's metric that ranks layers alike.
 METRICS = {
@@ -29,23 +30,28 @@ METRICS = {
 
 
 @contextlib.contextmanager
-def precision(name: str) -> Iterator[None]:
-    """Runs the library in float32 or with 64-bit types, and restores what was set."""
-    before = jax.config.read("jax_enable_x64")
-    jax.config.update("jax_enable_x64", name == "x64")
+def configured(option: str, value: bool) -> Iterator[None]:
+    """Set an option of JAX, and restore what was set."""
+    before = jax.config.read(option)
+    jax.config.update(option, value)
     try:
         yield
     finally:
-        jax.config.update("jax_enable_x64", before)
+        jax.config.update(option, before)
+
+
+def precision(name: str) -> contextlib.AbstractContextManager[None]:
+    """Run the library in float32 or with 64-bit types."""
+    return configured("jax_enable_x64", name == "x64")
 
 
 def dtype_of(precision_name: str) -> type:
-    """Dtype of the parameters under a precision."""
+    """Return the dtype of the parameters under a precision."""
     return np.float64 if precision_name == "x64" else np.float32
 
 
 def fit_of(config: Mapping[str, Any]) -> Any:
-    """The library's fit for a configuration."""
+    """Return the library's fit for a configuration."""
     if config["pl_fitting"] == "median":
         return tb_optax.fit_median(config["xmin_pos"])
     if config["pl_fitting"] == "goodness-of-fit":
@@ -54,7 +60,7 @@ def fit_of(config: Mapping[str, Any]) -> Any:
 
 
 def map_of(config: Mapping[str, Any]) -> Any:
-    """The library's map for a configuration."""
+    """Return the library's map for a configuration."""
     low, high = config["lr_min_ratio"], config["lr_max_ratio"]
     return {
         "tb_linear_map": lambda: tb_optax.linear(low, high),
@@ -64,253 +70,198 @@ def map_of(config: Mapping[str, Any]) -> Any:
     }[config["assign_func"]]()
 
 
-class Table(dict[str, np.ndarray]):
-    """The columns of an analysis for one net, on the host."""
-
-    def analysis(
-        self, layers: Sequence[tb_optax.Layer], rows: slice
-    ) -> tb_optax.Analysis:
-        """Some of the rows as the library's table, with these layers."""
-        columns: dict[str, Any] = {name: col[rows] for name, col in self.items()}
-        return tb_optax.Analysis(layers=tuple(layers), **columns)
+def analysis_of(
+    layers: Sequence[tb_optax.Layer], config: Mapping[str, Any]
+) -> pipeline.LayerAnalysis:
+    """Return the whole analysis that a rate configuration asks for."""
+    return tb_optax.layer_analysis(
+        layers,
+        fit=fit_of(config),
+        metric=METRICS[config.get("esd_metric_for_tb", "alpha")],
+        assign=map_of(config),
+        min_eigenvalues=config["eigs_thresh"],
+        eigenvalue_floor=golden.floor_of(config),
+        conv_norm=config["conv_norm"],
+    )
 
 
 def is_gram(config: Mapping[str, Any]) -> bool:
-    """Whether the analysis takes the route through Gram matrices."""
+    """Return whether the analysis takes the route through Gram matrices."""
     distance = config.get("esd_metric_for_tb") == "D"
     median = config["pl_fitting"] == "median"
     return median and not config["filter_zeros"] and not distance
 
 
-def run_together(analyses: Sequence[Any], params: Any, then: Any = None) -> list[Any]:
-    """Several analyses in one compilation, so that what they share is done once.
+def run_together(analyses: Sequence[Any], params: Any) -> list[Any]:
+    """Run several analyses in one compilation, so that what they share is done once.
 
     That is most of their work where layers and route are the same.
 
     Args:
         analyses: what `layer_analysis` returned.
         params: the parameters.
-        then: what to do with each result.
     """
-
-    @jax.jit
-    def run(params):
-        results = [analyze(params) for analyze in analyses]
-        return [then(result) for result in results] if then else results
-
-    return jax.device_get(run(jax.tree.map(jnp.asarray, params)))
+    together = jax.jit(lambda params: [analyze(params) for analyze in analyses])
+    return jax.device_get(together(jax.tree.map(jnp.asarray, params)))
 
 
-def analyze_together(
-    trees: Mapping[str, Any],
-    layers: Mapping[str, Sequence[tb_optax.Layer]],
-    configs: Sequence[Mapping[str, Any]],
-    precision_name: str,
-) -> list[dict[str, Table]]:
-    """Every configuration on every net, one decomposition for each route.
+class Compiled:
+    """A fit that is compiled once for all configurations that have it."""
 
-    Put together from the parts of the library's pipeline, since the spectra are the
-    same for all configurations of a route; that `layer_analysis` is these parts in a
-    row is for other tests.
+    def __init__(self, fit: Any):
+        self.absolute = fit.absolute
+        self._jitted = jax.jit(fit)
 
-    The nets are branches of one tree, so that matrices of equal size are decomposed
-    together.
+    def __call__(self, log_eigenvalues, valid):
+        """Fit the rows of a table."""
+        return self._jitted(log_eigenvalues, valid)
 
-    Args:
-        trees: parameters by net.
-        layers: layers by net.
-        configs: metric configurations.
-        precision_name: one of `golden.PRECISIONS`.
 
-    Returns:
-        For each configuration, the table of each net.
-    """
-    flat = [
-        dataclasses.replace(layer, path=f"{name}/{layer.path}", follows=())
-        for name, some in layers.items()
-        for layer in some
-    ]
-    flat = tuple(flat)
-    analyses = [
-        tb_optax.layer_analysis(
-            flat,
-            fit=fit_of(config),
-            min_eigenvalues=0,
-            eigenvalue_floor=golden.floor_of(config),
-            conv_norm=config["conv_norm"],
-            metric=METRICS[config.get("esd_metric_for_tb", "alpha")],
-        )
-        for config in configs
-    ]
-    pooled = np.asarray([bool(layer.axes.pooled) for layer in flat])
+compiled = functools.cache(Compiled)
 
-    @functools.partial(jax.jit, static_argnums=(1, 2))
-    def run(kernels, route, rows):
-        """Configurations of one route: the spectra once, fits and metrics of each."""
-        spectra = pipeline.layer_spectra(kernels, flat, 1.0, route)
-        tables = []
-        for i in rows:
-            options = analyses[i].options
-            factor = np.where(pooled, options.conv_norm, 1).astype(spectra.factor.dtype)
-            own = spectra._replace(factor=factor)
-            table = pipeline.fitted_table(own, flat, options)
-            tables.append(pipeline.assigned_table(table, options))
-        return tables
 
-    routes = [pipeline.route_of(analysis.options) for analysis in analyses]
-    results: dict[int, tb_optax.Analysis] = {}
-    with precision(precision_name):
-        _, kernels, _ = analyses[0].resolve(jax.tree.map(jnp.asarray, dict(trees)))
-        for route in dict.fromkeys(routes):
-            rows = tuple(i for i, other in enumerate(routes) if other is route)
-            found = jax.device_get(run(kernels, route, rows))
-            results |= dict(zip(rows, found, strict=True))
-    names = [
-        f.name for f in dataclasses.fields(tb_optax.Analysis) if f.name != "layers"
-    ]
-    ends = np.cumsum([0, *map(len, layers.values())])
-    return [
-        {
-            name: Table({c: getattr(results[i], c)[start:stop] for c in names})
-            for name, start, stop in zip(layers, ends[:-1], ends[1:], strict=True)
-        }
-        for i in range(len(configs))
-    ]
+def all_nets() -> dict[str, golden.Net]:
+    """Return every recorded net, the degenerate ones as "edge/<name>"."""
+    names = (*golden.NETS, *(f"checkpoint/{name}" for name in golden.CHECKPOINTS))
+    edge = {f"edge/{name}": net for name, net in golden.edge_cases().items()}
+    nets = {name: golden.net(name) for name in names} | edge
+    return {name: net for name, net in nets.items() if net.layer_names}
+
+
+Table = dict[str, np.ndarray]
 
 
 @functools.cache
 def analyses(precision_name: str) -> list[dict[str, Table]]:
-    """All metric configurations on all nets, the degenerate ones by "edge/<name>".
+    """Return the columns of every net under every metric configuration.
 
-    Behind them the one that balances D, which takes another route to the eigenvalues.
-    Together in one tree: what is wrong with one kernel must not reach another.
+    After them, under the one that balances D, which takes another route to the
+    eigenvalues. All nets are branches of one tree, so that matrices of equal size are
+    decomposed together: what is wrong with one kernel must not reach another. The
+    library's stages are called one by one, since spectra are the same for all
+    configurations of a route; `test_whole_analysis` compares `layer_analysis`.
     """
-    nets = {name: golden.net(name) for name in golden.NETS}
-    edge = golden.edge_cases().items()
-    configs = golden.shared()["metric_configs"]
-    nets |= {f"edge/{name}": net for name, net in edge if net.layer_names}
-    return analyze_together(
-        {name: net.tree(precision_name) for name, net in nets.items()},
-        {name: net.layers(golden.own_layers(net)) for name, net in nets.items()},
-        [*configs, configs[0] | {"esd_metric_for_tb": "D"}],
-        precision_name,
+    nets = all_nets()
+    flat = tuple(
+        dataclasses.replace(layer, path=f"{name}/{layer.path}")
+        for name, net in nets.items()
+        for layer in net.layers()
     )
+    pooled = np.asarray([bool(layer.axes.pooled) for layer in flat])
+    configs = golden.shared()["metric_configs"]
+    results = []
+    with precision(precision_name):
+        dtype = dtype_of(precision_name)
+        kernels = {
+            f"{name}/{layer.path}": jnp.asarray(net.params[layer.path], dtype)
+            for name, net in nets.items()
+            for layer in net.layers()
+        }
+
+        @functools.cache
+        def spectra_of(route):
+            decompose = jax.jit(lambda k: pipeline.layer_spectra(k, flat, 1.0, route))
+            # To compile takes much longer than to run.
+            with configured("jax_disable_most_optimizations", True):
+                return decompose(kernels)
+
+        for config in [*configs, configs[0] | {"esd_metric_for_tb": "D"}]:
+            metric = METRICS[config.get("esd_metric_for_tb", "alpha")]
+            options = tb_optax.layer_analysis(
+                fit=fit_of(config),
+                metric=metric,
+                min_eigenvalues=0,
+                eigenvalue_floor=golden.floor_of(config),
+                conv_norm=config["conv_norm"],
+            ).options
+            spectra = spectra_of(pipeline.route_of(options))
+            factor = np.where(pooled, config["conv_norm"], 1).astype(dtype)
+            options = dataclasses.replace(options, fit=compiled(options.fit))
+            spectra = spectra._replace(factor=factor)
+            table = pipeline.fitted_table(spectra, flat, options)
+            results.append(jax.device_get(pipeline.assigned_table(table, options)))
+    ends = np.cumsum([0, *(len(net.layers()) for net in nets.values())])
+    return [
+        {
+            name: {c: getattr(table, c)[start:stop] for c in pipeline.COLUMNS}
+            for name, start, stop in zip(nets, ends[:-1], ends[1:], strict=True)
+        }
+        for table in results
+    ]
 
 
-def tables_of(config: Mapping[str, Any], precision_name: str) -> dict[str, Table]:
-    """What `analyses` holds for a rate configuration."""
+def table_of(name: str, config: Mapping[str, Any], precision_name: str) -> Table:
+    """Return what `analyses` holds of a net for a rate configuration."""
     row = golden.metric_row(config)
     by_distance = config["esd_metric_for_tb"] == "D"
     assert row == 0 or not by_distance
-    return analyses(precision_name)[-1 if by_distance else row]
-
-
-def structure_of(config: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The options of a rate configuration that decide who follows whom."""
-    return tuple(
-        config[option]
-        for option in (
-            "remove_first_layer",
-            "remove_last_layer",
-            "batchnorm",
-            "batchnorm_type",
-            "layernorm",
-        )
-    )
+    return analyses(precision_name)[-1 if by_distance else row][name]
 
 
 def selected_layers(
-    net: golden.Net, config: Mapping[str, Any], names: Sequence[str] | None = None
+    net: golden.Net, config: Mapping[str, Any]
 ) -> tuple[list[tb_optax.Layer], slice]:
-    """The layers that a configuration keeps, and where they are among all."""
-    names = net.layer_names if names is None else names
+    """Return the layers that a configuration keeps, and where they are among all."""
+    layers = net.layers(net.norms(config))
     first = int(config["remove_first_layer"])
-    kept = slice(first, max(first, len(names) - int(config["remove_last_layer"])))
-    return net.layers(names, net.norms(config))[kept], kept
+    kept = slice(first, max(first, len(layers) - int(config["remove_last_layer"])))
+    return layers[kept], kept
 
 
-def scores_of(analysis: tb_optax.Analysis, config: Mapping[str, Any]) -> np.ndarray:
-    """The metric that a configuration balances."""
+# Rows that are not fitted have no part in a map, and make tables of one size.
+PADDING = (tb_optax.Layer("padding", golden.LINEAR),) * 64
+
+
+def leaf_multipliers(
+    nets: Mapping[str, golden.Net], config: Mapping[str, Any], precision_name: str
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return the multipliers of all parameters of each net, in two ways.
+
+    By the library, from the tables of `analyses`; and by the formulas in float64, from
+    the scores of the same tables, with plain bookkeeping of who follows whom.
+    """
+    kept = {name: selected_layers(net, config) for name, net in nets.items()}
+    tables = [
+        {
+            column: np.pad(values[rows], (0, len(PADDING) - len(layers)))
+            for column, values in table_of(name, config, precision_name).items()
+        }
+        for name, (layers, rows) in kept.items()
+    ]
+    options = analysis_of((), config).options
     metric = METRICS[config["esd_metric_for_tb"]]
-    return getattr(analysis, metric) if isinstance(metric, str) else metric(analysis)
 
+    def assign(columns):
+        table = tb_optax.Analysis(layers=PADDING, **columns)
+        scores = getattr(table, metric) if isinstance(metric, str) else metric(table)
+        return scores, pipeline.assigned_table(table, options).multipliers
 
-def balance(
-    analysis: tb_optax.Analysis, config: Mapping[str, Any]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Multipliers of an analysis under another map, metric and threshold.
-
-    What `layer_analysis` does with its table, so that one analysis serves all maps;
-    `test_golden_rates` compares whole analyses with it.
-
-    Returns:
-        The multipliers, and which layers are tuned.
-    """
-    count, rows = len(analysis.layers), 64  # Of one size, so that nothing recompiles.
-    scores = scores_of(analysis, config)
-    enough = analysis.eigenvalue_count >= config["eigs_thresh"]
-    tuned = analysis.fitted & enough & np.isfinite(scores)
-    inside = np.ones(rows, analysis.alpha.dtype)
-    inside[:count] = np.where(tuned, scores, 1)
-    acting = np.arange(rows) < count
-    acting[:count] = tuned
-    found = map_of(config)(jnp.asarray(inside), jnp.asarray(acting))
-    multipliers = np.asarray(found)[:count]
-    tuned = tuned & np.isfinite(multipliers)
-    return np.where(tuned, multipliers, 1), tuned
-
-
-def leaf_owners(
-    lists: Sequence[Sequence[tb_optax.Layer]], net: golden.Net
-) -> list[np.ndarray]:
-    """The layer whose multiplier the library gives each parameter, for lists of layers.
-
-    Whole leaves follow one layer here. The multipliers 2, 3, ... tell them; where the
-    library gives 1, the position is -1.
-    """
-
-    @jax.jit
-    def run():
-        found = []
-        for layers in lists:
-            columns = dict.fromkeys(pipeline.COLUMNS, jnp.arange(2.0, 2 + len(layers)))
-            table = tb_optax.Analysis(layers=tuple(layers), **columns)
-            found.append(table.leaf_multipliers(net.params))
-        return found
-
-    columns = [[tree[name].item() for name in net.param_names] for tree in run()]
-    positions = np.asarray(columns).reshape(len(lists), -1).astype(int) - 2
-    return [np.where(row >= 0, row, -1) for row in positions]
-
-
-def expected_multipliers(
-    scores: np.ndarray, tuned: np.ndarray, config: Mapping[str, Any]
-) -> np.ndarray:
-    """Multipliers of the layers by the formulas in float64."""
-    multipliers = np.ones(len(scores))
-    multipliers[tuned] = reference.multipliers(
-        np.asarray(scores, np.float64)[tuned],
-        config["assign_func"],
-        config["lr_min_ratio"],
-        config["lr_max_ratio"],
-    )
-    return multipliers
-
-
-def expected_leaf_values(
-    layers: Sequence[tb_optax.Layer], multipliers: np.ndarray, net: golden.Net
-) -> np.ndarray:
-    """Multipliers of all parameters, (..., parameters), by plain bookkeeping."""
-    position = {
-        name: i
-        for i, layer in enumerate(layers)
-        for name in (layer.path, *layer.follows)
-    }
-    owners = np.asarray([position.get(name, -1) for name in net.param_names], int)
-    return leaf_values(multipliers, owners)
-
-
-def leaf_values(multipliers: np.ndarray, owners: np.ndarray) -> np.ndarray:
-    """Multipliers of parameters, (..., parameters); 1 where the owner is -1."""
-    padded = np.concatenate([multipliers, np.ones((*multipliers.shape[:-1], 1))], -1)
-    return padded[..., owners]
+    with precision(precision_name):
+        stacked = jax.tree.map(lambda *columns: jnp.stack(columns), *tables)
+        scores, assigned = map(np.asarray, jax.vmap(assign)(stacked))
+    result = {}
+    for i, (name, (layers, _)) in enumerate(kept.items()):
+        tuned = tables[i]["fitted"] & (
+            tables[i]["eigenvalue_count"] >= config["eigs_thresh"]
+        )
+        expected = reference.multipliers(
+            np.where(tuned, scores[i].astype(np.float64), np.nan),
+            config["assign_func"],
+            config["lr_min_ratio"],
+            config["lr_max_ratio"],
+        )
+        net = nets[name]
+        shapes = {path: leaf.shape for path, leaf in net.params.items()}
+        owners = layer_of_leaf(layers, shapes)
+        ours = [
+            assigned[i, owners[path].item()] if path in owners else 1
+            for path in net.params
+        ]
+        position = {
+            path: row
+            for row, layer in enumerate(layers)
+            for path in (layer.path, *layer.follows)
+        }
+        formula = [expected[position[p]] if p in position else 1 for p in net.params]
+        result[name] = (np.asarray(ours), np.asarray(formula))
+    return result

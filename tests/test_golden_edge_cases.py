@@ -1,39 +1,29 @@
-"""Degenerate nets: what the published code does there, and what the library does.
+"""Degenerate nets: what the published code makes of them, and what the library does.
 
 `data/deviations_edge_cases.json` lists every place where the two disagree, with the
-reason. For "alpha", a case is a net, with "/layer" where it has several, and ours is
-"fitted" or "not fitted". For "rate", a case is a net, and ours is "untouched" (every
-multiplier is 1) or "others" (the remaining layers are balanced among themselves).
+reason. A case is a net, with "/layer" where it has several, and ours is "fitted" or
+"not fitted".
 """
-
-import itertools
-from typing import Any
 
 import golden
 import golden_library
-import golden_record
 import numpy as np
 import pytest
 import reference
-from golden_deviations import assert_as_listed, listed_in, state_of, where
 
-import tb_optax
+CONFIGS = golden.read_json("edge_cases")["metric_configs"]
+CASES = [
+    (row, config, name, net)
+    for row, config in enumerate(CONFIGS)
+    for name, net in golden.edge_cases().items()
+    if net.layer_names
+]
 
-RECORD = golden_record.Record()
-EDGE = golden.read_json("edge_cases")
-METRIC_CONFIGS, RATE_CONFIGS = EDGE["metric_configs"], EDGE["lr_configs"]
-DEVIATIONS = listed_in("deviations_edge_cases")
-MAPS = ("tb_linear_map", "tb_sqrt", "tb_log2", "tb_step")
-# Without the row of a map that does not exist, which a function cannot be.
-RATES = frozenset().union(*(where(RATE_CONFIGS, assign_func=name) for name in MAPS))
-CASES = golden.edge_cases()
-WITH_LAYERS = {name: net for name, net in CASES.items() if net.layer_names}
+every_precision = pytest.mark.parametrize("precision_name", golden.PRECISIONS)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def print_table():
-    yield
-    print(RECORD.table("degenerate nets"))
+def table_of(name, row, precision_name):
+    return golden_library.analyses(precision_name)[row][f"edge/{name}"]
 
 
 def reference_alpha(eigenvalues, config):
@@ -54,159 +44,64 @@ def alpha_tolerance(kernel, config, alpha, ratio, precision_name):
     """
     side = min(kernel.shape[:2])
     sensitivity = (alpha - 1) ** 2 / alpha * np.sqrt(side)
-    if config["pl_fitting"] == "median" and not config["filter_zeros"]:
+    if golden_library.is_gram(config):
         noise = float(np.finfo(np.float32).eps) * ratio
         return 1e-10 if precision_name == "x64" else 1e-5 + sensitivity * noise
     noise = float(np.finfo(np.float64).eps) * 2 * np.sqrt(ratio)
     return 1e-10 + 2 * sensitivity * noise if precision_name == "x64" else 1e-4
 
 
-@pytest.mark.parametrize("precision_name", golden.PRECISIONS)
+@every_precision
 def test_alpha(precision_name):
     found, failures = {}, []
-    for row, config in enumerate(METRIC_CONFIGS):
-        for name, net in WITH_LAYERS.items():
-            table = golden_library.analyses(precision_name)[row][f"edge/{name}"]
-            failed = row in net.info["metric_failures_f64"]
-            for i, layer in enumerate(golden.own_layers(net)):
-                published = net.arrays["metrics_f64"][row, i, 0]
-                place = name if len(net.layer_names) == 1 else f"{name}/{layer}"
-                state = state_of(published, failed=failed)
-                if not table["fitted"][i]:
-                    found[place, row] = (state, "not fitted")
-                    assert table["alpha"][i] == 0
-                    assert not table["tuned"][i]
-                    continue
-                alpha = float(table["alpha"][i])
-                kernel = net.kernel(layer)
-                eigenvalues = reference.spectrum(kernel, config["conv_norm"])
-                exact = reference_alpha(eigenvalues, config)
-                ratio = eigenvalues[-1] / float(table["xmin"][i])
-                tolerance = alpha_tolerance(
-                    kernel, config, exact, ratio, precision_name
-                )
-                failures += RECORD.compare(
-                    "alpha, to the formulas",
-                    precision_name,
-                    abs(alpha / exact - 1),
-                    tolerance,
-                    [f"{place}, configuration {row}"],
-                )
-                # The recorded float64 runs hold some temporaries in float32.
-                tolerance = max(tolerance, 1e-6)
-                if state != "finite" or abs(alpha - published) > tolerance * published:
-                    found[place, row] = (state, "fitted")
+    for row, config, name, net in CASES:
+        table = table_of(name, row, precision_name)
+        failed = row in net.info["metric_failures_f64"]
+        for i, layer in enumerate(net.own_layers()):
+            published = net.arrays["metrics_f64"][row, i, 0]
+            place = name if len(net.layer_names) == 1 else f"{name}/{layer}"
+            state = golden.state_of(published, failed=failed)
+            alpha = float(table["alpha"][i])
+            if not table["fitted"][i]:
+                found[place, row] = (state, "not fitted")
+                assert alpha == 0
+                assert not table["tuned"][i]
+                continue
+            kernel = net.kernel(layer)
+            eigenvalues = reference.spectrum(kernel, config["conv_norm"])
+            exact = reference_alpha(eigenvalues, config)
+            ratio = eigenvalues[-1] / float(table["xmin"][i])
+            tolerance = alpha_tolerance(kernel, config, exact, ratio, precision_name)
+            deviation = abs(alpha / exact - 1)
+            failures += golden.beyond("alpha", f"{place}, {row}", deviation, tolerance)
+            # The recorded float64 runs hold some temporaries in float32.
+            tolerance = max(tolerance, 1e-6)
+            if state != "finite" or abs(alpha - published) > tolerance * published:
+                found[place, row] = (state, "fitted")
     assert not failures, "\n".join(failures[:20])
-    assert_as_listed(DEVIATIONS, "alpha", precision_name, found, RECORD)
+    table = golden.deviations("edge_cases")
+    golden.assert_as_listed(table, "alpha", precision_name, found)
 
 
-@pytest.mark.parametrize("precision_name", golden.PRECISIONS)
+@every_precision
 def test_norms_and_counts(precision_name):
     tolerance = 1e-10 if precision_name == "x64" else 1e-5
     failures = []
-    for row, config in enumerate(METRIC_CONFIGS):
-        for name, net in WITH_LAYERS.items():
-            table = golden_library.analyses(precision_name)[row][f"edge/{name}"]
-            for i, layer in enumerate(golden.own_layers(net)):
-                kernel = net.kernel(layer).astype(np.float64)
-                assert table["eigenvalue_count"][i] == min(kernel.shape[:2]) * np.prod(
-                    kernel.shape[2:], dtype=int
-                )
-                recorded = net.arrays["metrics_f64"][row, i, 3:5]
-                if not np.isfinite(recorded).all():
-                    # Nothing that is not finite leaves the analysis.
-                    assert np.isfinite(table["spectral_norm"][i])
-                    assert np.isfinite(table["frobenius_norm"][i])
-                    continue
-                ours = [table["spectral_norm"][i], table["frobenius_norm"][i]]
-                failures += RECORD.compare(
-                    "norms",
-                    precision_name,
-                    np.abs(np.asarray(ours, np.float64) / np.sqrt(recorded) - 1),
-                    tolerance,
-                    [f"{name}/{layer}, conv_norm {config['conv_norm']}"] * 2,
+    for row, _, name, net in CASES:
+        table = table_of(name, row, precision_name)
+        for i, layer in enumerate(net.own_layers()):
+            shape = net.kernel(layer).shape
+            count = min(shape[:2]) * np.prod(shape[2:], dtype=int)
+            assert table["eigenvalue_count"][i] == count
+            recorded = net.arrays["metrics_f64"][row, i, 3:5]
+            ours = np.asarray(
+                [table["spectral_norm"][i], table["frobenius_norm"][i]], np.float64
+            )
+            # Nothing that is not finite leaves the analysis.
+            assert np.isfinite(ours).all()
+            if np.isfinite(recorded).all():
+                deviation = np.abs(ours / np.sqrt(recorded) - 1)
+                failures += golden.beyond(
+                    "norms", f"{name}/{layer}", deviation, tolerance
                 )
     assert not failures, "\n".join(failures[:20])
-
-
-@pytest.mark.parametrize("precision_name", golden.PRECISIONS)
-def test_rates(precision_name):
-    found, failures, owners = {}, [], {}
-    tolerance = 1e-12 if precision_name == "x64" else 1e-5
-    for (name, net), row in itertools.product(WITH_LAYERS.items(), sorted(RATES)):
-        config, names = RATE_CONFIGS[row], golden.own_layers(net)
-        layers, kept = golden_library.selected_layers(net, config, names)
-        rates = np.ones(len(net.param_names))
-        place = name, golden_library.structure_of(config)
-        if layers and place not in owners:
-            owners[place] = golden_library.leaf_owners([layers], net)[0]
-        if layers:
-            table = golden_library.tables_of(config, precision_name)[f"edge/{name}"]
-            with golden_library.precision(precision_name):
-                analysis = table.analysis(layers, kept)
-                multipliers, tuned = golden_library.balance(analysis, config)
-            rates = golden_library.leaf_values(multipliers, owners[place])
-            scores = golden_library.scores_of(analysis, config)
-            expected = golden_library.expected_leaf_values(
-                layers,
-                golden_library.expected_multipliers(scores, tuned, config),
-                net,
-            )
-            failures += RECORD.compare(
-                "rates, to the formulas",
-                precision_name,
-                np.abs(rates - expected),
-                tolerance,
-                [f"{name}, configuration {row}"] * len(rates),
-            )
-        published = net.arrays["lr_f32"][row] / EDGE["untuned_lr"]
-        state = state_of(published, failed=row in net.info["lr_failures"])
-        if state == "finite" and np.abs(rates - published).max() < 1e-3:
-            continue
-        found[name, row] = (state, "untouched" if np.all(rates == 1) else "others")
-    assert not failures, "\n".join(failures[:20])
-    assert_as_listed(DEVIATIONS, "rate", precision_name, found, RECORD)
-
-
-def test_a_net_without_layers_is_an_error():
-    """Published: nothing is tuned, or another error, by the map and the removals."""
-    net = CASES["no_layers"]
-    assert len(net.info["lr_failures"]) < len(RATE_CONFIGS)
-    with pytest.raises(ValueError, match="no layer to balance"):
-        tb_optax.layer_analysis([])(net.tree("float32"))
-
-
-def test_a_map_is_a_function():
-    """The last configuration names a map that does not exist: both refuse it."""
-    nonsense: Any = "nonsense"
-    assert RATE_CONFIGS[30]["assign_func"] == "nonsense"
-    assert all(30 in net.info["lr_failures"] for net in CASES.values())
-    # A TypeError where the types of arguments are checked, as in these tests.
-    with pytest.raises((ValueError, TypeError), match="assign"):
-        tb_optax.layer_analysis(assign=nonsense)
-
-
-@pytest.mark.parametrize("precision_name", golden.PRECISIONS)
-def test_degenerate_layers_leave_the_others_alone(precision_name):
-    """Two ordinary layers get the same multipliers whoever stands beside them."""
-    ordinary = ["0", "1"]
-    sick = ("nan_weight", "inf_weight", "all_zero_weight", "identity", "rank_one")
-    net = CASES["two_layers"]
-    params = net.tree(precision_name)
-    layers = net.layers(ordinary)
-    beside = {f"{name}.weight": CASES[name].kernel("0") for name in sick}
-    extra = [tb_optax.Layer(name, golden.LINEAR) for name in beside]
-    options = {"min_eigenvalues": 0}
-    with golden_library.precision(precision_name):
-        alone = tb_optax.layer_analysis(layers, **options)(params)
-        dtype = golden_library.dtype_of(precision_name)
-        params |= {name: kernel.astype(dtype) for name, kernel in beside.items()}
-        among = tb_optax.layer_analysis([*extra, *layers], **options)(params)
-    np.testing.assert_array_equal(among.fitted, [False] * len(sick) + [True] * 2)
-    np.testing.assert_array_equal(among.multipliers[: len(sick)], 1)
-    np.testing.assert_allclose(
-        among.multipliers[len(sick) :],
-        alone.multipliers,
-        rtol=1e-5 if precision_name == "float32" else 1e-12,
-    )
-    assert sorted(alone.multipliers.tolist()) == [0.5, 1.5]

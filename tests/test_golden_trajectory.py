@@ -9,7 +9,6 @@ import functools
 
 import golden
 import golden_library
-import golden_record
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +18,6 @@ import reference
 
 import tb_optax
 
-RECORD = golden_record.Record()
 NAMES = ("plain", "linear_map", "sqrt_order")
 
 # The recorded float32 and float64 runs of one training differ by up to 3e-4 (a relu
@@ -27,82 +25,46 @@ NAMES = ("plain", "linear_map", "sqrt_order")
 # by twice that. The recorded float64 run is exact but for rounding.
 FLOAT32 = 3e-4
 X64 = 1e-8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def print_table():
-    yield
-    print(RECORD.table("trajectories"))
-
-
-@dataclasses.dataclass(frozen=True)
-class Recording:
-    """A recorded training; `runs` holds its arrays by precision."""
-
-    info: dict
-    init: dict
-    images: np.ndarray
-    labels: np.ndarray
-    runs: dict
-
-    @property
-    def options(self):
-        """Options of TempBalance, None for plain training."""
-        return self.info["tb_options"]
-
-    def layers(self):
-        """The tuned layers, and their columns in the recorded tables."""
-        names = self.info["layer_names"]
-        norms = self.info["bn_map"] if self.options else {}
-        follow = reference.followers(names, self.info["param_names"], norms)
-        layers = [
-            tb_optax.Layer(
-                golden.kernel_name(name),
-                golden.LINEAR if name == "fc" else golden.CONV,
-                follow[name],
-            )
-            for name in names
-        ]
-        options = self.options or {
-            "remove_first_layer": True,
-            "remove_last_layer": True,
-        }
-        kept = slice(
-            int(options["remove_first_layer"]),
-            len(names) - int(options["remove_last_layer"]),
-        )
-        return layers[kept], kept
+TARGETS = {
+    "float32": [("f64", FLOAT32), ("f32", 2 * FLOAT32)],
+    "x64": [("f64", X64)],
+}
 
 
 @functools.cache
-def recording(name):
+def recorded(name):
+    """The JSON file of a training, and its arrays."""
     info, arrays = golden.read_json(f"trajectory_{name}"), {}
     # The two trainings of the same net start alike and see the same images.
     if name == "plain":
-        arrays |= golden.read_arrays("trajectory_linear_map")
-    arrays = {
-        k: v for k, v in arrays.items() if k.startswith(("init", "images", "lab"))
-    }
+        other = golden.read_arrays("trajectory_linear_map")
+        shared = ("init", "images", "lab")
+        arrays = {k: v for k, v in other.items() if k.startswith(shared)}
     arrays |= golden.read_arrays(f"trajectory_{name}")
-    runs = {}
-    for file, precision_name in (("f32", "float32"), ("f64", "x64")):
-        runs[precision_name] = {
-            key.removeprefix(f"{file}/"): value
-            for key, value in arrays.items()
-            if key.startswith(file)
-        }
-    names = info["param_names"]
-    for param in names:
-        float32 = runs["float32"][f"final/{param}"].astype(np.float64)
-        steps = runs["x64"].pop(f"final/{param}_difference")
-        runs["x64"][f"final/{param}"] = float32 + 1e-10 * steps
-    return Recording(
-        info=info,
-        init={param: arrays[f"init/{param}"] for param in names},
-        images=arrays["images"],
-        labels=arrays["labels"],
-        runs=runs,
-    )
+    for param in info["param_names"]:
+        float32 = arrays[f"f32/final/{param}"].astype(np.float64)
+        steps = arrays[f"f64/final/{param}_difference"]
+        arrays[f"f64/final/{param}"] = float32 + 1e-10 * steps
+    return info, arrays
+
+
+def tuned_layers(info):
+    """The tuned layers, and their columns in the recorded tables."""
+    names, options = info["layer_names"], info["tb_options"]
+    norms = info["bn_map"] if options else {}
+    follow = reference.followers(names, info["param_names"], norms)
+    layers = [
+        tb_optax.Layer(
+            golden.kernel_name(name),
+            golden.LINEAR if name == "fc" else golden.CONV,
+            follow[name],
+        )
+        for name in names
+    ]
+    ends = ("remove_first_layer", "remove_last_layer")
+    first, last = (int(options[end]) if options else 1 for end in ends)
+    kept = slice(first, len(names) - last)
+    return layers[kept], kept
 
 
 def loss_of(params, architecture, images, labels):
@@ -129,44 +91,32 @@ def loss_of(params, architecture, images, labels):
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def analysis_of(recording):
-    layers, _ = recording.layers()
-    options = recording.options
-    if options is None:
-        return tb_optax.layer_analysis(layers)
-    return tb_optax.layer_analysis(
-        layers,
-        fit=golden_library.fit_of(options),
-        assign=golden_library.map_of(options),
-        min_eigenvalues=options["eigs_thresh"],
-        eigenvalue_floor=golden.floor_of(options),
-        conv_norm=options["conv_norm"],
-    )
-
-
-@functools.cache
 def replay(name, precision_name):
-    """The training by the library: losses, states before updates, final parameters."""
-    run = recording(name)
-    info = run.info
+    """Train by the library, and return what is recorded, by the same names."""
+    info, arrays = recorded(name)
     per_epoch, epochs = info["batches_per_epoch"], info["epochs"]
-    analyze = analysis_of(run)
+    layers, _ = tuned_layers(info)
+    options = info["tb_options"]
+    analyze = tb_optax.layer_analysis(layers)
+    if options:
+        analyze = golden_library.analysis_of(layers, options)
 
     def schedule(count):
         return info["lr0"] * 0.5 * (1 + jnp.cos(jnp.pi * (count // per_epoch) / epochs))
 
     optimizer = info["optimizer"]
+    interval = per_epoch if info["use_tb"] else None
     tx = optax.chain(
         optax.add_decayed_weights(optimizer["weight_decay"]),
         optax.sgd(schedule, momentum=optimizer["momentum"]),
-        tb_optax.scale_by_temp_balance(
-            analyze, interval=per_epoch if info["use_tb"] else None
-        ),
+        tb_optax.scale_by_temp_balance(analyze, interval=interval),
     )
     dtype = golden_library.dtype_of(precision_name)
+    names = info["param_names"]
     with golden_library.precision(precision_name):
-        params = {name: jnp.asarray(value, dtype) for name, value in run.init.items()}
-        images, labels = jnp.asarray(run.images, dtype), jnp.asarray(run.labels)
+        start = {param: jnp.asarray(arrays[f"init/{param}"], dtype) for param in names}
+        images = jnp.asarray(arrays["images"], dtype)
+        labels = jnp.asarray(arrays["labels"])
 
         def step(carry, batch):
             params, state = carry
@@ -184,89 +134,49 @@ def replay(name, precision_name):
             carry, rows = jax.lax.scan(step, (params, tx.init(params)), batches)
             return carry[0], rows, jax.vmap(schedule)(jnp.arange(0, 30, per_epoch))
 
-        final, (loss, multipliers, alpha), rates = train(params)
+        final, (loss, multipliers, alpha), rates = train(start)
+        assert np.array_equal(alpha, np.repeat(alpha[::per_epoch], per_epoch, axis=0))
         last = analyze(final)
         leaves = [
-            dataclasses.replace(last, multipliers=row).leaf_multipliers(params)
+            dataclasses.replace(last, multipliers=row).leaf_multipliers(start)
             for row in multipliers[::per_epoch]
         ]
-        return jax.device_get((final, loss, alpha, rates, leaves, last))
-
-
-def check(what, precision_name, actual, expected, tolerance, where):
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected)
-    assert actual.shape == expected.shape
-    deviation = np.abs(actual - expected).ravel()
-    beyond = RECORD.compare(
-        what, precision_name, deviation, tolerance, [where] * deviation.size
-    )
-    assert not beyond, "\n".join(beyond[:20])
-
-
-def targets(name, precision_name):
-    """What a replay is held to: recorded run and tolerance."""
-    runs = recording(name).runs
-    if precision_name == "x64":
-        return [("float64", runs["x64"], X64)]
-    return [
-        ("float64", runs["x64"], FLOAT32),
-        ("float32", runs["float32"], 2 * FLOAT32),
-    ]
+        found = {f"final/{param}": final[param] for param in names}
+        found |= {
+            "loss": loss,
+            "alpha": np.vstack([alpha[::per_epoch], last.alpha]),
+            "lr": [
+                [leaf[param] * rate for param in names]
+                for leaf, rate in zip(leaves, rates, strict=True)
+            ],
+        }
+        return {what: np.asarray(value) for what, value in found.items()}
 
 
 @pytest.mark.parametrize("precision_name", golden.PRECISIONS)
 @pytest.mark.parametrize("name", NAMES)
-def test_loss_of_every_step(name, precision_name):
-    _, loss, *_ = replay(name, precision_name)
-    for target, run, tolerance in targets(name, precision_name):
-        what = f"loss, to {target}"
-        check(what, precision_name, loss, run["loss"], tolerance, name)
-
-
-@pytest.mark.parametrize("precision_name", golden.PRECISIONS)
-@pytest.mark.parametrize("name", NAMES)
-def test_final_parameters(name, precision_name):
-    final, *_ = replay(name, precision_name)
-    for target, run, tolerance in targets(name, precision_name):
-        for param in recording(name).info["param_names"]:
-            what = f"final parameters, to {target}"
-            expected = run[f"final/{param}"]
-            where = f"{name} {param}"
-            check(what, precision_name, final[param], expected, tolerance, where)
-
-
-@pytest.mark.parametrize("precision_name", golden.PRECISIONS)
-@pytest.mark.parametrize("name", NAMES)
-def test_rate_of_every_parameter_in_every_epoch(name, precision_name):
-    *_, rates, leaves, _ = replay(name, precision_name)
-    base = recording(name).info["lr0"]
-    for target, run, tolerance in targets(name, precision_name):
-        for epoch, (rate, leaf) in enumerate(zip(rates, leaves, strict=True)):
-            actual = [
-                leaf[param] * rate for param in recording(name).info["param_names"]
-            ]
-            what = f"rates over lr0, to {target}"
-            expected = run["lr"][epoch] / base
-            actual = np.asarray(actual) / base
-            check(what, precision_name, actual, expected, tolerance, f"{name} {epoch}")
-        assert run["untuned_lr"][-1] == 0
-
-
-@pytest.mark.parametrize("precision_name", golden.PRECISIONS)
-@pytest.mark.parametrize("name", NAMES[1:])
-def test_alpha_of_every_refresh(name, precision_name):
-    _, _, alpha, _, _, last = replay(name, precision_name)
-    per_epoch = recording(name).info["batches_per_epoch"]
-    assert np.array_equal(alpha, np.repeat(alpha[::per_epoch], per_epoch, axis=0))
-    _, kept = recording(name).layers()
-    for target, run, tolerance in targets(name, precision_name):
-        expected = run["alpha"][:, kept]
-        actual = np.vstack([alpha[::per_epoch], last.alpha])
-        what = f"alpha, relative, to {target}"
-        actual, expected = actual / expected, np.ones_like(expected)
-        check(what, precision_name, actual, expected, tolerance, name)
+def test_every_loss_rate_alpha_and_final_parameter(name, precision_name):
+    info, arrays = recorded(name)
+    found, failures = replay(name, precision_name), []
+    _, kept = tuned_layers(info)
+    for run, tolerance in TARGETS[precision_name]:
+        for what, actual in found.items():
+            if what == "alpha" and not info["use_tb"]:
+                continue
+            expected = arrays[f"{run}/{what}"]
+            scale = 1.0
+            if what == "alpha":
+                expected = scale = expected[:, kept]
+            if what == "lr":
+                # The last one is of the epoch after the last.
+                expected, scale = expected[: len(actual)], info["lr0"]
+            assert actual.shape == expected.shape
+            deviation = np.abs(actual - expected) / scale
+            failures += golden.beyond(what, f"{name}, {run}", deviation, tolerance)
+        assert arrays[f"{run}/untuned_lr"][-1] == 0
+    assert not failures, "\n".join(failures[:20])
 
 
 def test_balance_is_not_plain_training():
-    plain, balanced = (recording(name).runs["x64"] for name in NAMES[:2])
-    assert np.abs(plain["loss"] - balanced["loss"]).max() > 100 * FLOAT32
+    plain, balanced = (recorded(name)[1]["f64/loss"] for name in NAMES[:2])
+    assert np.abs(plain - balanced).max() > 100 * FLOAT32
