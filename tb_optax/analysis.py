@@ -208,8 +208,13 @@ class LayerAnalysis:
         leaves = leaves_of(self.kernels(kernels))
         return {layer.path: leaves[layer.path].value for layer in layers}
 
-    def resolve(self, params: Any) -> Resolved:
+    def resolve(self, params: Any, *, may_be_none: bool = False) -> Resolved:
         """Find the layers in `params`, stacks expanded, their kernels and leaves.
+
+        Args:
+            params: the parameters.
+            may_be_none: return no layers, instead of raising, where none were given
+                and none are found.
 
         Raises:
             ValueError: if there is none, or one does not fit the parameters.
@@ -221,6 +226,8 @@ class LayerAnalysis:
             tree = jax.eval_shape(self.kernels, params)
             leaves = leaves_of(tree)
         layers = find_layers(tree) if self.layers is None else self.layers
+        if may_be_none and self.layers is None and not layers:
+            return Resolved((), {}, {})
         layers = _checked_layers(layers, leaves)
         for layer in layers:
             _check_side(layer, leaves[layer.path].shape, self.max_dim, self.options)
@@ -233,7 +240,7 @@ class LayerAnalysis:
 
     def warn_if_ineffective(self, layers: Sequence[Layer], kernels: Any) -> None:
         """Warn, once per analysis, if the sizes of the layers leave nothing to tune."""
-        if self.kernels is not None:
+        if self.kernels is not None and layers:
             kernels = jax.eval_shape(
                 lambda tree: self.kernels_of(layers, tree), kernels
             )
@@ -316,7 +323,8 @@ def layer_analysis(
 
     Warns:
         UserWarning: once per analysis, when it is first traced, if no layer or only
-            one has `min_eigenvalues`, so that every multiplier stays 1.
+            one has `min_eigenvalues`, so that every multiplier stays 1, or if a
+            transform with `layers=None` finds no layer, and passes updates unchanged.
 
     >>> key = jax.random.key(0)
     >>> params = {"a": {"kernel": jax.random.normal(key, (128, 64))},
@@ -510,6 +518,13 @@ def _ineffective(
     layers: Sequence[Layer], kernels: Mapping[str, Any], options: Options
 ) -> str | None:
     """Say why no multiplier can differ from 1; None if at least two layers can."""
+    if not layers:
+        return (
+            "no layer to balance: the parameters hold no kernel that the rules of "
+            "find_layers know, so TempBalance changes nothing. Name the layers: pass "
+            "layer_analysis(layers) with layers = find_layers(params, axes=...) or "
+            "trace_layers(...)."
+        )
     counts, least = eigenvalue_counts(layers, kernels, options), options.min_eigenvalues
     tunable = [i for i, count in enumerate(counts) if count >= least]
     if len(tunable) > 1:

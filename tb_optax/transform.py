@@ -96,8 +96,8 @@ def scale_by_temp_balance(
 
     Raises:
         ValueError: if a number is out of its range, or the options do not go together;
-            in `update`, if params is None, there is no layer to balance, a layer is
-            not in the parameters, or the state is one of version 0.1.
+            in `update`, if params is None, a layer is not in the parameters, or the
+            state is one of version 0.1.
 
     >>> params = {"a": {"kernel": jax.random.normal(jax.random.key(0), (64, 64))},
     ...           "b": {"kernel": jax.random.normal(jax.random.key(1), (64, 128))}}
@@ -300,6 +300,10 @@ class _Refresh:
             check_fields(state)
         plan = _resolve(self.analyze, params)
         check_length(state.multipliers, plan.layers)
+        if not plan.layers:
+            self.analyze.warn_if_ineffective(plan.layers, plan.kernels)
+            count = jnp.asarray(optax.safe_increment(state.count))
+            return {}, state._replace(count=count)
         here, target = ends_of_ramp(state)
         # Without a ramp whatever the state says is in force, as after `optax.tree.set`.
         target = jnp.where(self.ramp > 1, target, state.multipliers)
@@ -414,7 +418,7 @@ def _resolve(analyze: Analyze, params: Any) -> Resolved:
     """
     arrays = jax.tree.map(lambda leaf: leaf if is_array(leaf) else None, params)
     if isinstance(analyze, LayerAnalysis):
-        return analyze.resolve(arrays)
+        return analyze.resolve(arrays, may_be_none=True)
     layers = jax.eval_shape(analyze, arrays).layers
     return Resolved(layers, arrays, layer_of_leaf(layers, shapes_of(leaves_of(arrays))))
 

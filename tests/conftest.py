@@ -55,18 +55,18 @@ def every_leaf_has_one_verdict(monkeypatch):
 # Modules that compare numbers, on layers that are few or small by design. The warnings
 # themselves are tested in test_symptoms, test_analysis_faults and the contract tests.
 FEW_OR_SMALL_LAYERS = (
-    *("eight_devices", "test_accuracy", "test_benchmarks", "test_fuzz", "test_golden"),
-    *("test_memory", "test_numbers", "test_placement", "test_processes"),
-    *("test_properties", "test_quadrature"),
+    *("eight_devices", "test_benchmarks", "test_faults", "test_fuzz", "test_golden"),
+    *("test_memory", "test_placement", "test_processes", "test_properties"),
+    *("test_accuracy", "test_quadrature"),
 )
 
 
 # Modules that take long go first: the last ones to end decide how long all take.
 SLOWEST = (
     *("test_golden_metrics", "test_golden_rates", "test_golden_edge_cases"),
-    *("test_lanczos", "test_quadrature", "test_benchmarks_runs", "test_fuzz"),
+    *("test_sharding", "test_benchmarks_runs", "test_lanczos", "test_quadrature"),
     *("test_frameworks_layers", "test_frameworks_training", "test_contract"),
-    *("test_accuracy", "test_trace_zoo", "test_placement", "test_benchmarks_speed"),
+    *("test_fuzz", "test_accuracy", "test_trace_zoo", "test_benchmarks_speed"),
     *("test_benchmarks_accelerator", "test_contract_wrappers", "test_processes"),
 )
 

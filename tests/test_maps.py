@@ -47,6 +47,7 @@ def scores(seed, count=9):
 
 @pytest.mark.parametrize("assign", MAPS, ids=repr)
 def test_published_formula(assign):
+    """In float32; the property has any scores in 64 bit."""
     metric = scores(0).astype(np.float32)
     low, high = getattr(assign, "low", 0), getattr(assign, "high", 0)
     expected = reference.multipliers(metric, PUBLISHED[type(assign)], low, high)
@@ -75,15 +76,9 @@ def test_scores_just_apart_are_mapped(assign):
 
 
 @pytest.mark.parametrize("assign", MAPS, ids=repr)
-@pytest.mark.parametrize("alone", [0, 3, 8])
-def test_one_tuned_layer_gets_one(assign, alone):
-    tuned = np.arange(9) == alone
-    np.testing.assert_array_equal(apply(assign, scores(1), tuned), 1)
-
-
-@pytest.mark.parametrize("assign", MAPS, ids=repr)
-def test_no_tuned_layer_gets_one(assign):
-    np.testing.assert_array_equal(apply(assign, scores(1), np.zeros(9, bool)), 1)
+def test_one_tuned_layer_or_none_gets_one(assign):
+    for tuned in (np.arange(9) == 3, np.zeros(9, bool)):
+        np.testing.assert_array_equal(apply(assign, scores(1), tuned), 1)
     assert apply(assign, []).shape == (0,)
 
 
@@ -99,24 +94,6 @@ def test_untuned_layers_get_one_and_no_influence(assign, value):
     np.testing.assert_array_equal(mapped[~tuned], 1)
     # The sum of a longer vector may be rounded otherwise.
     np.testing.assert_allclose(mapped[tuned], alone, rtol=9 * EPS)
-
-
-@pytest.mark.parametrize("assign", MAPS, ids=repr)
-def test_permutation_equivariance(assign):
-    metric, order = scores(3), np.random.default_rng(4).permutation(9)
-    exact = isinstance(assign, (linear, step))
-    np.testing.assert_allclose(
-        apply(assign, metric[order]),
-        apply(assign, metric)[order],
-        rtol=0 if exact else 9 * EPS,
-    )
-
-
-@pytest.mark.parametrize("assign", MAPS, ids=repr)
-def test_monotone_in_the_metric(assign):
-    mapped = apply(assign, np.sort(scores(5)))
-    falls = getattr(assign, "low", 0) > getattr(assign, "high", 1)
-    assert (np.diff(mapped) < 0).all() if falls else (np.diff(mapped) > 0).all()
 
 
 @pytest.mark.parametrize("assign", MAPS, ids=repr)
@@ -170,9 +147,6 @@ def test_any_scores_with_any_mask(rows, assign):
     )
 
 
-# --- linear -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("low", "high"), [(0.5, 1.5), (0, 1), (1.5, 0.5), (1, 1), (0.1, 1.9), (0, 0)]
 )
@@ -185,40 +159,6 @@ def test_linear_reaches_its_bounds_and_stays_between(low, high):
     assert mapped[np.argmax(metric)] == pytest.approx(high, abs=ulp)
     assert (mapped >= least - ulp).all()
     assert (mapped <= most + ulp).all()
-
-
-def test_linear_reversed_mirrors():
-    metric = scores(8)
-    mirrored = 0.5 + 1.5 - apply(linear(0.5, 1.5), metric)
-    np.testing.assert_allclose(apply(linear(1.5, 0.5), metric), mirrored, atol=4 * EPS)
-
-
-@pytest.mark.parametrize(("factor", "shift"), [(3.0, 0.0), (0.01, -40.0), (1e9, 5e9)])
-def test_linear_is_affine_invariant(factor, shift):
-    """A rounding of the new scores moves a position by eps·max |M| / range."""
-    metric = scores(9)
-    moved = (factor * metric + shift).astype(np.float32)
-    condition = np.abs(moved).max() / np.ptp(moved)
-    np.testing.assert_allclose(
-        apply(linear(), moved), apply(linear(), metric), atol=4 * EPS * (1 + condition)
-    )
-
-
-# --- sqrt and log2 ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("assign", [sqrt(), log2()], ids=repr)
-def test_shares_have_mean_one(assign):
-    tuned = np.arange(9) != 4
-    mapped = apply(assign, scores(10), tuned)
-    assert np.mean(mapped[tuned], dtype=np.float64) == pytest.approx(1, rel=9 * EPS)
-    score = np.sqrt if isinstance(assign, sqrt) else np.log2
-    ratio = score(scores(10)) / score(scores(10)[0])
-    # The scores are rounded to float32; the logarithm has condition 1/ln 1.3 there.
-    tolerance = 4 * EPS * (1 + 1 / math.log(1.3))
-    np.testing.assert_allclose(
-        (mapped / mapped[0])[tuned], ratio[tuned], rtol=tolerance
-    )
 
 
 @pytest.mark.parametrize(
@@ -240,31 +180,12 @@ def test_outside_the_domain_is_nan_and_has_no_share(assign, outside, edge):
     np.testing.assert_array_equal(apply(assign, metric, others)[5], 1)
 
 
-# --- step ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("low", "high"), [(0.5, 1.5), (2, 0.25)])
-def test_step_gives_even_steps_and_never_the_top(low, high):
-    metric = scores(12)
-    mapped = apply(step(low, high), metric)
-    rank = np.argsort(np.argsort(metric))
-    np.testing.assert_allclose(mapped, low + (high - low) * rank / 9, rtol=4 * EPS)
-    assert (np.abs(mapped - high) > 0.9 * abs(high - low) / 9).all()
-
-
 def test_step_ranks_ties_in_the_order_of_the_layers():
     mapped = apply(step(0, 4), [5, 2, 5, 2])
     np.testing.assert_array_equal(mapped, [2, 0, 3, 1])
     # Ranks count tuned layers only.
     mapped = apply(step(0, 3), [5, 2, 1, 5], [True, True, False, True])
     np.testing.assert_array_equal(mapped, [1, 0, 1, 2])
-
-
-def test_step_sees_order_alone():
-    metric = scores(13)
-    mapped = apply(step(), metric)
-    for transformed in (np.exp(metric), 1e-3 * metric - 7, metric**9):
-        np.testing.assert_array_equal(apply(step(), transformed), mapped)
 
 
 # --- layers to leaves ---------------------------------------------------------------
@@ -285,11 +206,6 @@ def qkv(axes, axis, size, follows, **rest):
 # Layers, shapes of the leaves, expected owner of every entry of the followers.
 OWNERS = {
     "plain": ([Layer("w", DENSE, ("b", "s"))], {"w": (4, 6), "b": (6,), "s": ()}, {}),
-    "two": (
-        [Layer("w", DENSE, ("b",)), Layer("v", DENSE)],
-        {"w": (4, 6), "v": (6, 5), "b": (6,)},
-        {"v": lambda _: 1},
-    ),
     "scanned": (
         [Layer("w", SCANNED, ("b",))],
         {"w": (3, 4, 6), "b": (3, 6)},
@@ -309,14 +225,6 @@ OWNERS = {
         qkv(DENSE, 1, 4, ("b",)),
         {"w": (5, 12), "b": (12,)},
         {"w": lambda index: index[1] // 4, "b": lambda index: index[0] // 4},
-    ),
-    "two parts of three": (
-        qkv(DENSE, 1, 4, ("b",))[1:],
-        {"w": (5, 12), "b": (12,)},
-        {
-            "w": lambda index: index[1] // 4 - 1,
-            "b": lambda index: index[0] // 4 - 1,
-        },
     ),
     "parts of heads": (
         qkv(HEADS, 1, 2, ("b",)),
@@ -361,60 +269,3 @@ def test_leaves_of_no_layer_and_masked_followers_are_left_out():
     layers = [Layer("w", DENSE, ("b", "m"))]
     shapes = {"w": (4, 6), "b": (6,), "m": None, "other": (3, 3)}
     assert set(layer_of_leaf(layers, shapes)) == {"w", "b"}
-
-
-@pytest.mark.parametrize(
-    ("layers", "shapes", "words"),
-    [
-        (
-            [Layer("a/w", DENSE, ("a/c",))],
-            {"a/w": (4, 6), "a/b": (6,)},
-            ["'a/c'", "'a/w'", "is not in the parameters"],
-        ),
-        (
-            [Layer("a/w", DENSE, ("a/b",)), Layer("c/w", DENSE, ("a/b",))],
-            {"a/w": (4, 6), "c/w": (4, 6), "a/b": (6,)},
-            ["'a/b'", "'a/w'", "'c/w'", "two layers"],
-        ),
-        (
-            [Layer("a/w", DENSE), Layer("a/w", DENSE)],
-            {"a/w": (4, 6)},
-            ["'a/w'", "two layers"],
-        ),
-        (
-            [Layer("a/w", SCANNED, index=(1,)), Layer("a/w", SCANNED, index=(1,))],
-            {"a/w": (2, 4, 6)},
-            ["'a/w[1]'", "two layers"],
-        ),
-        (
-            [Layer("a/w", DENSE, part=(1, 0, 4)), Layer("a/w", DENSE, part=(1, 3, 6))],
-            {"a/w": (4, 6)},
-            ["'a/w{0:4}'", "'a/w{3:6}'", "two layers"],
-        ),
-        (
-            [Layer("a/w", SCANNED, ("a/b",), index=(1,))],
-            {"a/w": (2, 4, 6), "a/b": (6,)},
-            ["'a/b'", "(6,)", "'a/w'", "(2, 4, 6)", "not stacked alike"],
-        ),
-        (
-            [Layer("a/w", SCANNED, ("a/b",), index=(1,))],
-            {"a/w": (2, 4, 6), "a/b": ()},
-            ["'a/b'", "()", "not stacked alike"],
-        ),
-        (
-            [Layer("a/w", DENSE, ("a/b",), part=(1, 0, 3))],
-            {"a/w": (4, 6), "a/b": (5,)},
-            ["'a/b'", "(5,)", "'a/w'", "(4, 6)", "output axis 1"],
-        ),
-        (
-            [Layer("a/w", DENSE, ("a/b",), part=(1, 0, 3))],
-            {"a/w": (4, 6), "a/b": (6, 6)},
-            ["'a/b'", "(6, 6)", "output axis 1"],
-        ),
-    ],
-)
-def test_leaves_that_cannot_follow(layers, shapes, words):
-    with pytest.raises(ValueError, match="follow") as error:
-        layer_of_leaf(layers, shapes)
-    for word in words:
-        assert word in str(error.value)

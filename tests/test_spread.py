@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import tb_optax
-from tb_optax.layers import Layer, MatrixAxes
+from tb_optax import Layer, MatrixAxes, quadrature
 from tb_optax.spread import piece_starts
 
 INTERVAL = 4
@@ -31,7 +31,15 @@ LAYERS = (
     Layer("stack", MatrixAxes((1,), (2,), stacked=(0,))),
     Layer("wide", DENSE),
 )
-ANALYZE = tb_optax.layer_analysis(LAYERS, min_eigenvalues=1)
+EXACT = tb_optax.layer_analysis(LAYERS, min_eigenvalues=1)
+# Larger kernels by products alone, the others exactly.
+ESTIMATED = tb_optax.layer_analysis(
+    LAYERS, min_eigenvalues=1, spectrum=quadrature(above=10, probes=2, steps=6)
+)
+
+every_analysis = pytest.mark.parametrize(
+    "analyze", [EXACT, ESTIMATED], ids=["exact", "estimated"]
+)
 
 
 def make_params(seed):
@@ -43,20 +51,16 @@ def make_params(seed):
     return {**params, "dense_bias": jnp.zeros(16)}
 
 
-def transform(interval=INTERVAL, analyze=ANALYZE):
-    return tb_optax.scale_by_temp_balance(analyze, interval=interval, spread=True)
-
-
 @functools.cache
-def compiled(interval):
+def compiled(analyze, interval=INTERVAL):
     """One compilation for all tests of an interval."""
-    tx = transform(interval)
+    tx = tb_optax.scale_by_temp_balance(analyze, interval=interval, spread=True)
     return tx.init, jax.jit(tx.update)
 
 
-def run(trajectory, state=None, interval=INTERVAL):
+def run(trajectory, state=None, interval=INTERVAL, analyze=EXACT):
     """States after each update, of parameters that come from outside."""
-    init, update = compiled(interval)
+    init, update = compiled(analyze, interval)
     state = init(trajectory[0]) if state is None else state
     states = []
     for params in trajectory:
@@ -65,31 +69,29 @@ def run(trajectory, state=None, interval=INTERVAL):
     return states
 
 
-def test_first_refresh_is_whole():
-    params = make_params(0)
-    state = run([params])[0]
-    analysis = ANALYZE(params)
-    chex.assert_trees_all_equal(state.alpha, analysis.alpha)
-    chex.assert_trees_all_equal(state.multipliers, analysis.multipliers)
+@every_analysis
+def test_a_cycle_at_rest_gives_the_whole_analysis(analyze):
+    """The first refresh is whole; later the pieces of a cycle add up to one.
 
-
-def test_a_cycle_at_rest_gives_the_whole_analysis():
-    # From one set of parameters the pieces add up to the whole; sums over tables of
-    # another width may round differently in the last place.
-    trajectory = [make_params(0)] + [make_params(1)] * INTERVAL
-    *between, last = run(trajectory)
-    analysis = ANALYZE(make_params(1))
-    np.testing.assert_allclose(last.alpha, analysis.alpha, rtol=1e-6)
-    np.testing.assert_allclose(last.multipliers, analysis.multipliers, atol=1e-5)
+    Sums over tables of another width may round differently in the last place.
+    """
+    first, later = make_params(0), make_params(1)
+    start, *between, last = run([first] + [later] * INTERVAL, analyze=analyze)
+    known = analyze(first)
+    chex.assert_trees_all_equal(start.alpha, known.alpha)
+    chex.assert_trees_all_equal(start.multipliers, known.multipliers)
+    known = analyze(later)
+    np.testing.assert_allclose(last.alpha, known.alpha, rtol=2e-6)
+    np.testing.assert_allclose(last.multipliers, known.multipliers, atol=1e-4)
     for state in between:
-        chex.assert_trees_all_equal(state.multipliers, between[0].multipliers)
+        chex.assert_trees_all_equal(state.multipliers, start.multipliers)
 
 
 def test_each_piece_takes_the_parameters_of_its_step():
     trajectory = [make_params(seed) for seed in range(INTERVAL + 1)]
     states = run(trajectory)
-    alphas = np.stack([ANALYZE(params).alpha for params in trajectory])
-    layers = ANALYZE.resolve(trajectory[0]).layers
+    alphas = np.stack([EXACT(params).alpha for params in trajectory])
+    layers = EXACT.resolve(trajectory[0]).layers
     starts = piece_starts(layers, SHAPES, INTERVAL)
     for piece in range(INTERVAL):
         own = slice(starts[piece], starts[piece + 1])
@@ -101,7 +103,7 @@ def test_each_piece_takes_the_parameters_of_its_step():
 
 @pytest.mark.parametrize("interval", [1, 2, 3, 8, 50])
 def test_pieces_are_whole_layers_in_order_and_even(interval):
-    layers, kernels, _ = ANALYZE.resolve(make_params(0))
+    layers, kernels, _ = EXACT.resolve(make_params(0))
     starts = piece_starts(layers, SHAPES, interval)
     assert starts.shape == (interval + 1,)
     assert starts[0] == 0
@@ -116,31 +118,28 @@ def test_pieces_are_whole_layers_in_order_and_even(interval):
     assert max(of_pieces) <= sum(costs) / interval + max(costs) * (1 + 1e-9)
 
 
+def test_pieces_of_estimates_cost_what_products_cost():
+    """Estimates of large kernels are cheap, and many of them make one piece."""
+    shapes = {"small": (1024, 1024)} | {f"large {i}": (4096, 4096) for i in range(4)}
+    layers = [Layer(name, DENSE) for name in shapes]
+    # 2.3 · 1024³ = 2.5e9 against 2 · 32 · 8 · 4096² = 8.6e9 multiplications each.
+    starts = piece_starts(layers, shapes, 2, quadrature())
+    assert starts.tolist() == [0, 3, 5]
+
+
 def test_resumed_in_mid_cycle_it_goes_on_as_if_never_stopped():
     trajectory = [make_params(seed) for seed in range(2 * INTERVAL + 1)]
     whole = run(trajectory)
     stop = INTERVAL + 2
     saved = jax.tree.map(np.asarray, whole[stop - 1])
-    target = jax.eval_shape(transform().init, trajectory[0])
+    target = jax.eval_shape(compiled(EXACT)[0], trajectory[0])
     restored = jax.tree.map(lambda t, x: jnp.asarray(x, t.dtype), target, saved)
     chex.assert_trees_all_equal(run(trajectory[stop:], restored)[-1], whole[-1])
 
 
-def test_a_dead_layer_stays_alone():
-    params = make_params(1)
-    broken = {**params, "dense": params["dense"].at[0, 0].set(jnp.nan)}
-    without = tb_optax.layer_analysis(
-        [layer for layer in LAYERS if layer.path != "dense"], min_eigenvalues=1
-    )
-    state = run([make_params(0)] + [broken] * INTERVAL)[-1]
-    assert state.alpha[1] == 0
-    assert state.multipliers[1] == 1
-    others = np.delete(np.asarray(state.multipliers), 1)
-    np.testing.assert_allclose(others, without(broken).multipliers, atol=1e-5)
-
-
-def test_state_is_stable_under_scan_and_compiled_once():
-    tx = optax.chain(optax.sgd(0.1), transform())
+@every_analysis
+def test_state_is_stable_under_scan_and_compiled_once(analyze):
+    tx = tb_optax.temp_balance(optax.sgd(0.1), analyze, interval=INTERVAL, spread=True)
     params = make_params(0)
     state = tx.init(params)
     traces = 0
@@ -149,27 +148,33 @@ def test_state_is_stable_under_scan_and_compiled_once():
         nonlocal traces
         traces += 1
         params, state = carry
-        updates, state = tx.update(params, state, params)
-        return (optax.apply_updates(params, updates), state), None
+        updates, state = tx.update(jax.tree.map(jnp.sin, params), state, params)
+        return (optax.apply_updates(params, updates), state), state
 
-    (_, after), _ = jax.jit(lambda c: jax.lax.scan(step, c, length=9))((params, state))
+    scan = jax.jit(lambda c: jax.lax.scan(step, c, length=9))
+    (_, after), states = scan((params, state))
     assert traces == 1
     before, after = tb_optax.get_state(state), tb_optax.get_state(after)
     assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, before)
     assert after.count == 9
+    alphas = tb_optax.get_state(states).alpha
+    assert (alphas[8] != alphas[0]).all()
 
 
-def test_interval_one_analyses_every_step():
+def test_interval_one_analyzes_every_step():
     trajectory = [make_params(seed) for seed in range(3)]
     for state, params in zip(run(trajectory, interval=1), trajectory, strict=True):
-        np.testing.assert_allclose(state.alpha, ANALYZE(params).alpha, rtol=1e-6)
+        np.testing.assert_allclose(state.alpha, EXACT(params).alpha, rtol=1e-6)
 
 
 def test_what_cannot_be_spread_is_an_error():
+    def transform(interval=INTERVAL, analyze=EXACT):
+        return tb_optax.scale_by_temp_balance(analyze, interval=interval, spread=True)
+
     with pytest.raises(ValueError, match=r"spread=True needs an int interval.*None"):
         transform(interval=None)
     by_norm = tb_optax.layer_analysis(LAYERS, metric="spectral_norm")
     with pytest.raises(ValueError, match=r"metric='alpha'.*spectral_norm"):
         transform(analyze=by_norm)
     with pytest.raises(ValueError, match="spread=True needs a layer_analysis"):
-        transform(analyze=lambda params: ANALYZE(params))
+        transform(analyze=lambda params: EXACT(params))
