@@ -1,8 +1,16 @@
-"""The whole analysis: its table against NumPy, its invariances, its layers."""
+"""The whole analysis: its table against NumPy, its invariances, layers and options.
+
+Scales are for powers of two here, to the bit, and for any power of ten in
+`test_properties`; faults for `test_faults`.
+"""
 
 import dataclasses
+import functools
 import math
+from contextlib import nullcontext
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +24,7 @@ from layer_table import (
     SHAPES,
     ZOO,
     alpha_tolerance,
+    analysis_of,
     analyze,
     assert_same,
     check_multipliers,
@@ -27,23 +36,30 @@ from layer_table import (
 from spectra import eps_of, float32
 
 import tb_optax
-from tb_optax import Layer, MatrixAxes, fit_median, fit_min_ks, fit_peak
+from tb_optax import (
+    Layer,
+    MatrixAxes,
+    PowerLaw,
+    fit_median,
+    fit_min_ks,
+    fit_peak,
+    layer_analysis,
+    linear,
+    log2,
+    sqrt,
+    step,
+)
 
-FITS = {
-    "median": (fit_median(), reference.fit_median, {}),
-    "floor": (fit_median(), reference.fit_median, {"eigenvalue_floor": 0.05}),
-}
+EPS = eps_of(np.float32)
 
 
-@pytest.mark.parametrize("name", FITS)
-def test_table_equals_numpy(name):
-    fit, exact, options = FITS[name]
+@pytest.mark.parametrize("floor", [None, 0.05])
+def test_table_equals_numpy(floor):
     for seed in range(2):
         kernels = make_kernels(seed)
-        analysis = analyze(kernels, fit=fit, **options)
+        analysis = analyze(kernels, eigenvalue_floor=floor)
         assert analysis.layers == EXPANDED
-        floor = options.get("eigenvalue_floor")
-        alphas = check_table(analysis, kernels, exact, floor=floor)
+        alphas = check_table(analysis, kernels, reference.fit_median, floor=floor)
         check_multipliers(analysis, alphas)
         # Only of the size 1 the tail is a single value.
         assert (alphas > 0).sum() == len(alphas) - 1
@@ -91,41 +107,11 @@ def test_fits_of_the_whole_spectrum_in_float32(published):
         assert row["xmin"] == pytest.approx(eigenvalues[first], rel=2e-5)
 
 
-def test_prescribed_spectra_need_no_decomposition():
-    """The singular values that a kernel was made with give its alpha."""
-    rng = np.random.default_rng(0)
-    sigma = {
-        "square": spectra.pareto_quantiles(2.2, 50) ** 0.5,
-        "dense": spectra.clusters(50),
-        "wide": spectra.gap(50),
-        "three": np.asarray([1.0, 2.0, 5.0]),
-    }
-    kernels = make_kernels(5)
-    for name, values in sigma.items():
-        made = spectra.with_singular_values(rng, values, *SHAPES[name])
-        kernels[name] = float32(made)
-    analysis = analyze(kernels)
-    for row in analysis.rows():
-        if row["layer"] not in sigma:
-            continue
-        eigenvalues = sigma[row["layer"]] ** 2
-        size = len(eigenvalues) - len(eigenvalues) // 2
-        exact = spectra.hill(eigenvalues, size)
-        tail, side = eigenvalues[-size:], len(eigenvalues)
-        # Rounding the kernel to float32 is a perturbation like that of the Gram.
-        tolerance = 2 * alpha_tolerance(exact, tail, side, eps_of(np.float32))
-        assert row["alpha"] == pytest.approx(exact, rel=tolerance)
-        assert row["spectral_norm"] == pytest.approx(
-            eigenvalues[-1] ** 0.5, rel=84 * eps_of(np.float32)
-        )
-
-
 # --- invariances --------------------------------------------------------------------
 
 
 def assert_close_fits(one, other, kernels, factor=2.0):
     """Alphas equal within the error of two computations, and the map of them."""
-    eps = eps_of(np.float32)
     one, other = columns_of(one), columns_of(other)
     for name in ("fitted", "tuned", "tail_size", "eigenvalue_count"):
         np.testing.assert_array_equal(one[name], other[name])
@@ -135,7 +121,7 @@ def assert_close_fits(one, other, kernels, factor=2.0):
             side = min(layer.matrix_shape(SHAPES[layer.path]))
             eigenvalues = spectra.eigenvalues_of(kernels[layer.path], layer)
             tail = eigenvalues[-one["tail_size"][i] :]
-            relative[i] = alpha_tolerance(one["alpha"][i], tail, side, eps)
+            relative[i] = alpha_tolerance(one["alpha"][i], tail, side, EPS)
     error = factor * relative * one["alpha"]
     np.testing.assert_array_less(np.abs(one["alpha"] - other["alpha"]), error + 1e-30)
     spread = np.ptp(one["alpha"][one["tuned"]])
@@ -144,112 +130,61 @@ def assert_close_fits(one, other, kernels, factor=2.0):
     )
 
 
-@pytest.mark.parametrize("power", [-120, -100, -1, 1, 60, 110])
+IN_NO_UNIT = (
+    *("alpha", "ks_distance", "tail_size", "eigenvalue_count", "stable_rank"),
+    *("multipliers", "fitted", "tuned"),
+)
+
+
+@pytest.mark.parametrize("power", [-120, -1, 60, 110])
 def test_powers_of_two_change_nothing_to_the_bit(power):
-    """The kernels hold integers, so that all of them are normal numbers."""
+    """The kernels hold integers, so that all of them are normal numbers.
+
+    Only what is in units of eigenvalues may leave the range of its type.
+    """
     rng = np.random.default_rng(6)
     kernels = {}
     for name, shape in SHAPES.items():
         heavy = rng.standard_cauchy(size=shape) * 4
         kernels[name] = float32(np.clip(np.round(heavy), -999, 999))
-    before = analyze(kernels)
     scaled = {name: np.ldexp(kernel, power) for name, kernel in kernels.items()}
     for name in SHAPES:
         np.testing.assert_array_equal(np.ldexp(scaled[name], -power), kernels[name])
-    after = analyze(scaled)
-    unchanged = (
-        "alpha",
-        "ks_distance",
-        "tail_size",
-        "eigenvalue_count",
-        "stable_rank",
-        "multipliers",
-        "fitted",
-        "tuned",
-    )
-    assert_same(before, after, unchanged)
-    normal = np.finfo(np.float32).tiny
-    with np.errstate(over="ignore", under="ignore"):
-        for name in ("spectral_norm", "frobenius_norm"):
-            moved = np.ldexp(np.asarray(getattr(before, name)), power)
-            found = np.asarray(getattr(after, name))
-            held = moved >= normal
-            np.testing.assert_array_equal(found[held], moved[held])
-            assert (found[~held] < normal).all()
-    hat = np.asarray(before.alpha_hat) + 2 * power * math.log10(2) * before.alpha
-    np.testing.assert_allclose(
-        after.alpha_hat, hat, rtol=84 * eps_of(np.float32), atol=1e-4
-    )
-    for name in columns_of(after):
-        if name != "xmin":
-            assert np.isfinite(getattr(after, name)).all(), name
-
-
-def test_numbers_below_the_smallest_normal_one_count_as_zero():
-    """A listed deviation: such a kernel is not fitted, and disturbs no other."""
-    kernels = make_kernels(7)
-    tiny = float32(kernels["wide"] * 1e-40)
-    before, after = analyze(kernels), analyze({**kernels, "wide": tiny})
-    own = [layer.path == "wide" for layer in before.layers]
-    assert any(own)
-    others = ~np.asarray(own)
-    assert np.asarray(before.fitted)[own].all()
-    np.testing.assert_array_equal(after.fitted, before.fitted & others)
-    np.testing.assert_array_equal(np.asarray(after.multipliers)[own], 1)
-    np.testing.assert_array_equal(after.alpha[others], before.alpha[others])
-
-
-@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e-3, 1e6, 1e30])
-def test_scale_invariance(scale):
-    """Rounding each scaled entry is one perturbation more."""
-    kernels = make_kernels(7)
-    scaled = {name: float32(kernel * scale) for name, kernel in kernels.items()}
-    before, after = analyze(kernels), analyze(scaled)
-    assert_close_fits(before, after, kernels, factor=4)
-    for name in ("spectral_norm", "frobenius_norm"):
-        np.testing.assert_allclose(
-            np.float64(getattr(after, name)),
-            scale * np.float64(getattr(before, name)),
-            rtol=84 * eps_of(np.float32),
-        )
-    # What the scaled kernels are in float64, undone, has the same alpha.
-    undone = {
-        name: float32(np.float64(kernel) / scale) for name, kernel in scaled.items()
-    }
-    assert_close_fits(analyze(undone), after, undone, factor=4)
-
-
-def rotate(kernels, left):
-    """Multiplies the matrices of the zoo by an orthogonal one, from one side."""
-    rng = np.random.default_rng(8)
-    moved = {}
-    for name, kernel in kernels.items():
-        axes = ZOO[name][1]
-        axis = (axes.reduction if left else axes.output)[-1]
-        size = kernel.shape[axis]
-        turn = spectra.orthonormal(rng, size, size)
-        turned = np.tensordot(kernel.astype(np.float64), turn, axes=([axis], [0]))
-        moved[name] = float32(np.moveaxis(turned, -1, axis))
-    return moved
-
-
-def permute(kernels, left):
-    rng = np.random.default_rng(9)
-    moved = {}
-    for name, kernel in kernels.items():
-        axes = ZOO[name][1]
-        axis = (axes.reduction if left else axes.output)[-1]
-        order = rng.permutation(kernel.shape[axis])
-        moved[name] = np.take(kernel, order, axis)
-    return moved
+    estimated = tb_optax.quadrature(above=0)
+    routes = ({}, {"spectrum": estimated}, {"fit": fit_min_ks()}, {"fit": fit_peak()})
+    for options in routes:
+        before, after = analyze(kernels, **options), analyze(scaled, **options)
+        for name, column in columns_of(after).items():
+            assert name == "xmin" or np.isfinite(column).all(), name
+        if options == {"fit": fit_peak()}:
+            continue  # As published, its window depends on the scale.
+        assert_same(before, after, IN_NO_UNIT)
+        normal = np.finfo(np.float32).tiny
+        with np.errstate(over="ignore", under="ignore"):
+            for name in ("spectral_norm", "frobenius_norm"):
+                moved = np.ldexp(np.asarray(getattr(before, name)), power)
+                found = np.asarray(getattr(after, name))
+                held = moved >= normal
+                np.testing.assert_array_equal(found[held], moved[held])
+                assert (found[~held] < normal).all()
+        hat = np.asarray(before.alpha_hat) + 2 * power * math.log10(2) * before.alpha
+        np.testing.assert_allclose(after.alpha_hat, hat, rtol=84 * EPS, atol=1e-4)
+        if abs(power) == 120:
+            assert not np.asarray(after.xmin).any()
 
 
 @pytest.mark.parametrize("left", [True, False])
-@pytest.mark.parametrize("move", [rotate, permute])
-def test_orthogonal_invariance(move, left):
+def test_orthogonal_invariance(left):
     """Orthogonal matrices act on the inner axis of "heads" only: its λ stay too."""
-    kernels = make_kernels(10)
-    assert_close_fits(analyze(kernels), analyze(move(kernels, left)), kernels, factor=4)
+    rng = np.random.default_rng(8)
+    kernels, moved = make_kernels(10), {}
+    for name, kernel in kernels.items():
+        axes = ZOO[name][1]
+        axis = (axes.reduction if left else axes.output)[-1]
+        turn = spectra.orthonormal(rng, kernel.shape[axis], kernel.shape[axis])
+        turned = np.tensordot(kernel.astype(np.float64), turn, axes=([axis], [0]))
+        moved[name] = float32(np.moveaxis(turned, -1, axis))
+    assert_close_fits(analyze(kernels), analyze(moved), kernels, factor=4)
 
 
 def test_transposed_layers():
@@ -270,7 +205,7 @@ def test_transposed_layers():
         groups = (axes.reduction, axes.output, axes.pooled, axes.stacked)
         moved = [tuple(kernel.ndim - 1 - axis for axis in group) for group in groups]
         layers.append(Layer(f"{layer.path} turned", MatrixAxes(*moved)))
-    after = tb_optax.layer_analysis(layers, min_eigenvalues=20)(kernels | turned)
+    after = layer_analysis(layers, min_eigenvalues=20)(kernels | turned)
     rows = len(EXPANDED)
     for half in (slice(0, rows), slice(rows, 2 * rows)):
         part = {name: column[half] for name, column in columns_of(after).items()}
@@ -326,71 +261,11 @@ def test_order_of_layers_is_the_order_of_rows():
     before = columns_of(analyze(kernels))
     order = np.random.default_rng(0).permutation(len(EXPANDED))
     layers = [EXPANDED[i] for i in order]
-    after = tb_optax.layer_analysis(layers, min_eigenvalues=20)(kernels)
+    after = layer_analysis(layers, min_eigenvalues=20)(kernels)
     assert after.layers == tuple(layers)
     for name, column in columns_of(after).items():
-        np.testing.assert_allclose(
-            column, before[name][order], rtol=84 * eps_of(np.float32), err_msg=name
-        )
-        if name in ("tail_size", "eigenvalue_count", "fitted", "tuned"):
-            np.testing.assert_array_equal(column, before[name][order])
-
-
-def test_slices_of_stacks_equal_separate_kernels():
-    """Any slices in any order, along any axes; parts too."""
-    rng = np.random.default_rng(16)
-    kernel = float32(rng.standard_t(3, size=(3, 40, 2, 66)))
-    axes = MatrixAxes((1,), (3,), stacked=(2, 0))
-    wanted = [(1, 2), (0, 0), (1, 0), (0, 2)]
-    layers = [Layer("stack", axes, index=index) for index in wanted]
-    layers += [
-        Layer("stack", axes, index=(0, 1), part=(3, start, start + 22))
-        for start in (44, 0, 22)
-    ]
-    params = {"stack": kernel}
-    stacked = tb_optax.layer_analysis(layers, min_eigenvalues=22)(params)
-    alone = {}
-    for i, layer in enumerate(layers):
-        own = kernel[layer.index[1], :, layer.index[0]]
-        if layer.part:
-            own = own[:, layer.part[1] : layer.part[2]]
-        alone[f"{i}"] = own
-    separate = tb_optax.layer_analysis(
-        [Layer(name, DENSE) for name in alone], min_eigenvalues=22
-    )(alone)
-    assert_same(stacked, separate, ("tail_size", "eigenvalue_count", "fitted", "tuned"))
-    for name, column in columns_of(stacked).items():
-        np.testing.assert_allclose(
-            column,
-            columns_of(separate)[name],
-            rtol=84 * eps_of(np.float32),
-            atol=1e-5,
-            err_msg=name,
-        )
-    assert len(set(np.asarray(stacked.alpha).tolist())) == len(layers)
-
-
-def test_parts_of_a_fused_kernel_are_layers():
-    """Three thirds of a (60, 3 x 50) kernel, with their thirds of the bias."""
-    rng = np.random.default_rng(17)
-    fused = float32(rng.standard_t(3, size=(60, 3 * 50)))
-    params = {"qkv": jnp.asarray(fused), "b": jnp.zeros(150)}
-    layers = [
-        Layer("qkv", DENSE, ("b",), part=(1, start, start + 50))
-        for start in (0, 50, 100)
-    ]
-    analysis = tb_optax.layer_analysis(layers)(params)
-    for i, layer in enumerate(layers):
-        eigenvalues = spectra.eigenvalues_of(fused, layer)
-        law = reference.fit_median(eigenvalues)
-        tail = eigenvalues[-law.tail_size :]
-        tolerance = alpha_tolerance(law.alpha, tail, 50, eps_of(np.float32))
-        assert analysis.alpha[i] == pytest.approx(law.alpha, rel=tolerance)
-    multipliers = analysis.leaf_multipliers(params)
-    third = np.repeat(np.asarray(analysis.multipliers), 50)
-    np.testing.assert_array_equal(multipliers["b"], third)
-    np.testing.assert_array_equal(multipliers["qkv"], third[None])
-    assert set(np.round(third, 6)) > {0.5, 1.5}
+        expected = before[name][order]
+        np.testing.assert_allclose(column, expected, rtol=84 * EPS, err_msg=name)
 
 
 def test_conv_norm_scales_what_is_pooled():
@@ -408,16 +283,24 @@ def test_conv_norm_scales_what_is_pooled():
 
 
 def test_largest_side_is_bounded():
+    """The smaller side counts, of a part its own; what is estimated is not bound."""
     kernels = make_kernels(19)
     with pytest.raises(ValueError, match="max_dim = 49") as error:
         analyze(kernels, max_dim=49)
-    for word in ("'dense'", "50 x 50", "leave it out", "raise max_dim", "part"):
+    words = ("'dense'", "50 x 50", "leave it out", "raise max_dim", "part")
+    for word in (*words, "spectrum=quadrature()"):
         assert word in str(error.value)
-    # The smaller side counts, and of a part its own.
     halves = [Layer("square", DENSE, part=(1, i, i + 25)) for i in (0, 25)]
-    tb_optax.layer_analysis(halves, min_eigenvalues=0, max_dim=25)(kernels)
     both = [Layer(name, DENSE) for name in ("dense", "wide")]
-    tb_optax.layer_analysis(both, max_dim=50)(kernels)
+    large = tb_optax.quadrature(above=49)
+    cases: list[tuple[Any, dict[str, Any]]] = [
+        (halves, {"max_dim": 25}),
+        (both, {"max_dim": 50}),
+        (both, {"max_dim": 49, "spectrum": large}),
+    ]
+    for layers, options in cases:
+        analyze_some = layer_analysis(layers, min_eigenvalues=0, **options)
+        jax.eval_shape(analyze_some, kernels)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 0.1, 1.0, 10.0])
@@ -437,8 +320,8 @@ def test_floor_keeps_what_is_above_it(scale):
         name: jnp.asarray(kernel, jnp.float32)
         for name, kernel in {"made": made, "below": below, "conv": conv}.items()
     }
-    layers = [Layer("made", DENSE), Layer("below", DENSE), Layer("conv", CONV)]
-    analysis = tb_optax.layer_analysis(layers, eigenvalue_floor=1e-5)(params)
+    layers = (Layer("made", DENSE), Layer("below", DENSE), Layer("conv", CONV))
+    analysis = layer_analysis(layers, eigenvalue_floor=1e-5)(params)
     kept = eigenvalues[eigenvalues * scale**2 > 1e-5]
     kept = kept if len(kept) else eigenvalues
     size = len(kept) - len(kept) // 2
@@ -453,12 +336,334 @@ def test_floor_keeps_what_is_above_it(scale):
         spectra.hill(pairs, len(pairs) - len(pairs) // 2),
     ]
     np.testing.assert_allclose(analysis.alpha, expected, rtol=1e-4)
-    total = scale * math.sqrt(eigenvalues.sum())
-    np.testing.assert_allclose(
-        analysis.frobenius_norm[0], total, rtol=84 * eps_of(np.float32)
-    )
-    np.testing.assert_allclose(
-        analysis.stable_rank[0],
+    norms = [
+        scale * math.sqrt(eigenvalues.sum()),
         eigenvalues.sum() / eigenvalues[-1],
-        rtol=84 * eps_of(np.float32),
+    ]
+    found = [analysis.frobenius_norm[0], analysis.stable_rank[0]]
+    np.testing.assert_allclose(found, norms, rtol=84 * EPS)
+
+
+# --- who is tuned -------------------------------------------------------------------
+
+# Two stacks make a table of six rows that compiles fast.
+STACK = MatrixAxes((1,), (2,), stacked=(0,))
+SIX = (Layer("fifty", STACK), Layer("thirty", STACK))
+COUNTS = np.asarray([50] * 3 + [30] * 3)
+
+
+def make_six(seed):
+    """Three kernels of 50 eigenvalues, three of 30, with heavy tails."""
+    rng = np.random.default_rng(seed)
+    return {
+        "fifty": float32(rng.standard_t(3, size=(3, 60, 50))),
+        "thirty": float32(rng.standard_t(3, size=(3, 30, 40))),
+    }
+
+
+@functools.cache
+def analysis_of_six(**options: Any):
+    options.setdefault("min_eigenvalues", 20)
+    return layer_analysis(SIX, **options)
+
+
+@pytest.mark.parametrize("least", [0, 30, 31, 50, 51])
+def test_small_spectra_are_fitted_but_not_tuned(least):
+    tuned = least <= COUNTS
+    none = "no layer reaches min_eigenvalues = 51: all 6 have 30 to 50 eigenval"
+    with nullcontext() if tuned.any() else pytest.warns(UserWarning, match=none):
+        analysis = analysis_of_six(min_eigenvalues=least)(make_six(5))
+    assert analysis.fitted.all()
+    np.testing.assert_array_equal(analysis.tuned, tuned)
+    np.testing.assert_array_equal(analysis.multipliers[~tuned], 1)
+    if tuned.any():
+        assert np.asarray(analysis.multipliers).min() == 0.5
+        assert np.asarray(analysis.multipliers).max() == pytest.approx(1.5)
+
+
+def test_untuned_layers_do_not_move_the_range():
+    """The kernels of N = 30 get by far the heaviest tails of all."""
+    kernels = make_six(6)
+    changed = dict(kernels, thirty=kernels["thirty"] ** 5)
+    analyze = analysis_of_six(min_eigenvalues=31)
+    before, after = analyze(kernels), analyze(changed)
+    assert (after.alpha[3:] < after.alpha[:3].min()).all()
+    assert (after.alpha[3:] != before.alpha[3:]).all()
+    assert_same(before, after, ("multipliers", "tuned"))
+
+
+def test_one_layer_and_equal_layers_stay_untouched():
+    kernels = make_kernels(7)
+    with pytest.warns(UserWarning, match="'dense' with 50 .* there is no other layer"):
+        alone = layer_analysis([Layer("dense", DENSE)])(kernels)
+    twins = {"a": kernels["dense"], "b": kernels["dense"]}
+    for analysis in (alone, layer_analysis([Layer(x, DENSE) for x in twins])(twins)):
+        assert analysis.tuned.all()
+        assert (analysis.multipliers == 1).all()
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A metric with given numbers."""
+
+    numbers: tuple[float, ...]
+
+    def __call__(self, analysis):
+        """Return the numbers, whatever the analysis."""
+        assert isinstance(analysis, tb_optax.Analysis)
+        return jnp.asarray(self.numbers, analysis.alpha.dtype)
+
+
+@pytest.mark.parametrize(
+    ("assign", "outside"),
+    [(log2(), 0.5), (sqrt(), -0.5), (linear(), math.nan), (step(), math.inf)],
+    ids=repr,
+)
+def test_outside_the_domain_of_the_map(assign, outside):
+    """Multiplier 1, not tuned, no part in the others' sum: as if it were not there."""
+    numbers = np.linspace(2, 5, 6)
+    numbers[4] = outside
+    metric = Column(tuple(numbers))
+    analysis = analysis_of_six(assign=assign, metric=metric)(make_six(8))
+    assert analysis.fitted.all()
+    inside = np.arange(6) != 4
+    np.testing.assert_array_equal(analysis.tuned, inside)
+    assert analysis.multipliers[4] == 1
+    scores = jnp.asarray(numbers[inside], jnp.float32)
+    expected = assign(scores, jnp.ones(5, bool))
+    np.testing.assert_allclose(analysis.multipliers[inside], expected, rtol=6 * EPS)
+
+
+def test_any_column_may_be_the_metric():
+    for metric in tb_optax.analysis.METRICS:
+        analysis = jax.eval_shape(analysis_of_six(metric=metric), make_six(9))
+        assert analysis.multipliers == jax.ShapeDtypeStruct((6,), jnp.float32)
+    analysis = analysis_of_six(metric="stable_rank")(make_six(9))
+    assert analysis.tuned.all()
+    column = np.asarray(analysis.stable_rank, np.float64)
+    np.testing.assert_allclose(
+        analysis.multipliers,
+        0.5 + (column - column.min()) / np.ptp(column),
+        atol=4 * EPS * (1 + np.abs(column).max() / np.ptp(column)),
     )
+
+
+# --- functions of the user ----------------------------------------------------------
+
+
+def test_fit_of_the_user():
+    """It sees ascending rows, padding first, in the unit of their own kernel."""
+    kernels = make_kernels(10)
+
+    def largest_over_third(log_eigenvalues, valid):
+        """Alpha from the largest and the third largest λ; 0 where there is none."""
+        third = log_eigenvalues[:, -3]
+        some = valid[:, -3]
+        return PowerLaw(
+            alpha=jnp.where(some, 1 + log_eigenvalues[:, -1] - third, 0),
+            xmin=jnp.where(some, jnp.exp(third), 0),
+            ks_distance=jnp.zeros(len(valid)),
+            tail_size=jnp.where(some, 3, 0),
+        )
+
+    analysis = analyze(kernels, fit=largest_over_third)
+    for row, layer in zip(analysis.rows(), analysis.layers, strict=True):
+        eigenvalues = spectra.eigenvalues_of(kernels[layer.path], layer)
+        assert row["fitted"] == (len(eigenvalues) >= 3)
+        if row["fitted"]:
+            ratio = math.log(eigenvalues[-1] / eigenvalues[-3])
+            # Both λ are at least a hundredth of λ_max.
+            assert eigenvalues[-3] > eigenvalues[-1] / 100
+            tolerance = 100 * 8.4 * EPS * math.sqrt(50)
+            assert row["alpha"] == pytest.approx(1 + ratio, abs=tolerance)
+            assert row["xmin"] == pytest.approx(eigenvalues[-3], rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    "alphas",
+    [
+        (math.nan, 2.0, math.inf, 3.0, -math.inf, 1e4),
+        (0.0, 2.0, -2.0, 3.0, 1.1e4, 1e-3),
+    ],
+    ids=str,
+)
+def test_alpha_that_cannot_be_trusted(alphas):
+    """From any fit: NaN, infinite, above 1e4, or not positive."""
+
+    def fit(log_eigenvalues, valid):
+        law = fit_median()(log_eigenvalues, valid)
+        return law._replace(alpha=jnp.asarray(alphas, jnp.float32))
+
+    analysis = analysis_of_six(fit=fit)(make_six(11))
+    bad, good = slice(0, 6, 2), slice(1, 6, 2)
+    for name in ("alpha", "alpha_hat", "ks_distance", "xmin", "tail_size", "fitted"):
+        assert not np.asarray(getattr(analysis, name))[bad].any()
+    np.testing.assert_array_equal(analysis.multipliers[bad], 1)
+    np.testing.assert_array_equal(analysis.alpha[good], float32(alphas[good]))
+    assert analysis.tuned[good].all()
+    expected = reference.multipliers(
+        np.asarray(alphas[good]), "tb_linear_map", 0.5, 1.5
+    )
+    np.testing.assert_allclose(analysis.multipliers[good], expected, rtol=4 * EPS)
+
+
+@pytest.mark.parametrize("field", PowerLaw._fields)
+def test_fit_of_the_wrong_shape(field):
+    def fit(log_eigenvalues, valid):
+        law = fit_median()(log_eigenvalues, valid)
+        return law._replace(**{field: getattr(law, field)[:-1]})
+
+    with pytest.raises(ValueError, match=rf"fit \({field}\).*\(6,\).*\(5,\)"):
+        analysis_of_six(fit=fit)(make_six(0))
+
+
+@pytest.mark.parametrize("name", ["metric", "assign"])
+@pytest.mark.parametrize("shape", [(), (6, 1), (3,)], ids=str)
+def test_functions_of_the_wrong_shape(name, shape):
+    analysis = analysis_of_six(**{name: lambda *_: jnp.ones(shape)})
+    with pytest.raises(ValueError, match=f"{name} must return shape") as error:
+        analysis(make_six(0))
+    assert "(6,)" in str(error.value)
+    assert str(shape) in str(error.value)
+
+
+def test_map_of_the_user():
+    """It sees scores of 1 for what is not tuned, and cannot tune it either."""
+
+    def assign(metric, tuned):
+        return jnp.where(tuned, metric / 2, 7) + jnp.where(metric == 1, 0.0, 1.0)
+
+    analysis = analysis_of_six(assign=assign, min_eigenvalues=31)(make_six(12))
+    tuned = COUNTS == 50
+    np.testing.assert_array_equal(analysis.tuned, tuned)
+    np.testing.assert_array_equal(analysis.multipliers[~tuned], 1)
+    np.testing.assert_array_equal(
+        analysis.multipliers[tuned], np.asarray(analysis.alpha)[tuned] / 2 + 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"metric": "aplha"}, ["metric", "'aplha'", "alpha_hat"]),
+        ({"metric": "multipliers"}, ["metric", "'multipliers'"]),
+        ({"min_eigenvalues": -1}, ["min_eigenvalues", ">= 0", "-1"]),
+        ({"max_dim": 0}, ["max_dim", ">= 1", "0"]),
+        ({"conv_norm": 0.0}, ["conv_norm", "> 0", "0.0"]),
+        ({"conv_norm": math.inf}, ["conv_norm", "inf"]),
+        ({"eigenvalue_floor": 0.0}, ["eigenvalue_floor", "> 0", "0.0"]),
+        ({"eigenvalue_floor": math.nan}, ["eigenvalue_floor", "nan"]),
+    ],
+    ids=str,
+)
+def test_options_are_checked_at_construction(options, words):
+    with pytest.raises(ValueError, match="must be") as error:
+        layer_analysis(LAYERS, **options)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "words"),
+    [
+        (np.ones((4, 4), np.int32), ["'w'", "int32", "floating"]),
+        (np.ones((0, 4), np.float32), ["'w'", "(0, 4)", "empty"]),
+        (np.ones((4, 4), np.complex64), ["'w'", "complex64", "floating"]),
+    ],
+    ids=["integer", "empty", "complex"],
+)
+def test_kernels_without_a_spectrum(kernel, words):
+    with pytest.raises(ValueError, match="a kernel must be floating and not") as error:
+        layer_analysis([Layer("w", DENSE)])({"w": jnp.asarray(kernel)})
+    for word in words:
+        assert word in str(error.value)
+
+
+# --- under transformations, and what the table is for -------------------------------
+
+
+def test_under_jit_vmap_and_without_work():
+    trees = [make_six(seed) for seed in (14, 15, 16)]
+    trees[1]["fifty"][1] = math.nan
+    inside = jax.jit(lambda params: analysis_of_six()(params))(trees[0])
+    batch = jax.tree.map(lambda *kernels: jnp.stack(kernels), *trees)
+    analyses = jax.vmap(analysis_of_six())(batch)
+    for i, tree in enumerate(trees):
+        analysis = jax.tree.map(lambda column, i=i: column[i], analyses)
+        alone = analysis_of_six()(tree)
+        assert inside.layers == analysis.layers == alone.layers
+        if i == 0:
+            assert_same(inside, alone)
+        for name, column in columns_of(alone).items():
+            found = columns_of(analysis)[name]
+            np.testing.assert_allclose(found, column, rtol=84 * EPS)
+    abstract = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, make_kernels(17)))
+    analysis = jax.eval_shape(analysis_of(), abstract)
+    assert analysis.layers == EXPANDED
+    assert analysis.alpha == jax.ShapeDtypeStruct((len(EXPANDED),), jnp.float32)
+
+
+def test_equal_analyses_share_one_compilation():
+    """By the value of their options; a fit counts how often it is traced."""
+    traces = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Counted:
+        position: float = 2
+
+        def __call__(self, log_eigenvalues, valid):
+            traces.append(self.position)
+            return fit_median(self.position)(log_eigenvalues, valid)
+
+    def make(**options):
+        layers = [Layer("dense", DENSE), Layer("wide", DENSE)]
+        return layer_analysis(layers, fit=Counted(), **options)
+
+    one, other = make(), make(assign=linear(0.5, 1.5), metric="alpha")
+    assert one == other
+    assert hash(one) == hash(other)
+    for seed in (18, 19):
+        one(make_kernels(seed))
+        other(make_kernels(seed))
+    assert traces == [2]
+    # The tree around the kernels, their names apart, has no part in it.
+    one({**make_kernels(20), "more": jnp.ones(3)})
+    assert traces == [2]
+    changed = make(assign=linear(0.5, 1.4))
+    assert changed != one
+    changed(make_kernels(18))
+    assert traces == [2, 2]
+
+
+def test_rows_are_plain():
+    rows = analyze(make_kernels(21)).rows()
+    assert [row["layer"] for row in rows] == [layer.name for layer in EXPANDED]
+    types = {type(value) for row in rows for value in row.values()}
+    assert types == {str, float, int, bool}
+
+
+def test_leaf_multipliers_have_the_tree_of_the_parameters():
+    kernels = make_kernels(22)
+    layers = [
+        Layer("a/w", LAYERS[4].axes, ("a/b",)),
+        Layer("c/w", DENSE, ("c/b", "c/masked")),
+    ]
+    params = {
+        "a": {"w": kernels["scan"], "b": np.zeros((2, 50), np.float32)},
+        "c": {"w": kernels["dense"], "b": np.zeros(50, np.float32), "masked": None},
+        "norm": np.ones(7, np.float32),
+    }
+    analysis = layer_analysis(layers, min_eigenvalues=2)(params)
+    multipliers = analysis.leaf_multipliers(params)
+    first, second, dense = analysis.multipliers
+    assert jax.tree.structure(multipliers) == jax.tree.structure(params)
+    stacked = np.asarray([first, second])
+    np.testing.assert_array_equal(multipliers["a"]["w"], stacked[:, None, None])
+    np.testing.assert_array_equal(multipliers["a"]["b"], stacked[:, None])
+    for leaf in ("w", "b"):
+        np.testing.assert_array_equal(jnp.ravel(multipliers["c"][leaf]), [dense])
+    assert multipliers["norm"] == 1
+    for multiplier, leaf in zip(
+        jax.tree.leaves(multipliers), jax.tree.leaves(params), strict=True
+    ):
+        assert np.broadcast_shapes(multiplier.shape, leaf.shape) == leaf.shape

@@ -103,7 +103,7 @@ CASES = tuple(
     if case[:2] != (1, "if finite")
 )
 # Each case is compiled once: the short run has few of them.
-FEW = tuple(random.Random(5).sample(CASES, 10))
+FEW = tuple(random.Random(5).sample(CASES, 6))
 
 
 def is_shape(node):
@@ -259,14 +259,14 @@ def check(run):
         params = optax.apply_updates(params, updates)
 
 
-@hypothesis.settings(spectra.PROFILE, max_examples=100)
+@hypothesis.settings(spectra.PROFILE, max_examples=60)
 @given(runs(FEW))
 def test_the_whole_optimizer(run):
     check(run)
 
 
 @pytest.mark.long
-@hypothesis.settings(spectra.PROFILE, max_examples=2000)
+@hypothesis.settings(spectra.PROFILE, max_examples=500)
 @given(runs(CASES))
 def test_the_whole_optimizer_at_length(run):
     check(run)

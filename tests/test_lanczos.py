@@ -85,22 +85,6 @@ def test_polynomials_below_degree_2k_are_integrated_exactly():
         power = np.einsum("mpn,mnk->mpk", power, matrices)
 
 
-@pytest.mark.usefixtures("x64")
-def test_as_many_steps_as_rows_give_the_whole_spectrum():
-    rng = np.random.default_rng(1)
-    half = rng.normal(size=(12, 12))
-    matrix = half @ half.T
-    start = unit_rows(rng, 1, 2, 12)
-    nodes, weights = nodes_and_weights(
-        jnp.asarray(matrix[None]), jnp.asarray(start), 12
-    )
-    eigenvalues, vectors = np.linalg.eigh(matrix)
-    for probe in range(2):
-        np.testing.assert_allclose(nodes[0, probe], eigenvalues, rtol=1e-9, atol=1e-12)
-        expected = (start[0, probe] @ vectors) ** 2
-        np.testing.assert_allclose(weights[0, probe], expected, rtol=1e-7, atol=1e-12)
-
-
 @pytest.mark.parametrize(
     ("eigenvalues", "distinct"),
     [
@@ -197,17 +181,16 @@ def make(case, scale=1.0, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize(
-    ("scale", "dtype"),
+    ("case", "scale", "dtype"),
     [
-        (1.0, "float32"),
-        (1e-30, "float32"),
-        (3e37, "float32"),
-        (1e-30, "bfloat16"),
-        (3e37, "bfloat16"),
-        (1.0, "float16"),
+        *((case, 1.0, "float32") for case in CASES),
+        ("conv", 1e-30, "float32"),
+        ("small part", 3e37, "float32"),
+        ("stack", 1e-30, "bfloat16"),
+        ("part of heads", 3e37, "bfloat16"),
+        ("heads", 1.0, "float16"),
     ],
 )
-@pytest.mark.parametrize("case", CASES)
 def test_products_are_those_of_numpy(case, scale, dtype):
     """To the accuracy of float32, whatever the type and the scale of the kernel."""
     operator, matrices = make(case, scale, TYPES[dtype])
@@ -238,17 +221,6 @@ def test_products_in_double_precision():
     np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_is_known_slice_by_slice(value):
-    operator, _ = make("stack")
-    spoilt = Operator(operator.kernel.at[1, 2, 3].set(value), operator.axes)
-    exponent, finite, square_sum = spoilt.measure()
-    assert np.asarray(finite).tolist() == [True, False]
-    assert square_sum[1] == 0
-    np.testing.assert_array_equal(exponent[0], operator.measure().exponent[0])
-    np.testing.assert_array_equal(square_sum[0], operator.measure().square_sum[0])
-
-
 @pytest.mark.parametrize("dtype", TYPES)
 def test_one_number_that_is_not_finite_is_found_anywhere(dtype):
     """Maxima of XLA may pass over NaN."""
@@ -256,8 +228,10 @@ def test_one_number_that_is_not_finite_is_found_anywhere(dtype):
     for i in range(39):
         kernels[i].flat[41 * i + i // 3] = (math.nan, math.inf, -math.inf)[i % 3]
     stack = Operator(jnp.asarray(kernels, TYPES[dtype]), CASES["stack"][1])
-    finite = np.asarray(jax.jit(stack.measure)().finite)
+    exponent, finite, square_sum = map(np.asarray, jax.jit(stack.measure)())
     assert finite.tolist() == [False] * 39 + [True]
+    assert not square_sum[:-1].any()
+    assert exponent[-1] == -1
 
 
 def test_probes_are_signs_that_stay():
@@ -310,8 +284,8 @@ def fit(log_nodes, weights, count, **options):
 
 
 @pytest.mark.parametrize("include_threshold", [True, False])
-@pytest.mark.parametrize("position", [2, 3, 1.25])
-@pytest.mark.parametrize("count", [9, 50, 1000])
+@pytest.mark.parametrize("position", [2, 1.25])
+@pytest.mark.parametrize("count", [9, 1000])
 def test_single_eigenvalues_as_nodes_are_fitted_as_ever(
     count, position, include_threshold
 ):
