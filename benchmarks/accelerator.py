@@ -41,7 +41,6 @@ from benchmarks import (
     peers,
     recorded,
     steps,
-    studies,
 )
 from benchmarks.errors import UserError
 from benchmarks.networks import Network, networks
@@ -133,6 +132,8 @@ def train_images(
     path: Path, data: Path, toy: bool, given: Sequence[str], deadline: float
 ) -> None:
     """Train what the time allows of the study; what is not finished is dropped."""
+    from benchmarks import studies  # It imports more than the other parts need.
+
     directory = studies.Directory(path, "images-check" if toy else "images")
     dataset = directory.study.load(directory.study.config, data)
     directory.open(dataset.digest(), "benchmarks.accelerator", given)

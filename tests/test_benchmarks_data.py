@@ -296,7 +296,7 @@ def test_truncated_and_noisy_files_are_one_line(cifar):
 def test_empty_split_and_absent_directory(cifar):
     for part in (0, 1):
         cifar.write("train", [], pa.array([], pa.int64()), part=part)
-    with pytest.raises(UserError, match="cannot be read as parquet"):
+    with pytest.raises(UserError, match="the train split has no rows"):
         data.load(cifar.config())
     config = dataclasses.replace(configs.CIFAR10, data_dir=str(cifar.path / "none"))
     with pytest.raises(UserError, match="none', which is not a directory"):

@@ -1,16 +1,19 @@
-"""Many devices: a file of tests in a process with eight simulated ones."""
+"""Many devices: files of tests in processes with eight simulated ones."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
-def test_on_eight_devices():
+
+@pytest.mark.parametrize("name", ["eight_devices", "eight_devices_quadrature"])
+def test_on_eight_devices(name):
     """In a process of its own: the number of devices is fixed when JAX starts."""
-    cases = str(Path(__file__).parent / "eight_devices.py")
+    cases = Path(__file__).parent / f"{name}.py"
     finished = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", cases],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)],
         env={
             **os.environ,
             "JAX_NUM_CPU_DEVICES": "8",
