@@ -34,14 +34,7 @@ import jax
 import numpy as np
 from tabulate import tabulate
 
-from benchmarks import (
-    candidates,
-    commandline,
-    machine,
-    peers,
-    recorded,
-    steps,
-)
+from benchmarks import candidates, commandline, machine, peers, recorded, steps
 from benchmarks.errors import UserError
 from benchmarks.networks import Network, networks
 from benchmarks.preemption import Preempted

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from benchmarks import machine
 from benchmarks.configs import Config
 from benchmarks.errors import UserError
-from benchmarks.files import TEMPORARY, Row, append_lines, read_json, write_json
+from benchmarks.files import Row, append_lines, is_empty, read_json, write_json
 from benchmarks.loop import Program, TrainState, make_program
 from benchmarks.preemption import Preempted
 from benchmarks.runs import LAYERS, METRICS, Run
@@ -77,8 +77,7 @@ class Experiment:
         if self.path.exists() and not self.path.is_dir():
             msg = f"{self.path} is no directory; give another --out"
             raise UserError(msg)
-        files = list(self.path.iterdir()) if self.path.exists() else []
-        if all(file.suffix == TEMPORARY for file in files):
+        if is_empty(self.path):
             return self
         if not resume:
             msg = f"{self.path} is not empty; give --resume or another --out"

@@ -15,6 +15,12 @@ Row = dict[str, Any]
 TEMPORARY = ".tmp"
 
 
+def is_empty(path: Path) -> bool:
+    """Return whether a directory is not there, or holds what a kill may leave only."""
+    files = path.iterdir() if path.exists() else ()
+    return all(file.suffix == TEMPORARY for file in files)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a kill leaves either the old one or the new one."""
     temporary = path.with_name(path.name + TEMPORARY)

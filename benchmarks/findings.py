@@ -13,7 +13,7 @@ from benchmarks.cells import Row, table
 from benchmarks.files import write_text
 from benchmarks.page import page
 from benchmarks.protocol import Study, chosen, grid
-from benchmarks.report import interval, machines, paired, portable
+from benchmarks.report import interval, machines, mean_cell, paired, portable
 from benchmarks.studies import Directory
 
 REPORT, PAGE = "report.md", "report.html"
@@ -57,6 +57,8 @@ def brief(directory: Directory) -> str:
     """Return the one table that answers whether a method helps."""
     study = directory.study
     first = study.arms[study.swept[0]].title
+    matched = {_control(study, arm) for arm in study.swept}
+    left_out = {study.arms[name].title for name in matched if name is not None}
     rows = [
         {
             "arm": row["arm"],
@@ -66,7 +68,7 @@ def brief(directory: Directory) -> str:
             "less that of its control or method": row["to its control or method"],
         }
         for row in _fresh_rows(directory)
-        if "mean-matched" not in row["arm"]
+        if row["arm"] not in left_out
     ]
     seeds = len(study.fresh_seeds)
     return (
@@ -123,9 +125,9 @@ def _fresh_rows(directory: Directory) -> list[Row]:
             "arm": study.arms[arm].title,
             "rate": f"{frame.loc[frame['arm'] == arm, 'rate'].iloc[0]:g}",
             "seeds": str(test[arm].count()),
-            "validation loss": _mean(validation[arm], "{:.4f}"),
-            "test loss": _mean(test[arm], "{:.4f}"),
-            "test accuracy, %": _mean(accuracy[arm], "{:.2f}"),
+            "validation loss": mean_cell(validation[arm], "{:.4f}"),
+            "test loss": mean_cell(test[arm], "{:.4f}"),
+            "test accuracy, %": mean_cell(accuracy[arm], "{:.2f}"),
         }
         row[f"to {study.arms[first].title}"] = (
             "" if arm == first else paired(test[arm], test[first], "{:+.4f}")
@@ -142,12 +144,6 @@ def _fresh_rows(directory: Directory) -> list[Row]:
 def _control(study: Study, arm: str) -> str | None:
     """Return the first control of a method, which is the mean-matched one."""
     return next((name for name, of in study.parents.items() if of == arm), None)
-
-
-def _mean(samples: pd.Series, form: str) -> str:
-    samples = samples.dropna()
-    mean = form.format(samples.mean())
-    return mean if len(samples) == 1 else f"{mean} ± {form.format(samples.std())}"
 
 
 def _seconds_rows(directory: Directory) -> list[Row]:
@@ -180,7 +176,7 @@ def _seconds_rows(directory: Directory) -> list[Row]:
                 "seconds of a run": f"{last * seconds[arm].median():.1f}",
                 f"to {study.arms[first].title}": f"{ratio:.3f}",
                 "steps by then": f"{reached / last:.1%}",
-                "validation loss by then": _mean(pd.Series(losses), "{:.4f}"),
+                "validation loss by then": mean_cell(pd.Series(losses), "{:.4f}"),
             }
         )
     return rows
@@ -196,10 +192,10 @@ def _sweep_rows(directory: Directory) -> list[Row]:
     for arm in study.swept:
         row = {"arm": study.arms[arm].title}
         best = chosen(study, losses, arm)
+        done = all(rate in means for rate in grid(study, losses, arm))
         for rate in sorted(means.columns):
             mean = means.at[arm, rate] if arm in means.index else np.nan
             cell = "" if pd.isna(mean) else f"{mean:.4f}"
-            done = all(rate in means for rate in grid(study, losses, arm))
             row[f"{rate:g}"] = f"**{cell}**" if done and rate == best else cell
         rows.append(row)
     return rows
@@ -286,13 +282,10 @@ def _state(directory: Directory) -> Iterator[str]:
     ]
     if lost:
         yield f"The loss was not finite in {', '.join(lost)}."
-    ends = []
-    for arm in study.swept:
-        rates = sorted(grid(study, directory.losses(), arm))
-        if not missing and chosen(study, directory.losses(), arm) in (
-            rates[0],
-            rates[-1],
-        ):
+    losses, ends = directory.losses(), []
+    for arm in study.swept if not missing else ():
+        rates = sorted(grid(study, losses, arm))
+        if chosen(study, losses, arm) in (rates[0], rates[-1]):
             ends.append(study.arms[arm].title)
     if ends:
         yield f"The best rate is at an end of the grid for {', '.join(ends)}."

@@ -134,7 +134,13 @@ class Setting:
         return self.config.epochs * self.config.steps
 
 
-Balance = Callable[[Setting], optax.GradientTransformationExtraArgs]
+Layers = tuple[tb_optax.Layer, ...]
+Balance = Callable[[Setting, Layers], optax.GradientTransformationExtraArgs]
+
+
+def without_ends(layers: Layers) -> Layers:
+    """Leave out the first and the last layer."""
+    return layers[1:-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +151,7 @@ class LanguageArm:
         name: its name in files.
         title: its name in tables and pictures.
         balance: builds the published method from a `tb_optax.recipes`.
-        hold: builds a transform with the same layers, whose multipliers are set.
+        chosen: chooses the layers to tune.
         decay: whether the method takes the place of the weight decay.
         control: what the arm does to the multipliers of the method.
         parent: the arm that a control is held against, and inherits its rate from.
@@ -154,7 +160,7 @@ class LanguageArm:
     name: str
     title: str
     balance: Balance | None = None
-    hold: Balance | None = None
+    chosen: Callable[[Layers], Layers] = without_ends
     decay: bool = False
     control: Control | None = None
     parent: str | None = None
@@ -175,12 +181,19 @@ class LanguageArm:
         self, setting: Setting, seed: Array | int, rate: float | Array
     ) -> optax.GradientTransformation:
         """Return the optimizer."""
-        decay = optax.add_decayed_weights(setting.config.weight_decay, mask=kernels)
+        weight_decay = setting.config.weight_decay
+        decay = optax.add_decayed_weights(weight_decay, mask=kernels)
         balance = optax.identity()
         if self.balance is not None:
-            balance = self.balance(setting)
+            layers = self.chosen(setting.layers)
+            balance = self.balance(setting, layers)
             if self.control is not None:
-                hold = (self.hold or _hold)(setting)
+                analyze = tb_optax.layer_analysis(layers)
+                hold = tb_optax.scale_by_temp_balance(analyze, interval=None)
+                if self.decay:
+                    hold = tb_optax.add_balanced_weight_decay(
+                        weight_decay, analyze, interval=None, mask=kernels
+                    )
                 balance = controlled(balance, hold, self.control, seed)
             if self.decay:
                 decay, balance = balance, optax.identity()
@@ -199,74 +212,49 @@ def kernels(params: optax.Params) -> Any:
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
-def _temp_balance(setting: Setting, **options: Any) -> Any:
-    interval = options.pop("interval", setting.config.refresh)
-    return recipes.temp_balance(setting.layers[1:-1], interval=interval, **options)
+def _temp_balance(setting: Setting, layers: Layers) -> Any:
+    return recipes.temp_balance(layers, interval=setting.config.refresh)
 
 
-def _shape_only(setting: Setting) -> Any:
+def _shape_only(setting: Setting, layers: Layers) -> Any:
     """Keep the multipliers of the first alphas."""
-    return _temp_balance(setting, interval=setting.total)
+    return recipes.temp_balance(layers, interval=setting.total)
 
 
-def _hold(setting: Setting) -> Any:
-    analyze = tb_optax.layer_analysis(setting.layers[1:-1])
-    return tb_optax.scale_by_temp_balance(analyze, interval=None)
-
-
-def _llr_layers(setting: Setting) -> tuple[tb_optax.Layer, ...]:
+def _with_embedding(layers: Layers) -> Layers:
     """Add the embedding in front, unless it is the head, too."""
     axes = tb_optax.MatrixAxes((0,), (1,))
     embedding = tb_optax.Layer("embedding/embedding", axes)
-    others = tuple(layer for layer in setting.layers if layer.path != embedding.path)
+    others = tuple(layer for layer in layers if layer.path != embedding.path)
     return embedding, *others
 
 
-def _llr(setting: Setting) -> Any:
-    return recipes.llr(_llr_layers(setting), total_steps=setting.total)
+def _llr(setting: Setting, layers: Layers) -> Any:
+    return recipes.llr(layers, total_steps=setting.total)
 
 
-def _llr_hold(setting: Setting) -> Any:
-    analyze = tb_optax.layer_analysis(_llr_layers(setting))
-    return tb_optax.scale_by_temp_balance(analyze, interval=None)
-
-
-def _alpha_decay(setting: Setting) -> Any:
+def _alpha_decay(setting: Setting, layers: Layers) -> Any:
     return recipes.alpha_decay(
-        setting.layers[1:-1],
+        layers,
         weight_decay=setting.config.weight_decay,
         interval=setting.config.refresh,
         mask=kernels,
     )
 
 
-def _alpha_decay_hold(setting: Setting) -> Any:
-    analyze = tb_optax.layer_analysis(setting.layers[1:-1])
-    decay = setting.config.weight_decay
-    return tb_optax.add_balanced_weight_decay(
-        decay, analyze, interval=None, mask=kernels
-    )
+def _without_last(layers: Layers) -> Layers:
+    return layers[:-1]
 
 
-def _model_balancing(setting: Setting) -> Any:
-    interval = setting.config.refresh
-    return recipes.model_balancing(setting.layers[:-1], interval=interval)
-
-
-def _model_balancing_hold(setting: Setting) -> Any:
-    analyze = tb_optax.layer_analysis(setting.layers[:-1])
-    return tb_optax.scale_by_temp_balance(analyze, interval=None)
+def _model_balancing(setting: Setting, layers: Layers) -> Any:
+    return recipes.model_balancing(layers, interval=setting.config.refresh)
 
 
 _METHODS = (
-    LanguageArm("temp_balance", "TempBalance", _temp_balance, _hold),
-    LanguageArm("llr", "LLR", _llr, _llr_hold),
-    LanguageArm(
-        "alpha_decay", "AlphaDecay", _alpha_decay, _alpha_decay_hold, decay=True
-    ),
-    LanguageArm(
-        "model_balancing", "Model Balancing", _model_balancing, _model_balancing_hold
-    ),
+    LanguageArm("temp_balance", "TempBalance", _temp_balance),
+    LanguageArm("llr", "LLR", _llr, _with_embedding),
+    LanguageArm("alpha_decay", "AlphaDecay", _alpha_decay, decay=True),
+    LanguageArm("model_balancing", "Model Balancing", _model_balancing, _without_last),
 )
 
 

@@ -275,7 +275,8 @@ def interval(samples: pd.Series) -> tuple[float, float]:
     return float(samples.mean()), float(margin)
 
 
-def _mean(samples: pd.Series, form: str) -> str:
+def mean_cell(samples: pd.Series, form: str) -> str:
+    """Return the mean of samples, and their deviation if there are several."""
     samples = samples.dropna()
     if samples.empty:
         return ""
@@ -317,7 +318,7 @@ def _accuracy_rows(summary: Summary, percent: pd.DataFrame) -> Iterator[Row]:
     for row, place in _rows(summary):
         samples = _column(percent, place)
         row["seeds"] = str(samples.count())
-        row["accuracy"] = _mean(samples, "{:.2f}")
+        row["accuracy"] = mean_cell(samples, "{:.2f}")
         for name, other in _others(summary, place):
             row[f"difference to {name}"] = (
                 paired(samples, _column(percent, other), "{:+.2f}") if other else ""
@@ -331,7 +332,7 @@ def _speed_rows(summary: Summary, runs: pd.DataFrame) -> Iterator[Row]:
     analysis_seconds = _by_seed(runs, "analysis_seconds").sum()
     for row, place in _rows(summary):
         samples = _column(speeds, place)
-        row["images per second"] = _mean(samples, "{:.0f}")
+        row["images per second"] = mean_cell(samples, "{:.0f}")
         for name, other in _others(summary, place):
             row[f"ratio to {name}"] = (
                 paired(samples, _column(speeds, other), "{:.3f}", ratio=True)

@@ -24,9 +24,9 @@ import orbax.checkpoint as ocp
 from benchmarks.configs import LanguageConfig, option
 from benchmarks.errors import UserError, first_line
 from benchmarks.files import (
-    TEMPORARY,
     Row,
     digest,
+    is_empty,
     read_json,
     read_lines,
     write_json,
@@ -68,9 +68,7 @@ class Run:
 
     def begun(self) -> bool:
         """Whether anything is written down, except what a kill may leave of it."""
-        if not self.path.exists():
-            return False
-        return any(file.suffix != TEMPORARY for file in self.path.iterdir())
+        return not is_empty(self.path)
 
     def done(self) -> int:
         """Return the number of epochs that are saved."""

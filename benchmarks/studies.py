@@ -9,10 +9,10 @@ The first two files are enough to go on with on another machine.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,15 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from benchmarks import arms, data, images, language, loop, machine
+from benchmarks import arms, data, images, language, loop, machine, timing
 from benchmarks.configs import CIFAR10, Config, LanguageConfig
 from benchmarks.errors import UserError
 from benchmarks.experiments import Trainer
 from benchmarks.files import (
-    TEMPORARY,
     Row,
     append_lines,
     as_lines,
+    is_empty,
     read_json,
     read_lines,
     write_json,
@@ -179,7 +179,7 @@ class Directory:
                         f"{there.get(field)!r}, not {value!r}; give another --out"
                     )
                     raise UserError(msg)
-        elif _files(self.path):
+        elif not is_empty(self.path):
             msg = f"{self.path} holds no study: no {STUDY}; give another --out"
             raise UserError(msg)
         command = machine.describe(program, arguments)
@@ -248,15 +248,13 @@ def measure(directory: Directory, dataset: Any, rounds: int) -> None:
         program = study.make(study.config, arm, dataset)
         programs[name] = program.compiled(rows, 1)
         states[name] = program.start(0, study.rates[0])
-    seconds: dict[str, list[float]] = {name: [] for name in study.arms}
-    for number in range(rounds):
-        for name, program in programs.items():
-            start = time.perf_counter()
-            [(states[name], scores)] = program.train(
-                (states[name],), *rows, jnp.int32(number)
-            )
-            jax.block_until_ready((states[name], scores))
-            seconds[name].append(time.perf_counter() - start)
+
+    def epoch(name: str) -> None:
+        trained = programs[name].train((states[name],), *rows, jnp.int32(0))
+        [(states[name], _)] = jax.block_until_ready(trained)
+
+    calls = {name: functools.partial(epoch, name) for name in study.arms}
+    seconds = timing.interleave(calls, rounds)
     write_json(directory.path / TIMING, {"seconds": seconds})
 
 
@@ -264,8 +262,6 @@ def train(
     directory: Directory,
     dataset: Any,
     stopping: Callable[[], bool],
-    *,
-    after: Callable[[], None] = lambda: None,
 ) -> None:
     """Do all trials of a study, one after the other, each arm compiled once.
 
@@ -273,7 +269,6 @@ def train(
         directory: of the study; has been opened.
         dataset: what it trains on.
         stopping: whether to stop after the epoch that runs.
-        after: called after each trial.
 
     Raises:
         Preempted: if it is to stop.
@@ -303,12 +298,6 @@ def train(
                     ),
                 )
                 directory.keep(trial)
-                after()
-
-
-def _files(path: Path) -> list[Path]:
-    files = path.iterdir() if path.exists() else ()
-    return [file for file in files if file.suffix != TEMPORARY]
 
 
 def _recorded(config: Any) -> dict[str, Any]:

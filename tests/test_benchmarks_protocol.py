@@ -197,8 +197,12 @@ def test_a_study_ends_with_a_report(finished, capsys, text):
     page = (finished / findings.PAGE).read_text()
     assert page.count("data:image/png;base64,") == 2
     before = (finished / "evaluations.jsonl").read_bytes()
-    assert run(finished, text, "--resume") == 0
+    assert run(finished, text, "--resume", "--timing", "2") == 0
     assert (finished / "evaluations.jsonl").read_bytes() == before
+    timed = read_json(finished / "timing.json", seconds=dict)["seconds"]
+    assert {name: len(seconds) for name, seconds in timed.items()} == dict.fromkeys(
+        ("uniform", "temp_balance", "temp_balance_mean"), 2
+    )
     capsys.readouterr()
 
 
