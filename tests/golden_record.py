@@ -6,6 +6,9 @@ from typing import Any
 
 import numpy as np
 
+# Of figures of the published code run in float64, or in float32.
+TOLERANCE = {"x64": 1e-9, "float32": 1e-4}
+
 
 class Record:
     """What a test module has compared, for the table it prints at its end."""
@@ -45,10 +48,11 @@ class Record:
         precision_name: str,
         found: Any,
         published: Any,
-        tolerance: float,
         where: str,
+        tolerance: float | None = None,
     ) -> None:
         """Asserts that numbers agree, relatively or, below 1, absolutely."""
+        tolerance = tolerance or TOLERANCE[precision_name]
         published = np.asarray(published, np.float64)
         deviation = np.abs(found - published) / np.maximum(1, np.abs(published))
         places = [where] * np.size(deviation)

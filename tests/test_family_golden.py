@@ -22,8 +22,7 @@ import tb_optax
 from tb_optax import linear, mean_one
 
 RECORD = golden_record.Record()
-# Of figures of the published code run in float64, or in float32.
-TOLERANCE = {"x64": 1e-9, "float32": 1e-4}
+check = RECORD.hold
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -34,11 +33,6 @@ every_precision = pytest.mark.parametrize("precision", PRECISIONS)
 def print_table():
     yield
     print(RECORD.table("relatives"))
-
-
-def check(what, found, published, precision, where, tolerance=None):
-    tolerance = tolerance or TOLERANCE[precision]
-    RECORD.hold(what, precision, found, published, tolerance, where)
 
 
 # --- columns ------------------------------------------------------------------------
@@ -85,13 +79,13 @@ def check_columns(name, config, columns, published, precision):
         if column not in columns or (other_rank and "rank" in column):
             continue
         own = published[kept, columns.index(column)]
-        tolerance = TOLERANCE[precision]
+        tolerance = golden_record.TOLERANCE[precision]
         if name == "lm_transformer" and precision == "x64":
             # Its float64 run took ranks and tables of candidates in float32.
             median = family.fit_key(config)[0] == "median"
             tolerance = tolerance if median and column != "D" else 1e-6
         what = f"columns of {name}"
-        check(what, found[kept], own, precision, column, tolerance)
+        check(what, precision, found[kept], own, column, tolerance)
 
 
 @every_precision
@@ -115,7 +109,7 @@ def test_columns_of_alpha_pruning(precision):
         for place, column in enumerate(info["estimator_columns"]):
             own = arrays[f"estimator/{fit}"][:, place]
             found = columns_of(table)[column]
-            check("columns of alpha_pruning", found, own, precision, column, 1e-4)
+            check("columns of alpha_pruning", precision, found, own, column, 1e-4)
 
 
 # --- maps ---------------------------------------------------------------------------
@@ -157,9 +151,9 @@ def check_map(scores, names, config, kind, published, precision, where):
     compared = ~flat_places(scores, names, rule, config)
     check(
         f"multipliers of {method}",
+        precision,
         found[compared],
         published[compared],
-        precision,
         where,
     )
 
@@ -243,7 +237,7 @@ def test_maps_of_model_balancing(name, precision):
         expected = arrays[f"score_{suffix}"][row]
         kept = np.flatnonzero(np.isfinite(expected))
         scores = columns_of(table)[config["metric"]][kept]
-        check("scores", scores, expected[kept], precision, f"{name}, {row}")
+        check("scores", precision, scores, expected[kept], f"{name}, {row}")
         for kind, published in zip(("lr", "wd"), of_layers.T, strict=True):
             if config["hyperparam_to_tune"] not in (kind, "hybrid"):
                 np.testing.assert_allclose(published[kept], 1)
@@ -262,8 +256,8 @@ def test_maps_of_model_balancing(name, precision):
         rate, decay = (arrays[f"param_lr_wd_{suffix}"][row] / [info["base_lr"], 0.1]).T
         own_rate, own_decay = golden_library.leaf_values(of_layers.T[:, place], owners)
         where = f"{name}, {row}, parameters"
-        check("parameters", own_rate, rate, precision, where)
-        check("parameters", own_decay * decays, decay, precision, where)
+        check("parameters", precision, own_rate, rate, where)
+        check("parameters", precision, own_decay * decays, decay, where)
 
 
 @every_precision
@@ -327,14 +321,14 @@ def test_ratios_of_alpha_pruning(precision):
             assert np.isfinite(ratios).all()
             if np.isnan(published).any():  # Equal or non-finite scores.
                 continue
-            tolerance = max(1e-7, TOLERANCE[precision])
-            check("ratios", ratios, published, precision, f"{name}, {row}", tolerance)
+            tolerance = max(1e-7, golden_record.TOLERANCE[precision])
+            check("ratios", precision, ratios, published, f"{name}, {row}", tolerance)
             copy = arrays[f"{name}/farms_copy_ratio"][row]
             if blocks and np.isfinite(copy).all():
                 clipped = np.where(
                     ratios > 1, 0.99999 if target == 0.7 else 0.998, ratios
                 )
-                check("ratios", clipped, copy, precision, f"{name}, {row}", tolerance)
+                check("ratios", precision, clipped, copy, f"{name}, {row}", tolerance)
             compared += 1
     assert compared > 100
 
@@ -376,7 +370,7 @@ def test_rates_of_the_language_model(precision):
             found, _ = golden_library.balance(table.analysis(layers, kept), config)
         (owners,) = golden_library.leaf_owners([layers], net)
         rates = info["untuned_lr"] * golden_library.leaf_values(found, owners)
-        check("rates", rates, arrays["lr_f32"][row], precision, f"lm, {row}", 1e-4)
+        check("rates", precision, rates, arrays["lr_f32"][row], f"lm, {row}", 1e-4)
 
 
 @pytest.mark.usefixtures("x64")
@@ -408,6 +402,6 @@ def test_schedules_of_the_language_model():
             if step >= start and step % interval == 0:
                 found = np.asarray([updates[path].ravel()[0] for path in net.params])
                 published = arrays[f"schedule/{number}/lr"][step + 1]
-                check("rates", found, published, "x64", f"{number}, {step}", 1e-4)
+                check("rates", "x64", found, published, f"{number}, {step}", 1e-4)
                 compared += 1
     assert compared == 12 + 8 + 2 + 3
