@@ -26,6 +26,9 @@ from benchmarks.runs import LAYERS, METRICS, Run
 
 _RECORD = "experiment.json"
 
+# Seconds from one saved state of a short run to the next.
+_PAUSE = 60
+
 MakeProgram = Callable[[Any, Any, Any], Program]
 
 
@@ -148,12 +151,21 @@ class Trainer:
         arm: how they train.
         dataset: what they train on.
         make: makes the program of these three; default: that of images.
+        brief: for runs that are short and many: nothing is written down of layers, and
+            a state is saved once a minute instead of after each epoch.
     """
 
     def __init__(
-        self, config: Any, arm: Any, dataset: Any, make: MakeProgram | None = None
+        self,
+        config: Any,
+        arm: Any,
+        dataset: Any,
+        make: MakeProgram | None = None,
+        *,
+        brief: bool = False,
     ):
         self._config, self._arm, self._dataset = config, arm, dataset
+        self._brief = brief
         self.program = (make or make_program)(config, arm, dataset)
         self._compiled: dict[int, Program] = {}  # By the number of runs at once.
 
@@ -185,11 +197,14 @@ class Trainer:
             if done == epochs:
                 return states
             progress.set_description(f"{title}: compiling")
-            program = self._compile(len(runs))
+            program = self.compiled(len(runs))
             progress.set_description(title)
             parts = jax.device_put(self._dataset.parts())
+            saved, saved_at = done, time.monotonic()
             for epoch in range(done, epochs):
                 if stopping():
+                    if saved < epoch:
+                        _save(saves, states, epoch)
                     msg = f"{title} is saved after {epoch} of {epochs} epochs"
                     raise Preempted(msg)
                 read = {
@@ -198,13 +213,14 @@ class Trainer:
                     if name != "test" or test is None or test(epoch + 1)
                 }
                 states, rows = self._epoch(program, runs, states, read, epoch)
-                if epoch + 1 == epochs:
+                last = epoch + 1 == epochs
+                if last and not self._brief:
                     states, _ = self._analyze(program, runs, states, epochs)
-                for run, state, row, save in zip(
-                    runs, states, rows, saves, strict=True
-                ):
+                for run, row in zip(runs, rows, strict=True):
                     append_lines(run.path / METRICS, [{"epoch": epoch + 1, **row}])
-                    save(epoch + 1, state)
+                if last or not self._brief or time.monotonic() - saved_at > _PAUSE:
+                    _save(saves, states, epoch + 1)
+                    saved, saved_at = epoch + 1, time.monotonic()
                 loss = np.mean([row["train_loss"] for row in rows])
                 progress.set_postfix_str(f"training loss {loss:.3f}")
                 progress.update(len(runs))
@@ -220,7 +236,8 @@ class Trainer:
     ) -> tuple[list[TrainState], list[Row]]:
         """Train all runs for an epoch; return the new states and a row of each."""
         analysis_seconds = [0.0] * len(runs)
-        if epoch % self._config.interval == 0 and not (epoch and self._arm.once):
+        due = epoch % self._config.interval == 0 and not (epoch and self._arm.once)
+        if due and (self._arm.balanced or not self._brief):
             states, analysis_seconds = self._analyze(program, runs, states, epoch)
         start = time.perf_counter()
         trained = program.train(tuple(states), *parts["train"], jnp.int32(epoch))
@@ -261,6 +278,8 @@ class Trainer:
             taken = time.perf_counter() - start
             seconds.append(taken if self._arm.balanced else 0.0)
             refreshed.append(state)
+            if self._brief:
+                continue
             rows = [{"epoch": epochs, **self._layer(row)} for row in analysis.rows()]
             append_lines(run.path / LAYERS, rows)
         return refreshed, seconds
@@ -272,7 +291,8 @@ class Trainer:
             multiplier = 1.0
         return {"layer": layer, "multiplier": multiplier, **columns}
 
-    def _compile(self, count: int) -> Program:
+    def compiled(self, count: int) -> Program:
+        """Return the program for so many runs at once; compiled once."""
         if count not in self._compiled:
             rows = self._dataset.parts()["train"]
             self._compiled[count] = self.program.compiled(rows, count)
@@ -282,6 +302,15 @@ class Trainer:
 def label(path: str) -> str:
     """Name a layer in tables and pictures: its path without `/kernel`."""
     return path.removesuffix("/kernel")
+
+
+def _save(
+    saves: Sequence[Callable[[int, TrainState], None]],
+    states: Sequence[TrainState],
+    epochs: int,
+) -> None:
+    for save, state in zip(saves, states, strict=True):
+        save(epochs, state)
 
 
 def _title(runs: Sequence[Run]) -> str:

@@ -1,6 +1,7 @@
 """Images and labels in memory, and their way into a network."""
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 
@@ -92,6 +93,10 @@ class Dataset:
 
     def digest(self) -> str:
         """Return a SHA-256 over everything that a run reads."""
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:
         digest = hashlib.sha256()
         for array in itertools.chain(*self.parts().values()):
             digest.update(repr(array.shape).encode())

@@ -70,6 +70,10 @@ class Text:
 
     def digest(self) -> str:
         """Return a SHA-256 over everything that a run reads."""
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:
         digest = hashlib.sha256()
         for (part,) in self.parts().values():
             digest.update(repr(part.shape).encode())
@@ -368,7 +372,7 @@ def make_program(config: LanguageConfig, arm: LanguageArm, data: Text) -> Progra
     def refresh(state: TrainState) -> tuple[TrainState, tb_optax.Analysis]:
         return state, analyze(state.params)
 
-    return assembled(layers, start, train, evaluate, refresh)
+    return assembled(layers, start, train, jax.jit(evaluate), refresh)
 
 
 def _window(text: Array, length: int, start: Array) -> Array:

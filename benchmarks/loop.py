@@ -118,7 +118,12 @@ def make_program(config: Config, arm: Arm, data: Dataset) -> Program:
     train = _epoch(
         training_step(loss_fn, optimizer), data.preparation, config.batch_size
     )
-    evaluate = _evaluation(nnx.graphdef(plain), data.preparation, config.batch_size)
+
+    def evaluate(state: TrainState, images: Array, labels: Array) -> Scores:
+        variables = state.params, state.batch_stats
+        return _evaluate(evaluation, *variables, images, labels)
+
+    evaluation = _Evaluation(nnx.graphdef(plain), data.preparation, config.batch_size)
     return assembled(layers, start, train, evaluate, refresh)
 
 
@@ -129,7 +134,7 @@ def assembled(
     evaluate: Callable[..., Scores],
     refresh: Callable[[TrainState], tuple[TrainState, tb_optax.Analysis]],
 ) -> Program:
-    """Return the program of functions of one state."""
+    """Return the program of functions of one state; `evaluate` is jitted already."""
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -140,7 +145,7 @@ def assembled(
         abstract,
         start,
         train=jax.jit(_at_once(train), donate_argnums=0),
-        evaluate=jax.jit(_at_once(evaluate)),
+        evaluate=_at_once(evaluate),
         refresh=jax.jit(refresh, donate_argnums=0),
     )
 
@@ -263,30 +268,38 @@ def _epoch(
     return train
 
 
-def _evaluation(
-    graph: nnx.GraphDef, preparation: Preparation, batch_size: int
-) -> Callable[[TrainState, Array, Array], Scores]:
-    """Return a pass over all test rows; the last batch is filled up and masked."""
+class _Evaluation(NamedTuple):
+    """What an evaluation depends on besides arrays."""
 
-    def evaluate(state: TrainState, images: Array, labels: Array) -> Scores:
-        model = nnx.merge(graph, state.params, state.batch_stats)
-        rows = len(images)
-        batches = -(-rows // batch_size)
-        order = jnp.arange(batches * batch_size).reshape(batches, batch_size)
+    graph: nnx.GraphDef
+    preparation: Preparation
+    batch_size: int
 
-        def body(_: None, row: Array) -> tuple[None, Scores]:
-            label = labels[row % rows]
-            logits = model(preparation.normalize(images[row % rows]), train=False)
-            loss = cross_entropy(logits, label)
-            right = logits.argmax(-1) == label
-            return None, Scores(
-                jnp.where(row < rows, loss, 0).sum(), jnp.sum(right & (row < rows))
-            )
 
-        _, sums = jax.lax.scan(body, None, order)
-        return jax.tree.map(lambda column: column.sum() / rows, sums)
+@functools.partial(jax.jit, static_argnums=0)
+def _evaluate(
+    evaluation: _Evaluation, params: Any, stats: Any, images: Array, labels: Array
+) -> Scores:
+    """Pass over all rows; the last batch is filled up and masked.
 
-    return evaluate
+    It is compiled once for all arms.
+    """
+    model = nnx.merge(evaluation.graph, params, stats)
+    rows, size = len(images), evaluation.batch_size
+    order = jnp.arange(-(-rows // size) * size).reshape(-1, size)
+
+    def body(_: None, row: Array) -> tuple[None, Scores]:
+        label = labels[row % rows]
+        pixels = evaluation.preparation.normalize(images[row % rows])
+        logits = model(pixels, train=False)
+        loss = cross_entropy(logits, label)
+        right = logits.argmax(-1) == label
+        return None, Scores(
+            jnp.where(row < rows, loss, 0).sum(), jnp.sum(right & (row < rows))
+        )
+
+    _, sums = jax.lax.scan(body, None, order)
+    return jax.tree.map(lambda column: column.sum() / rows, sums)
 
 
 def cross_entropy(logits: Array, labels: Array, smoothing: float = 0.0) -> Array:
