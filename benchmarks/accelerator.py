@@ -107,6 +107,8 @@ def _run(arguments: Sequence[str] | None) -> None:
     toy = jax.default_backend() == "cpu"
     minutes = options.minutes * (_BEFORE_IMAGES if options.cifar10 else 1)
     for name, share in PARTS.items():
+        if name not in options.parts:
+            continue
         report = Report(options.out / f"{name}.json", head, resume=options.resume)
         deadline = started + 60 * minutes * share
         figures = MEASURES[name](toy, options.data)
@@ -118,7 +120,7 @@ def _run(arguments: Sequence[str] | None) -> None:
                 commandline.say(f"{name}: the time is up before {key}")
                 break
             report.add(key, measure())
-    if options.cifar10 is not None:
+    if options.cifar10 is not None and IMAGES in options.parts:
         deadline = started + 60 * options.minutes
         train_images(options.out / IMAGES, options.cifar10, toy, given, deadline)
     print("\n\n".join(sections(options.out)))
@@ -149,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--minutes", type=commandline.positive_number, required=True)
     add("--out", type=Path, required=True, metavar="DIR", help="where files go")
+    add("--parts", nargs="+", choices=(*PARTS, IMAGES), default=(*PARTS, IMAGES))
     add("--resume", action="store_true", help="measure what DIR does not have yet")
     add(
         "--data",

@@ -37,8 +37,14 @@ def _analysis(spectrum: tb_optax.exact | tb_optax.quadrature) -> Way:
     analyze = tb_optax.layer_analysis(
         [tb_optax.Layer("w", _STACK)], min_eigenvalues=0, spectrum=spectrum
     )
-    # A batch of one matrix is one layer, and two are needed for a map to act.
-    return jax.jit(lambda w: analyze({"w": jnp.concatenate([w, w])}).alpha[: len(w)])
+
+    @jax.jit
+    def alphas(w: Array) -> Array:
+        # A batch of one matrix is one layer, and a map needs two of them to act.
+        layers = w if len(w) > 1 else jnp.concatenate([w, w])
+        return analyze({"w": layers}).alpha[: len(w)]
+
+    return alphas
 
 
 def _from_eigenvalues(eigenvalues: Callable[[Array], Array]) -> Way:
@@ -70,6 +76,19 @@ def _jacobi(w: Array) -> Array:
 
 def _svd(w: Array) -> Array:
     return jnp.linalg.svd(w, compute_uv=False)[:, ::-1] ** 2
+
+
+def _svd_by_qr(w: Array) -> Array:
+    method = jax.lax.linalg.SvdAlgorithm.QR
+    values = jax.lax.linalg.svd(w, compute_uv=False, algorithm=method)
+    return values[:, ::-1] ** 2
+
+
+def _of_both_signs(w: Array) -> Array:
+    r = w if w.shape[1] == w.shape[2] else jnp.linalg.qr(w, mode="r")
+    zero = jnp.zeros_like(r)
+    pairs = jnp.linalg.eigvalsh(jnp.block([[zero, r], [r.swapaxes(1, 2), zero]]))
+    return pairs[:, r.shape[1] :] ** 2
 
 
 def _tridiagonal(w: Array) -> Array:
@@ -144,4 +163,6 @@ def ways() -> Mapping[str, Way]:
         "Householder in JAX, bisection": _from_eigenvalues(_householder),
         "tridiagonal, bisection": _from_eigenvalues(_tridiagonal),
         "svd": _from_eigenvalues(_svd),
+        "svd by QR": _from_eigenvalues(_svd_by_qr),
+        "eigvalsh of both signs": _from_eigenvalues(_of_both_signs),
     }

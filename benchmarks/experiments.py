@@ -197,7 +197,7 @@ class Trainer:
             if done == epochs:
                 return states
             progress.set_description(f"{title}: compiling")
-            program = self.compiled(len(runs))
+            program = self._compile(len(runs))
             progress.set_description(title)
             parts = jax.device_put(self._dataset.parts())
             saved, saved_at = done, time.monotonic()
@@ -291,8 +291,7 @@ class Trainer:
             multiplier = 1.0
         return {"layer": layer, "multiplier": multiplier, **columns}
 
-    def compiled(self, count: int) -> Program:
-        """Return the program for so many runs at once; compiled once."""
+    def _compile(self, count: int) -> Program:
         if count not in self._compiled:
             rows = self._dataset.parts()["train"]
             self._compiled[count] = self.program.compiled(rows, count)

@@ -14,7 +14,6 @@ import itertools
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +106,7 @@ STUDIES: dict[str, Study] = {
         ),
         {name: arms.ARMS[name] for name in ("cal", "tb", *_IMAGE_CONTROLS)},
         dict.fromkeys(_IMAGE_CONTROLS, "tb"),
-        rates=(0.1, 0.2, 0.4, 0.8),
+        rates=(0.2, 0.4, 0.8),
         sweep_seeds=(1, 2),
         fresh_seeds=tuple(range(11, 19)),
         load=_images,
@@ -274,34 +273,23 @@ def train(
         Preempted: if it is to stop.
     """
     study = directory.study
-    trainers: dict[str, Future[Trainer]] = {}
-
-    def trainer(name: str) -> Trainer:
-        made = Trainer(study.config, study.arms[name], dataset, study.make, brief=True)
-        made.compiled(1)
-        return made
-
-    # The next arms are compiled while the first one trains.
-    pool = ThreadPoolExecutor()
-    try:
-        while todo := directory.todo():
-            for arm in dict.fromkeys(trial.arm for trial in todo):
-                if arm not in trainers:
-                    trainers[arm] = pool.submit(trainer, arm)
-            total = study.config.epochs * len(todo)
-            with tqdm(total=total, unit="epoch", desc=directory.name) as progress:
-                for trial in todo:
-                    run = directory.run(trial)
-                    run.check()
-                    run.check_data(dataset.digest())
-                    run.open(dataset)
-                    progress.set_description(f"{trial}: compiling")
-                    trained = trainers[trial.arm].result()
-                    test = _at_the_end(trial, study.config.epochs)
-                    trained.train([run], progress, stopping, test=test)
-                    directory.keep(trial)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    trainers: dict[str, Trainer] = {}
+    while todo := directory.todo():
+        total = study.config.epochs * len(todo)
+        with tqdm(total=total, unit="epoch", desc=directory.name) as progress:
+            for trial in todo:
+                run = directory.run(trial)
+                run.check()
+                run.check_data(dataset.digest())
+                run.open(dataset)
+                if trial.arm not in trainers:
+                    arm = study.arms[trial.arm]
+                    trainers[trial.arm] = Trainer(
+                        study.config, arm, dataset, study.make, brief=True
+                    )
+                test = _at_the_end(trial, study.config.epochs)
+                trainers[trial.arm].train([run], progress, stopping, test=test)
+                directory.keep(trial)
 
 
 def _at_the_end(trial: Trial, epochs: int) -> Callable[[int], bool]:

@@ -76,7 +76,11 @@ def gram_eigenvalues(buckets: Sequence[Bucket]) -> list[Decomposed]:
 
 
 def singular_values(buckets: Sequence[Bucket]) -> list[Decomposed]:
-    """Compute the singular values σ of each matrix, exact to a few eps·σ_max."""
+    """Compute the singular values σ of each matrix, exact to a few eps·σ_max.
+
+    On GPU, JAX computes them one matrix at a time, and only to 1e-5·σ_max. Those of R
+    in W = QR are the same, and the eigenvalues of [[0, R], [Rᵀ, 0]] are ±σ.
+    """
 
     def ascending(matrix):
         return jnp.linalg.svd(matrix, compute_uv=False)[::-1]
@@ -85,7 +89,17 @@ def singular_values(buckets: Sequence[Bucket]) -> list[Decomposed]:
         n = max(_side(w) for w in buckets)
         return _one_by_one(ascending, buckets, unit, (n,))
 
-    return _decomposed(buckets, one_by_one, ascending)
+    def of_both_signs(matrix):
+        rows, columns = matrix.shape
+        r = matrix if rows >= columns else matrix.T
+        if rows != columns:
+            r = jnp.linalg.qr(r, mode="r")
+        zero = jnp.zeros_like(r)
+        pairs = jnp.linalg.eigvalsh(jnp.block([[zero, r], [r.T, zero]]))
+        below, above = jnp.split(pairs, 2)
+        return (above - below[::-1]) / 2
+
+    return _decomposed(buckets, one_by_one, of_both_signs)
 
 
 def _decomposed(
