@@ -387,11 +387,16 @@ def _parity_rows(figures: Mapping[str, Any]) -> tuple[str, list[dict[str, Any]]]
         "largest relative deviation of an alpha, its share of what rounding allows, "
         "and largest deviation of a multiplier:"
     )
-    rows = [
-        {"fit": fit, "network": name, **figure}
-        for fit, networks in figures.items()
-        for name, figure in networks.items()
-    ]
+    columns = ("alpha", "alpha / allowed", "multiplier")
+    rows: list[dict[str, Any]] = []
+    for fit, compared in figures.items():
+        layers = sum(figure["layers"] for figure in compared.values())
+        row = {"fit": fit, "networks": len(compared), "layers": layers}
+        for column in columns:
+            found = [figure.get(column) for figure in compared.values()]
+            known = [value for value in found if value is not None]
+            row[column] = f"{max(known):.1e}" if known else ""
+        rows.append(row)
     return caption, rows
 
 

@@ -59,6 +59,9 @@ def brief(directory: Directory) -> str:
     first = study.arms[study.swept[0]].title
     matched = {_control(study, arm) for arm in study.swept}
     left_out = {study.arms[name].title for name in matched if name is not None}
+    found = _fresh_rows(directory)
+    counts = sorted({int(row["seeds"]) for row in found})
+    seeds = " or ".join(map(str, counts))
     rows = [
         {
             "arm": row["arm"],
@@ -67,10 +70,9 @@ def brief(directory: Directory) -> str:
             f"less that of {first}": row[f"to {first}"],
             "less that of its control or method": row["to its control or method"],
         }
-        for row in _fresh_rows(directory)
+        for row in found
         if row["arm"] not in left_out
     ]
-    seeds = len(study.fresh_seeds)
     return (
         f"{table(rows)}\n\nMean ± sample deviation over {seeds} fresh seeds; "
         "differences are paired by seed, with the 95 % interval of their mean. The "

@@ -3,7 +3,7 @@
     python -m benchmarks.tables
     python -m benchmarks.tables --check
 
-writes `benchmarks/README.md`, and the table of a study into the pages that show one, or
+writes `benchmarks/README.md`, and tables of studies into the pages that show them, or
 says whether they are what would be written. Files named `spectral*.json`,
 `step_cost*.json`, `weightwatcher*.json` and `compare_*.json` have a section each; so do
 directories named `accelerator*` and those that hold a study. A comparison shows the
@@ -30,10 +30,10 @@ README = Path(__file__).parent / "README.md"
 
 _COMMAND = "python -m benchmarks.tables"
 
-# Pages with a table of a study, and how they mark it.
+# Pages with tables of studies, and how they mark one.
 _ROOT = Path(__file__).parents[1]
 ANSWERS = (_ROOT / "README.md", _ROOT / "docs" / "does-it-help.md")
-_ANSWER = re.compile(r"<!-- study ([\w-]+): [^>]*-->(.*?)<!-- end -->", re.DOTALL)
+_ANSWER = re.compile(r"<!-- study ([\w-]+): [^>]*-->.*?<!-- end -->", re.DOTALL)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,12 +61,23 @@ def _run(arguments: Sequence[str] | None) -> None:
 
 
 def answered(path: Path, directory: Path) -> str:
-    """Return the text of a page with the table of the study that it names."""
-    text = path.read_text(encoding="utf-8")
-    head, name, _, tail = _ANSWER.split(text)
-    study = studies.Directory(directory / f"compare_{name}", name)
-    marked = f"<!-- study {name}: `{_COMMAND}` -->"
-    return f"{head}{marked}\n\n{findings.brief(study)}\n\n<!-- end -->{tail}"
+    """Return the text of a page with the tables of the studies that it names."""
+    found = {study.name: study for study in _studies(directory)}
+
+    def table(match: re.Match[str]) -> str:
+        name = match[1]
+        marked = f"<!-- study {name}: `{_COMMAND}` -->"
+        return f"{marked}\n\n{findings.brief(found[name])}\n\n<!-- end -->"
+
+    return _ANSWER.sub(table, path.read_text(encoding="utf-8"))
+
+
+def _studies(directory: Path) -> list[studies.Directory]:
+    """Return the studies in a directory and those below it."""
+    return [
+        studies.Directory(path.parent, read_json(path, name=str)["name"])
+        for path in sorted(directory.rglob(studies.STUDY))
+    ]
 
 
 def render(directory: Path) -> str:
@@ -100,10 +111,9 @@ def render(directory: Path) -> str:
         pictures = sorted(directory.glob(f"{path.stem}_*.png"))
         links = [f"{commandline.RESULTS.name}/{picture.name}" for picture in pictures]
         parts += report.section(read_json(path), links)
-    for path in sorted(directory.rglob(studies.STUDY)):
-        study = studies.Directory(path.parent, read_json(path, name=str)["name"])
-        place = Path(commandline.RESULTS.name, path.parent.relative_to(directory))
-        links = [str(place / file.name) for file in sorted(path.parent.glob("*.png"))]
+    for study in _studies(directory):
+        place = Path(commandline.RESULTS.name, study.path.relative_to(directory))
+        links = [str(place / file.name) for file in sorted(study.path.glob("*.png"))]
         parts += findings.section(study, links)
     return "\n\n".join(parts) + "\n"
 

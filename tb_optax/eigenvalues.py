@@ -78,7 +78,7 @@ def gram_eigenvalues(buckets: Sequence[Bucket]) -> list[Decomposed]:
 def singular_values(buckets: Sequence[Bucket]) -> list[Decomposed]:
     """Compute the singular values σ of each matrix, exact to a few eps·σ_max.
 
-    On GPU, JAX computes them one matrix at a time, and only to 1e-5·σ_max. Those of R
+    On GPU, JAX computes them one matrix at a time, and with errors of 1e-5. Those of R
     in W = QR are the same, and the eigenvalues of [[0, R], [Rᵀ, 0]] are ±σ.
     """
 
