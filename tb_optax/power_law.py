@@ -46,7 +46,10 @@ Mask: TypeAlias = Bool[Array, "layers n"]
 Fit: TypeAlias = Callable[[Logs, Mask], PowerLaw]
 
 # Candidate tails compared at once by the fits that try every xmin.
-_CANDIDATES_AT_ONCE = 64
+_CANDIDATES_AT_ONCE = 128
+
+# Parts of the candidates, each of which leaves out the columns before its tails.
+_PARTS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -362,16 +365,22 @@ def _min_ks(log_eigenvalues: Logs, valid: Mask, window: Mask) -> PowerLaw:
         alpha = 1 + number / jnp.where(positive, excess_total, 1)
         alpha = jnp.where(usable & ~positive, jnp.inf, alpha)
 
-        def distance(candidate):
-            rank = columns - candidate
-            tail = rank >= 0
-            excess = jnp.where(tail, relative - relative[candidate], 0)
-            terms = _ks_terms(excess, alpha[candidate], rank, size[candidate])
-            return jnp.max(terms, initial=0, where=tail)
+        def distances_of(candidates):
+            # None of their tails starts further to the left.
+            start = int(candidates[0])
 
-        distances = jax.lax.map(
-            distance, columns, batch_size=min(_CANDIDATES_AT_ONCE, width)
-        )
+            def distance(candidate):
+                rank = columns[start:] - candidate
+                tail = rank >= 0
+                excess = jnp.where(tail, relative[start:] - relative[candidate], 0)
+                terms = _ks_terms(excess, alpha[candidate], rank, size[candidate])
+                return jnp.max(terms, initial=0, where=tail)
+
+            together = min(_CANDIDATES_AT_ONCE, len(candidates))
+            return jax.lax.map(distance, candidates, batch_size=together)
+
+        parts = np.array_split(np.arange(width), min(_PARTS, width))
+        distances = jnp.concatenate([distances_of(part) for part in parts])
         distances = jnp.where(usable & (alpha > 1), distances, 1)
         best = jnp.argmin(distances)
         found = usable[best]
