@@ -130,8 +130,6 @@ def test_windows_are_those_of_the_published_code(name, kind, least, precision):
     compared = 0
     for row, over in enumerate(info["configs"]):
         config = info["config_defaults"] | over
-        if config["num_row_samples"] == 40:
-            continue  # 40 with 200 windows a side takes long.
         for layer, expected in zip(info["layer_names"], published[row], strict=True):
             differs = info["geometry"][row][layer].get("differs", True)
             if not np.isfinite(expected[0]) or (kind == "intended" and not differs):
