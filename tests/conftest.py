@@ -1,9 +1,32 @@
 """Fixtures that every test module may use, and the runs that are only for long ones."""
 
 import logging
+import os
+import shutil
+from pathlib import Path
 
 import jax
 import pytest
+
+# What one module or worker has compiled is compiled for all, and for the next run too.
+PROGRAMS = Path(__file__).parents[1] / ".pytest_cache" / "programs"
+PROGRAMS_BYTES = 2**30
+for option, value in {
+    "jax_compilation_cache_dir": str(PROGRAMS),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}.items():
+    jax.config.update(option, value)
+    os.environ[option.upper()] = str(value)  # For the processes that tests start.
+
+
+def pytest_sessionstart(session):
+    """Deletes the compiled programs of earlier runs if they have become too many."""
+    if hasattr(session.config, "workerinput"):
+        return
+    sizes = [file.stat().st_size for file in PROGRAMS.glob("*")]
+    if sum(sizes) > PROGRAMS_BYTES:
+        shutil.rmtree(PROGRAMS)
 
 
 @pytest.fixture(scope="module", autouse=True)
