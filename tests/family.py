@@ -128,6 +128,12 @@ def table_of(
     return tables(precision)[fit_key(config)][name]
 
 
+@functools.cache
+def linear_layer(name: str) -> Layer:
+    """A layer of this name, made once."""
+    return Layer(name, LINEAR)
+
+
 def multipliers(
     scores: np.ndarray,
     names: Sequence[str],
@@ -143,8 +149,8 @@ def multipliers(
     layers changes nothing, and shares compilations.
     """
     count = len(names)
-    rows = [*zip(names, sizes or [1] * count, strict=True)]
-    rows += [("padding.in.padding", 1)] * (pad - count)
+    rows = [*zip(map(linear_layer, names), sizes or [1] * count, strict=True)]
+    rows += [(linear_layer("padding.in.padding"), 1)] * (pad - count)
     padded = np.concatenate([scores, np.full(len(rows) - count, np.nan)])
     options = Options(
         fit=tb_optax.fit_median(),
@@ -160,7 +166,7 @@ def multipliers(
         jnp.isfinite(padded),
         jnp.asarray([1] * len(rows)),
         options,
-        tuple((Layer(name, LINEAR), size) for name, size in rows),
+        tuple(rows),
     )
     return np.asarray(found)[:count]
 

@@ -14,11 +14,7 @@ import tb_optax
 RECORD = golden_record.Record()
 NAMES = ("resnet20", "resnet32")
 EPS = float(np.finfo(np.float32).eps)
-FITS = {
-    "median": tb_optax.fit_median(),
-    "goodness-of-fit": tb_optax.fit_min_ks(),
-    "fix-finger": tb_optax.fit_peak(),
-}
+FITS = ("median", "goodness-of-fit", "fix-finger")
 RATES = "lr_tb_linear_map_bnname_thresh50_untuned0.1"
 
 # Two tails this close in distance are a tie; the alpha of either is accepted.
@@ -60,18 +56,17 @@ def network(name):
 
 
 @functools.cache
-def analyses(name, precision_name):
-    """The table of every fit."""
-    net, _ = network(name)
-    layers = net.layers(norms=net.info["norms"])
-    tables = {}
-    with golden_library.precision(precision_name):
-        for kinds in (["median"], ["goodness-of-fit", "fix-finger"]):
-            fits = [tb_optax.layer_analysis(layers, fit=FITS[kind]) for kind in kinds]
-            params = net.tree(precision_name)
-            found = golden_library.run_together(fits, params)
-            tables |= dict(zip(kinds, found, strict=True))
-    return tables
+def analyses(precision_name):
+    """The tables of both networks under every fit, from one program for each route."""
+    nets = {name: network(name)[0] for name in NAMES}
+    options = {"xmin_pos": 2, "filter_zeros": False, "conv_norm": 0.5}
+    found = golden_library.analyze_together(
+        {name: net.tree(precision_name) for name, net in nets.items()},
+        {name: net.layers(norms=net.info["norms"]) for name, net in nets.items()},
+        [{"pl_fitting": kind} | options for kind in FITS],
+        precision_name,
+    )
+    return dict(zip(FITS, found, strict=True))
 
 
 @functools.cache
@@ -92,16 +87,16 @@ def test_metrics(name, kind, precision_name):
     net, info = network(name)
     config = info["configs"][f"{kind}/f64d"]
     recorded = {column: np.asarray(values) for column, values in config.items()}
-    table = analyses(name, precision_name)[kind]
-    assert table.fitted.all()
-    assert np.array_equal(table.eigenvalue_count, recorded["eigs_num"])
+    table = analyses(precision_name)[kind][name]
+    assert table["fitted"].all()
+    assert np.array_equal(table["eigenvalue_count"], recorded["eigs_num"])
     published = recorded["alpha"]
     tolerance = np.full(len(published), 1e-10 if precision_name == "x64" else 1e-4)
     if kind == "median" and precision_name == "float32":
         sides = np.asarray([min(net.kernel(n).shape[:2]) for n in net.layer_names])
-        noise = EPS * np.sqrt(sides) * recorded["spectral_norm"] / table.xmin
+        noise = EPS * np.sqrt(sides) * recorded["spectral_norm"] / table["xmin"]
         tolerance = 1e-5 + (published - 1) ** 2 / published * noise
-    alpha = np.asarray(table.alpha, np.float64)
+    alpha = np.asarray(table["alpha"], np.float64)
     deviation = np.abs(alpha / published - 1)
     RECORD.excuse("tie of two tails", precision_name, 0)
     for i in np.flatnonzero(deviation > tolerance):
@@ -115,8 +110,8 @@ def test_metrics(name, kind, precision_name):
     spectral, frobenius = (
         np.abs(np.asarray(ours, np.float64) / np.sqrt(recorded[column]) - 1)
         for ours, column in (
-            (table.spectral_norm, "spectral_norm"),
-            (table.frobenius_norm, "norm"),
+            (table["spectral_norm"], "spectral_norm"),
+            (table["frobenius_norm"], "norm"),
         )
     )
     failures = [
