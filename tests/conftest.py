@@ -133,11 +133,19 @@ def x64():
     jax.config.update("jax_enable_x64", before)
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Compiles with few optimisations, for tests that compile much and run little."""
+# Modules that compile as users do: they prove numbers, memory, or speed.
+AS_USERS_DO = (
+    *("test_accuracy", "test_concurrency", "test_eigenvalues", "test_golden"),
+    *("test_lanczos", "test_memory", "test_power_law", "test_spectrum"),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(request):
+    """Compiles with few optimizations: most tests compile much and run little."""
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    quick = before or not request.path.name.startswith(AS_USERS_DO)
+    jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
 

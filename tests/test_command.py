@@ -18,8 +18,6 @@ import tb_optax
 from tb_optax import MatrixAxes
 from tb_optax.__main__ import main
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 RNG = np.random.default_rng(0)
 
 

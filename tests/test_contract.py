@@ -17,8 +17,6 @@ from configurations import ANALYZE, CONFIGURATIONS, EVERY_OPTIMIZER
 
 import tb_optax
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 every_row = pytest.mark.parametrize("row", CONFIGURATIONS, ids=lambda row: row.name)
 every_refresh = pytest.mark.parametrize(
     "row", CONFIGURATIONS[:3], ids=lambda row: row.name

@@ -12,8 +12,6 @@ import pytest
 import tb_optax
 from tb_optax import Layer, MatrixAxes
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 DENSE = MatrixAxes((0,), (1,))
 STACK = MatrixAxes((1,), (2,), stacked=(0,))
 

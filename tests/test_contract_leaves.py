@@ -16,8 +16,6 @@ from configurations import ANALYZE, CONFIGURATIONS
 import tb_optax
 from tb_optax import Layer, MatrixAxes
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 every_row = pytest.mark.parametrize("row", CONFIGURATIONS, ids=lambda row: row.name)
 every_interval = pytest.mark.parametrize("interval", [1, None])
 

@@ -20,8 +20,6 @@ from configurations import ANALYZE, CONFIGURATIONS
 import tb_optax
 from tb_optax import Layer, MatrixAxes
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ROWS = CONFIGURATIONS[:3]
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 

@@ -13,8 +13,6 @@ import tb_optax
 from tb_optax import Layer, MatrixAxes, linear, mean_one, nested
 from tb_optax.marchenko_pastur import random_alpha
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 DENSE = MatrixAxes((0,), (1,))
 SHAPES = {
     "h.0.a": (16, 24),

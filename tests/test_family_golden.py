@@ -24,7 +24,6 @@ from tb_optax import linear, mean_one
 RECORD = golden_record.Record()
 check = RECORD.hold
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 every_precision = pytest.mark.parametrize("precision", PRECISIONS)
 

@@ -21,7 +21,7 @@ import tb_optax
 from tb_optax import Layer, linear, log2, nested, sqrt, standard_sigmoid
 from tb_optax.recipes import largest_at_ends
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "x64")
+pytestmark = pytest.mark.usefixtures("x64")
 
 RECORD = golden_record.Record()
 ENDS = ("*embed*", "*head*")

@@ -17,8 +17,6 @@ from layer_table import DENSE, columns_of
 import tb_optax
 from tb_optax import Layer, fit_median, fit_min_ks, quadrature
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 EPS = spectra.eps_of(np.float32)
 SHAPE = (36, 30)
 HEALTHY = ("first", "second", "third")

@@ -20,8 +20,6 @@ from jax.sharding import PartitionSpec
 
 import tb_optax
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 INPUTS = jnp.asarray(np.random.default_rng(0).normal(size=(16, 6)), jnp.float32)
 TARGETS = jnp.sin(INPUTS @ jnp.arange(24.0).reshape(6, 4))
 ANALYZE = tb_optax.layer_analysis(min_eigenvalues=4)

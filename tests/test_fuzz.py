@@ -20,8 +20,6 @@ import tb_optax
 from tb_optax import Layer, MatrixAxes
 from tb_optax.layers import expand_stacks
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 DENSE = MatrixAxes((0,), (1,))
 CONV = MatrixAxes((2,), (3,), pooled=(0, 1))
 STACK = MatrixAxes((1,), (2,), stacked=(0,))

@@ -10,8 +10,6 @@ from configurations import ANALYZE, CONFIGURATIONS, OPTIMIZERS
 
 import tb_optax
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 every_optimizer = pytest.mark.parametrize(
     "optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS
 )

@@ -53,7 +53,6 @@ def run(name, arguments):
 
 @pytest.mark.filterwarnings("ignore:no layer reaches")  # Toys are small.
 @pytest.mark.filterwarnings("ignore:only one layer")
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_run_at_toy_size(name, tmp_path):
     arguments = EXAMPLES[name]

@@ -14,8 +14,6 @@ from configurations import ANALYZE
 
 import tb_optax
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PATH = [
     jax.tree.map(lambda leaf, i=i: jnp.sin((1 + 0.3 * i) * leaf), table.make_params())
     for i in range(10)

@@ -20,8 +20,6 @@ from tb_optax.analysis import COLUMNS
 from tb_optax.spectrum import as_matrices
 from tb_optax.submatrices import cut_of
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 RECORD = golden_record.Record()
 check = RECORD.hold
 FARMS = ("farms_linear", "farms_smallconv", "farms_resnet18_w0.125")
