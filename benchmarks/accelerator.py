@@ -151,7 +151,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--minutes", type=commandline.positive_number, required=True)
     add("--out", type=Path, required=True, metavar="DIR", help="where files go")
-    add("--parts", nargs="+", choices=(*PARTS, IMAGES), default=(*PARTS, IMAGES))
+    every = (*PARTS, IMAGES)
+    add("--parts", nargs="+", choices=every, default=every, help="default: all")
     add("--resume", action="store_true", help="measure what DIR does not have yet")
     add(
         "--data",
