@@ -137,28 +137,6 @@ class PreActivation(nn.Module):
         return nn.Dense(10, name="head")(x.mean((1, 2)))
 
 
-class DenseNet(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        x = nn.Conv(8, (3, 3), use_bias=False)(x)
-        for _ in range(2):
-            y = nn.relu(nn.BatchNorm(use_running_average=False)(x))
-            y = nn.Conv(4, (3, 3), use_bias=False)(y)
-            x = jnp.concatenate([x, y], axis=-1)
-        x = nn.relu(nn.BatchNorm(use_running_average=False)(x))
-        return nn.Dense(10, name="head")(x.mean((1, 2)))
-
-
-class ConvNeXt(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        x = nn.LayerNorm(name="norm0")(nn.Conv(8, (4, 4), (4, 4), name="stem")(x))
-        y = nn.Conv(8, (7, 7), feature_group_count=8, name="depthwise")(x)
-        y = nn.gelu(nn.Dense(32, name="up")(nn.LayerNorm(name="norm")(y)))
-        y = nn.Dense(8, name="down")(y)
-        return x + self.param("gamma", nn.initializers.ones, (8,)) * y
-
-
 class ViT(nn.Module):
     """Fused qkv, a class token, positions and layer scale."""
 
@@ -482,8 +460,6 @@ MODELS: dict[str, Callable[..., Model]] = {
     "linen_cnn": partial(linen, LinenCNN(), IMAGE),
     "linen_resnet": partial(linen, ResNet(), IMAGE, train=True),
     "linen_pre_activation": partial(linen, PreActivation(), IMAGE, train=True),
-    "linen_densenet": partial(linen, DenseNet(), IMAGE),
-    "linen_convnext": partial(linen, ConvNeXt(), IMAGE),
     "linen_vit": partial(linen, ViT(), IMAGE),
     "linen_gpt": partial(linen, GPT(), TOKENS),
     "linen_gpt in bfloat16": partial(linen, GPT(jnp.bfloat16), TOKENS),

@@ -65,22 +65,6 @@ TRACED = {
         "short1/kernel:ppio<norm1a/ conv1a/kernel:ppio conv1b/kernel:ppio<norm1b/ "
         "head/kernel<.bias,norm/"
     ),
-    "linen_densenet after": (
-        "Conv_0/kernel:ppio<BatchNorm_0/ Conv_1/kernel:ppio<BatchNorm_1/ "
-        "Conv_2/kernel:ppio<BatchNorm_2/ head/kernel<.bias"
-    ),
-    "linen_densenet before": (
-        "Conv_0/kernel:ppio Conv_1/kernel:ppio<BatchNorm_0/ "
-        "Conv_2/kernel:ppio<BatchNorm_1/ head/kernel<.bias,BatchNorm_2/"
-    ),
-    "linen_convnext after": (
-        "stem/kernel:ppio<.bias,norm0/ depthwise/kernel:ppio<.bias,norm/ "
-        "up/kernel<.bias down/kernel<.bias,gamma"
-    ),
-    "linen_convnext before": (
-        "stem/kernel:ppio<.bias depthwise/kernel:ppio<.bias,norm0/ "
-        "up/kernel<.bias,norm/ down/kernel<.bias,gamma"
-    ),
     "linen_vit after": (
         "patches/kernel:ppio<.bias,norm1/ qkv/kernel<.bias "
         "out/kernel<.bias,scale,norm/ head/kernel<.bias"

@@ -1274,6 +1274,8 @@ def t5_scanned_along_axis_1(tokens, blocks, embed, head, table):
     "g3 c3 8, out 3x3x8x3, out_bias 3",
     "first:ppio<c1,g1 time down:ppio<c2,down_bias,g2 up:ppio<c3,g3 out:ppio<out_bias",
     [IMAGE, array(2, 4)],
+    before="first:ppio time down:ppio<c1,down_bias,g1 up:ppio<c2,g2 "
+    "out:ppio<c3,g3,out_bias",
 )
 def unet(x, t, first, time, g1, c1, down, down_bias, g2, c2, up, g3, c3, out, out_bias):
     skip = conv(x, first) + (t @ time)[:, None, None]
@@ -1281,6 +1283,17 @@ def unet(x, t, first, time, g1, c1, down, down_bias, g2, c2, up, g3, c3, out, ou
     x = jax.image.resize(jax.nn.silu(group_norm(x, g2, c2)), (2, 8, 8, 8), "nearest")
     x = jnp.concatenate([conv(x, up), skip], -1)
     return conv(jax.nn.silu(group_norm(x, g3, c3)), out) + out_bias
+
+
+@case(
+    "depthwise 7x7x1x8, b g c 8, up 8x32, down 32x8, gamma 8",
+    "depthwise:ppio<b,c,g up down<gamma",
+    [array(2, 8, 8, 8)],
+    before="depthwise:ppio<b up<c,g down<gamma",
+)
+def convnext(x, depthwise, b, g, c, up, down, gamma):
+    y = layer_norm(conv(x, depthwise, groups=8) + b, g, c)
+    return x + gamma * (jax.nn.gelu(y @ up) @ down)
 
 
 # What a kernel is computed from follows it; the magnitude is a gain.
