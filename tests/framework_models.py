@@ -1,8 +1,7 @@
 """Models of Flax linen, Flax nnx, Equinox and Haiku, small, as users write them.
 
-`FOUND` says which layers `find_layers` finds in each, in the order of the tree, and
-`TRACED` which ones `trace_layers` finds, in order of execution, in the notation of
-`notation.py`.
+`test_frameworks_layers` states which layers `find_layers` finds in them by names, and
+`test_tracing_frameworks` which ones `trace_layers` finds in their forward passes.
 """
 # ruff: noqa: D101, D102  # The names of the models say what they are.
 
@@ -26,11 +25,16 @@ TOKENS = array(2, 5, dtype=jnp.int32)
 KEY = jax.random.key(0)
 
 
+def not_run(*_: Any) -> Any:
+    """Stand for the forward pass of a model that only `find_layers` reads."""
+    raise NotImplementedError
+
+
 class Model(NamedTuple):
-    """A forward pass `forward(params, *inputs)`, abstract; None where none is run."""
+    """Parameters and inputs, abstract, of `forward(params, *inputs)`."""
 
     params: Any
-    forward: Callable[..., Any] | None = None
+    forward: Callable[..., Any] = not_run
     inputs: tuple[Any, ...] = ()
 
 
@@ -410,7 +414,7 @@ def equinox_spectral_norm() -> Model:
     return Model(model, lambda model, state, x: model(x, state), (state, array(8)))
 
 
-def equinox_stack(make: Callable[[Any], Any]) -> Model:
+def equinox_stack(make: Callable[..., Any]) -> Model:
     def stack(key):
         return eqx.filter_vmap(lambda key: make(key=key))(jax.random.split(key, 5))
 

@@ -49,6 +49,7 @@ def test_layers(name):
     case = CASES[name]
     found, error = outcome(name)
     if not error:
+        assert case.layers is not None, f"an error should have named {case.named}"
         for own, expected in zip(found, case.layers, strict=True):
             follows = tuple(path for path in own.follows if path not in case.free)
             assert dataclasses.replace(own, follows=follows) == expected
