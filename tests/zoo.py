@@ -975,18 +975,6 @@ def gradient_penalty_of_convolutions(x, a, ba, b, bb, w):
     return value + (slope**2).sum()
 
 
-@case("w1 3x16, b1 16, w2 16x3, b2 3", "w1<b1 w2<b2", [array(5, 3), array(5, 3)])
-def continuous_flow(x, probe, w1, b1, w2, b2):
-    """The trace of the Jacobian by a random probe, along Euler steps."""
-
-    def step(carry, _):
-        x, total = carry
-        slope, pull = jax.vjp(lambda x: jnp.tanh(x @ w1 + b1) @ w2 + b2, x)
-        return (x + 0.1 * slope, total + (pull(probe)[0] * probe).sum(-1)), None
-
-    return lax.scan(step, (x, jnp.zeros(5)), length=3)[0]
-
-
 @case("w 8x6, visible 8, hidden 6", "w<hidden,visible", [ROWS, KEY])
 def contrastive_divergence(v, key, w, visible, hidden):
     """Gibbs steps of a Boltzmann machine, in a loop."""
@@ -1213,6 +1201,36 @@ def bert(tokens, kinds, words, w1, b1, w2, b2, q, k, v, o, bo, **p):
     x = layer_norm(x + attention(x, q, k, v, o) + bo, p["g1"], p["c1"])
     x = layer_norm(x + jax.nn.gelu(x @ w1 + b1) @ w2 + b2, p["g2"], p["c2"])
     return jnp.tanh(x[:, 0] @ p["pooler"] + p["pooler_bias"])
+
+
+@case(
+    "embed 11x8, g1 g2 g 8, q 8x4x2, k v 8x2x2, o 4x2x8, up gate 8x12, down 12x8, "
+    "head 8x11",
+    "q:ioo k:ioo v:ioo o:iio<g2 up gate down<g head | embed g1",
+    [TOKENS],
+    before="q:ioo<g1 k:ioo v:ioo o:iio up<g2 gate down head<g",
+)
+def llama(tokens, embed, g1, q, k, v, o, g2, up, gate, down, g, head):
+    """Rotary positions, queries in groups, a gated unit, and a head of its own."""
+    cos, sin = (f(jnp.arange(5.0))[:, None, None] for f in (jnp.cos, jnp.sin))
+
+    def rotate(x):
+        a, b = jnp.split(x, 2, axis=-1)
+        return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+
+    x = embed[tokens]
+    y = rms_norm(x, g1)
+    q, k, v = (jnp.einsum("btd,dhk->bthk", y, kernel) for kernel in (q, k, v))
+    logits = jnp.einsum(
+        "btghk,bsgk->bghts", rotate(q).reshape(2, 5, 2, 2, 2), rotate(k)
+    )
+    mask = jnp.tril(jnp.ones((5, 5), bool))
+    weights = jax.nn.softmax(jnp.where(mask, logits, -1e30))
+    y = jnp.einsum("bghts,bsgk->btghk", weights, v).reshape(2, 5, 4, 2)
+    x = x + jnp.einsum("bthk,hkd->btd", y, o)
+    y = rms_norm(x, g2)
+    x = x + (jax.nn.silu(y @ up) * (y @ gate)) @ down
+    return rms_norm(x, g) @ head
 
 
 # Norms without parameters make no difference.
