@@ -83,6 +83,7 @@ def in_any_order(found: Iterable[Layer]) -> tuple[Layer, ...]:
     )
 
 
-def each(count: int, text: str) -> str:
-    """Repeat a list of layers with `#` replaced by 0, 1, ..."""
-    return " ".join(text.replace("#", str(i)) for i in range(count))
+def each(names: int | Iterable[str], text: str) -> str:
+    """Repeat a list of layers with `#` replaced by each name, or by 0, 1, ..."""
+    names = map(str, range(names)) if isinstance(names, int) else names
+    return " ".join(text.replace("#", name) for name in names)

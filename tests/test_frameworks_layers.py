@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from framework_models import SEQUENCE, linen, model
-from notation import axes, in_any_order, layers
+from notation import axes, each, in_any_order, layers
 
 import tb_optax
 
@@ -18,15 +18,6 @@ import tb_optax
 def params_of(name: str) -> Any:
     params = model(name).params
     return nnx.state(params, nnx.Param) if isinstance(params, nnx.Module) else params
-
-
-def attention(module: str, bias: str) -> str:
-    names = {"key": "ioo", "out": "iio", "query": "ioo", "value": "ioo"}
-    return " ".join(f"{module}/{n}/kernel:{own}{bias}" for n, own in names.items())
-
-
-def modules(names: str, *leaves: str) -> str:
-    return " ".join(f"{name}/{leaf}" for name in names.split() for leaf in leaves)
 
 
 # What each model holds, in the order of the tree.
@@ -37,28 +28,29 @@ FOUND = {
         "Dense_0/kernel<.bias Dense_1/kernel<.bias"
     ),
     "linen_gpt": (
-        "down0/kernel<.bias down1/kernel<.bias "
-        f"{attention('mha0', '<.bias')} {attention('mha1', '')} "
-        "up0/kernel<.bias up1/kernel<.bias"
+        "down0/kernel<.bias down1/kernel<.bias mha0/key/kernel:ioo<.bias "
+        "mha0/out/kernel:iio<.bias mha0/query/kernel:ioo<.bias "
+        "mha0/value/kernel:ioo<.bias mha1/key/kernel:ioo mha1/out/kernel:iio "
+        "mha1/query/kernel:ioo mha1/value/kernel:ioo up0/kernel<.bias up1/kernel<.bias"
     ),
     "linen_recurrent": (
         "GRUCell_0/hn/kernel<.bias GRUCell_0/hr/kernel GRUCell_0/hz/kernel "
-        "GRUCell_0/in/kernel<.bias GRUCell_0/ir/kernel<.bias GRUCell_0/iz/kernel<.bias "
-        + " ".join(f"OptimizedLSTMCell_0/h{gate}/kernel<.bias " for gate in "fgio")
-        + " ".join(f"OptimizedLSTMCell_0/i{gate}/kernel " for gate in "fgio")
-        + "head/kernel<.bias"
+        f"{each(('in', 'ir', 'iz'), 'GRUCell_0/#/kernel<.bias')} "
+        f"{each('fgio', 'OptimizedLSTMCell_0/h#/kernel<.bias')} "
+        f"{each('fgio', 'OptimizedLSTMCell_0/i#/kernel')} head/kernel<.bias"
     ),
     "linen_normalized": "first/kernel<.bias second/kernel<.bias",
     "nnx_cnn": (
         "conv1/kernel:ppio<.bias,bn1/ conv2/kernel:ppio<norm2/ "
         "depthwise/kernel:ppio<.bias head/layers/0/kernel<.bias "
-        "head/layers/2/kernel<.bias "
-        + " ".join(f"layers/{i}/kernel<.bias" for i in range(11))
-        + " up/kernel:ppio<.bias"
+        f"head/layers/2/kernel<.bias {each(11, 'layers/#/kernel<.bias')} "
+        "up/kernel:ppio<.bias"
     ),
     "nnx_attention": (
-        f"{attention('attention', '')} {attention('cross', '<.bias')} "
-        "value/kernel<.bias"
+        "attention/key/kernel:ioo attention/out/kernel:iio attention/query/kernel:ioo "
+        "attention/value/kernel:ioo cross/key/kernel:ioo<.bias "
+        "cross/out/kernel:iio<.bias cross/query/kernel:ioo<.bias "
+        "cross/value/kernel:ioo<.bias value/kernel<.bias"
     ),
     "nnx_recurrent": (
         "gru/dense_h/kernel gru/dense_i/kernel<.bias lstm/dense_h/kernel<.bias "
@@ -76,7 +68,7 @@ FOUND = {
         "attention/value_proj/weight:oi attention/output_proj/weight:oi<.bias "
         "gru/weight_ih:oi gru/weight_hh:oi lstm/weight_ih:oi lstm/weight_hh:oi"
     ),
-    "equinox_mlp": modules("layers/0 layers/1 layers/2", "weight:oi<.bias"),
+    "equinox_mlp": each(3, "layers/#/weight:oi<.bias"),
     "equinox_own_module": "weight:oi<.bias",
     "equinox_tied": "",
     "haiku_cnn": (
@@ -84,9 +76,8 @@ FOUND = {
         "conv2_d_transpose/w:ppio<.b depthwise_conv2_d/w:ppio<.b mlp/~/linear_0/w<.b "
         "mlp/~/linear_1/w<.b"
     ),
-    "haiku_attention": (
-        "multi_head_attention/key/w<.b multi_head_attention/linear/w<.b "
-        "multi_head_attention/query/w<.b multi_head_attention/value/w<.b"
+    "haiku_attention": each(
+        ("key", "linear", "query", "value"), "multi_head_attention/#/w<.b"
     ),
     "haiku_lstm": "lstm/linear/w<.b",
 }
@@ -136,15 +127,15 @@ def test_layers_found(name):
 
 # Of leaves that have no layer: the kind comes first in their note.
 REASONS = {
-    "linen_cnn": {"norm": modules("GroupNorm_0 LayerNorm_0", "bias", "scale")},
+    "linen_cnn": {"norm": each(("GroupNorm_0", "LayerNorm_0"), "#/bias #/scale")},
     "linen_gpt": {
-        "embedding": modules("embed positions", "embedding"),
+        "embedding": "embed/embedding positions/embedding",
         "norm": "norm0a/bias norm0a/scale norm1a/scale",
     },
     "linen_normalized": {"rank < 2": "WeightNorm_0/first/kernel/scale"},
     "nnx_cnn": {"norm": "ln/bias ln/scale"},
     "nnx_attention": {
-        "norm": modules("attention/key_ln attention/query_ln", "scale"),
+        "norm": "attention/key_ln/scale attention/query_ln/scale",
         "embedding": "embed/embedding",
     },
     "equinox_cnn": {
@@ -158,7 +149,7 @@ REASONS = {
         "rank < 2": "gru/bias_n",
     },
     "equinox_tied": {"embedding": "shared/pytree/0/weight"},
-    "haiku_cnn": {"norm": modules("group_norm layer_norm", "offset", "scale")},
+    "haiku_cnn": {"norm": each(("group_norm", "layer_norm"), "#/offset #/scale")},
     "haiku_attention": {"embedding": "embed/embeddings"},
 }
 

@@ -13,9 +13,7 @@ from notation import array, arrays, each, in_any_order, layers
 
 from tb_optax import trace_layers
 
-_MHA = "#/query/kernel:ioo<.bias #/key/kernel:ioo<.bias #/value/kernel:ioo<.bias "
-_MHA0 = _MHA.replace("#", "mha0")
-_MHA1 = _MHA.replace("#", "mha1").replace("<.bias", "")
+_QKV = ("query", "key", "value")
 _RESNET = (
     "stem/kernel:ppio<bn/ "
     "block0/conv1/kernel:ppio<block0/bn1/ block0/conv2/kernel:ppio<block0/bn2/ "
@@ -71,22 +69,24 @@ TRACED = {
     ),
     # One layer for the tied embedding, where it is the head.
     "linen_gpt after": (
-        f"{_MHA0} mha0/out/kernel:iio<.bias,norm0b/ up0/kernel<.bias "
-        f"down0/kernel<.bias,norm1a/scale {_MHA1} mha1/out/kernel:iio<norm1b/scale "
+        f"{each(_QKV, 'mha0/#/kernel:ioo<.bias')} mha0/out/kernel:iio<.bias,norm0b/ "
+        "up0/kernel<.bias down0/kernel<.bias,norm1a/scale "
+        f"{each(_QKV, 'mha1/#/kernel:ioo')} mha1/out/kernel:iio<norm1b/scale "
         "up1/kernel<.bias down1/kernel<.bias,norm/ embed/embedding:oi"
     ),
     "linen_gpt before": (
-        f"{_MHA0.replace('.bias', '.bias,norm0a/', 1)} mha0/out/kernel:iio<.bias "
+        "mha0/query/kernel:ioo<.bias,norm0a/ mha0/key/kernel:ioo<.bias "
+        "mha0/value/kernel:ioo<.bias mha0/out/kernel:iio<.bias "
         "up0/kernel<.bias,norm0b/ down0/kernel<.bias "
-        f"{_MHA1.replace('ioo', 'ioo<norm1a/scale', 1)} mha1/out/kernel:iio "
+        "mha1/query/kernel:ioo<norm1a/scale mha1/key/kernel:ioo "
+        "mha1/value/kernel:ioo mha1/out/kernel:iio "
         "up1/kernel<.bias,norm1b/scale down1/kernel<.bias embed/embedding:oi<norm/"
     ),
     "linen_recurrent after": (
-        " ".join(f"OptimizedLSTMCell_0/h{gate}/kernel<.bias " for gate in "ifgo")
-        + " ".join(f"OptimizedLSTMCell_0/i{gate}/kernel " for gate in "ifgo")
-        + "GRUCell_0/ir/kernel<.bias GRUCell_0/hr/kernel GRUCell_0/iz/kernel<.bias "
-        "GRUCell_0/hz/kernel GRUCell_0/in/kernel<.bias GRUCell_0/hn/kernel<.bias "
-        "head/kernel<.bias"
+        f"{each('ifgo', 'OptimizedLSTMCell_0/h#/kernel<.bias')} "
+        f"{each('ifgo', 'OptimizedLSTMCell_0/i#/kernel')} "
+        f"{each('rz', 'GRUCell_0/i#/kernel<.bias GRUCell_0/h#/kernel')} "
+        "GRUCell_0/in/kernel<.bias GRUCell_0/hn/kernel<.bias head/kernel<.bias"
     ),
     "linen_normalized after": (
         "first/kernel<.bias,WeightNorm_0/first/kernel/scale second/kernel<.bias"
