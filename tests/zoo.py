@@ -600,25 +600,19 @@ def rotated_inputs(x, w, o):
 # ---- Stacks: kernels that run one after the other, or side by side with their biases -
 
 
-# ---- Stacks: kernels that run one after the other, or side by side with their biases -
-
-
 @case("w 3x8x6, b 3x6, v 3x6x8", each(3, "w[#]:sio<b v[#]:sio"), [ROWS])
-def loop(x, **stacks):
+def loop(x, reverse=False, **stacks):
     """A loop runs slice by slice."""
-    return lax.scan(lambda x, p: (_two_layers(x, **p), None), x, stacks)[0]
+
+    def body(x, p):
+        return jnp.tanh(x @ p["w"] + p["b"]) @ p["v"], None
+
+    return lax.scan(body, x, stacks, reverse=reverse)[0]
 
 
 @case("w 2x8x6, b 2x6, v 2x6x8", "w[1]:sio<b v[1]:sio w[0]:sio<b v[0]:sio", [ROWS])
 def loop_in_reverse(x, **stacks):
-    def body(x, p):
-        return _two_layers(x, **p), None
-
-    return lax.scan(body, x, stacks, reverse=True)[0]
-
-
-def _two_layers(x, w, b, v):
-    return jnp.tanh(x @ w + b) @ v
+    return loop(x, reverse=True, **stacks)
 
 
 @case(
