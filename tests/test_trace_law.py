@@ -6,8 +6,6 @@ random, whose lists are known by construction.
 
 import functools
 import pickle
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,128 +14,83 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
+from notation import array, arrays, each, layers
+from zoo import layer_norm
 
 import tb_optax
-from tb_optax import Layer, MatrixAxes, trace_layers
+from tb_optax import Layer, trace_layers
 from tb_optax.layers import Layers, expand_stacks
 from tb_optax.leaves import leaves_of, shapes_of
 
-DENSE = MatrixAxes((0,), (1,))
-TURNED = MatrixAxes((1,), (0,))
-QUERY = MatrixAxes((0,), (1, 2))
-OUT = MatrixAxes((0, 1), (2,))
-STACK = MatrixAxes((1,), (2,), stacked=(0,))
-BATCH, TIME, WIDTH = 2, 4, 4
-
-
-def array(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
+X = array(2, 4, 4)
 
 
 # A block has parameters, layers with their biases, and leaves that are no layers; sizes
 # are equal on purpose, since nothing may depend on them.
-Block = tuple[dict[str, tuple[int, ...]], list[Layer], Callable[..., Any]]
-W = (WIDTH, WIDTH)
-BLOCKS: dict[str, Block] = {}
 
 
-def block(layers: list[Layer], **shapes: tuple[int, ...]):
-    def enter(apply: Callable[..., Any]):
-        BLOCKS[apply.__name__] = (shapes, layers, apply)
-        return apply
-
-    return enter
+def attention(x, q, k, v, o, table):
+    weights = jax.nn.softmax(x @ q @ (x @ k).swapaxes(1, 2) + table)
+    return x + weights @ (x @ v) @ o
 
 
-@block([Layer("w", DENSE, ("b",))], w=W, b=(WIDTH,))
-def dense(p, x):
-    return jnp.tanh(x @ p["w"] + p["b"])
+def heads(x, w, b, o):
+    y = jnp.einsum("btd,dhk->bthk", x, w) + b
+    return jnp.einsum("bthk,hkd->btd", jax.nn.relu(y), o)
 
 
-@block([Layer("w", TURNED)], w=W)
-def turned(p, x):
-    return x + jax.nn.gelu(x @ p["w"].T)
+def scanned(x, **stacks):
+    def body(x, p):
+        return jnp.tanh(x @ p["w"] + p["b"]), None
+
+    return lax.scan(body, x, stacks)[0]
 
 
-@block([Layer("w", QUERY, ("b",)), Layer("o", OUT)], w=(4, 2, 2), b=(2, 2), o=(2, 2, 4))
-def heads(p, x):
-    y = jnp.einsum("btd,dhk->bthk", x, p["w"]) + p["b"]
-    return jnp.einsum("bthk,hkd->btd", jax.nn.relu(y), p["o"])
-
-
-@block([Layer(n, DENSE) for n in "qkvo"], q=W, k=W, v=W, o=W, table=(TIME, TIME))
-def attention(p, x):
-    q, k, v = (x @ p[n] for n in "qkv")
-    weights = jax.nn.softmax(q @ k.swapaxes(1, 2) + p["table"])
-    return x + weights @ v @ p["o"]
-
-
-@block([], g=(WIDTH,), c=(WIDTH,))
-def norm(p, x):
-    x = x - x.mean(-1, keepdims=True)
-    return x * lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-6) * p["g"] + p["c"]
-
-
-@block([], positions=(TIME, WIDTH))
-def positions(p, x):
-    return x + p["positions"]
-
-
-@block([Layer("w", STACK, ("b",), (i,)) for i in range(2)], w=(2, *W), b=(2, WIDTH))
-def scanned(p, x):
-    return lax.scan(lambda x, p: (jnp.tanh(x @ p["w"] + p["b"]), None), x, p)[0]
-
-
-@block(
-    [Layer("w", STACK, ("b",)), Layer("v", STACK, ("c",))],
-    **{"w": (3, *W), "b": (3, WIDTH), "v": (3, *W), "c": (3, WIDTH)},
-)
-def experts(p, x):
-    y = jnp.einsum("btd,edf->betf", x, p["w"]) + p["b"][:, None]
-    y = jnp.einsum("betf,efd->betd", jax.nn.relu(y), p["v"]) + p["c"][:, None]
+def experts(x, w, b, v, c):
+    y = jnp.einsum("btd,edf->betf", x, w) + b[:, None]
+    y = jnp.einsum("betf,efd->betd", jax.nn.relu(y), v) + c[:, None]
     return y.mean(1)
 
 
-@block(
-    [Layer("w", DENSE, ("b",)), Layer("blocks", STACK, ("c",))],
-    **{"w": W, "b": (WIDTH,), "blocks": (2, 2, 2), "c": (2, 2)},
-)
-def block_diagonal(p, x):
-    y = (x @ p["w"] + p["b"]).reshape(BATCH, TIME, 2, 2)
-    y = jnp.einsum("btgd,gde->btge", y, p["blocks"]) + p["c"]
-    return y.reshape(BATCH, TIME, WIDTH)
+def block_diagonal(x, w, b, blocks, c):
+    y = (x @ w + b).reshape(2, 4, 2, 2)
+    return (jnp.einsum("btgd,gde->btge", y, blocks) + c).reshape(2, 4, 4)
 
 
-@block([Layer("w", DENSE, ("b",))], w=W, b=(WIDTH,))
-def with_side_uses(p, x):
-    jax.debug.callback(print, p["w"])
-    w = p["w"] / jnp.linalg.norm(lax.stop_gradient(p["w"]))
-    return x @ w + p["b"] + 0 * (p["w"] @ p["w"].T).sum()
+def with_side_uses(x, v, b):
+    jax.debug.callback(print, v)
+    own = v / jnp.linalg.norm(lax.stop_gradient(v))
+    return x @ own + b + 0 * (v @ v.T).sum()
 
 
-@block([], table=(8, WIDTH))
-def looked_up(p, x):
-    return x + p["table"][np.arange(TIME) % 3]
-
-
-NAMES = st.lists(st.sampled_from(sorted(BLOCKS)), min_size=1, max_size=6)
+BLOCKS = {
+    "w 4x4, b 4 -> w<b": lambda x, w, b: jnp.tanh(x @ w + b),
+    "w 4x4 -> w:oi": lambda x, w: x + jax.nn.gelu(x @ w.T),
+    "w 4x2x2, b 2x2, o 2x2x4 -> w:ioo<b o:iio": heads,
+    "q k v o table 4x4 -> q k v o": attention,
+    "g c 4 -> ": lambda x, g, c: layer_norm(x, g, c),
+    "positions 4x4 -> ": lambda x, positions: x + positions,
+    f"w 2x4x4, b 2x4 -> {each(2, 'w[#]:sio<b')}": scanned,
+    "w 3x4x4, b 3x4, v 3x4x4, c 3x4 -> w:sio<b v:sio<c": experts,
+    "w 4x4, b 4, blocks 2x2x2, c 2x2 -> w<b blocks:sio<c": block_diagonal,
+    "v 4x4, b 4 -> v<b": with_side_uses,
+    "table 8x4 -> ": lambda x, table: x + table[np.arange(4) % 3],
+}
 
 
 def program_of(names: list[str]):
     """A program of these blocks, its parameters and its layers."""
     params, expected = {}, []
     for i, name in enumerate(names):
-        shapes, layers, _ = BLOCKS[name]
-        params[f"{i}"] = {leaf: array(*shape) for leaf, shape in shapes.items()}
-        for layer in layers:
-            follows = tuple(f"{i}/{path}" for path in layer.follows)
-            expected.append(
-                Layer(f"{i}/{layer.path}", layer.axes, follows, layer.index)
-            )
+        shapes, _, found = name.partition(" -> ")
+        params[f"{i}"] = arrays(shapes)
+        for own in layers(found):
+            follows = tuple(f"{i}/{path}" for path in own.follows)
+            expected.append(Layer(f"{i}/{own.path}", own.axes, follows, own.index))
 
     def forward(params, x):
         for i, name in enumerate(names):
-            x = BLOCKS[name][2](params[f"{i}"], x)
+            x = BLOCKS[name](x, **params[f"{i}"])
         return x
 
     return forward, params, expected
@@ -145,25 +98,26 @@ def program_of(names: list[str]):
 
 @pytest.mark.parametrize("norms", ["after", "before", "none"])
 @settings(max_examples=10, deadline=None)
-@given(names=NAMES)
+@given(names=st.lists(st.sampled_from(sorted(BLOCKS)), min_size=1, max_size=6))
 def test_drawn_programs_have_the_lists_they_were_drawn_with(norms, names):
     forward, params, expected = program_of(names)
-    x = array(BATCH, TIME, WIDTH)
     if not expected:
         with pytest.raises(ValueError, match="finds no layer"):
-            trace_layers(forward, params, x, norms=norms)
+            trace_layers(forward, params, X, norms=norms)
         return
-    found = trace_layers(forward, params, x, norms=norms)
+    found = trace_layers(forward, params, X, norms=norms)
     # A norm that feeds all experts follows the first of them, which are listed then.
     shapes = shapes_of(leaves_of(params))
     found, expected = expand_stacks(found, shapes), expand_stacks(expected, shapes)
     assert [layer.name for layer in found] == [layer.name for layer in expected]
     for one, other in zip(found, expected, strict=True):
         assert one.axes == other.axes, one.name
-        own = {path for path in one.follows if path.split("/")[1] in "bc"}
         module = one.path.split("/")[0]
-        own = {path for path in own if path.split("/")[0] == module}
+        own = {f"{module}/{name}" for name in "bc"} & set(one.follows)
         assert own == set(other.follows), one.name
+
+
+PARAMS = arrays("w o 4x4, b 4, embed 7x4, table 9x4, unused 4")
 
 
 @functools.cache
@@ -171,54 +125,39 @@ def pooled() -> Layers:
     """A list with layers, followers, an embedding, a table and a vector."""
 
     def forward(p, tokens, x):
-        x = x @ p["w"] + p["b"] + p["embed"][tokens] + p["table"][jnp.arange(TIME)]
+        x = x @ p["w"] + p["b"] + p["embed"][tokens] + p["table"][jnp.arange(4)]
         return x @ p["o"], p["unused"]
 
-    shapes = {"w": W, "b": (4,), "embed": (7, 4), "table": (9, 4), "o": W}
-    params = {k: array(*shape) for k, shape in {**shapes, "unused": (4,)}.items()}
-    tokens = jax.ShapeDtypeStruct((BATCH, TIME), jnp.int32)
-    return trace_layers(forward, params, tokens, array(BATCH, TIME, WIDTH))
+    return trace_layers(forward, PARAMS, array(2, 4, dtype=jnp.int32), X)
 
 
 def test_the_list_is_a_tuple_that_keeps_its_notes():
-    layers = pooled()
-    plain = (Layer("w", DENSE, ("b",)), Layer("o", DENSE))
-    assert layers == plain
-    assert hash(layers) == hash(plain)
-    assert repr(layers) == repr(plain)
-    for part in (
-        layers[1:],
-        layers[:1],
-        layers[::-1],
-        pickle.loads(pickle.dumps(layers)),
-    ):
+    found, plain = pooled(), layers("w<b o")
+    assert found == plain
+    assert hash(found) == hash(plain)
+    assert repr(found) == repr(plain)
+    copy = pickle.loads(pickle.dumps(found))
+    for part in (found[1:], found[:1], found[::-1], copy):
         assert isinstance(part, Layers)
-        assert part.notes == layers.notes
-    assert layers[1:] == plain[1:]
-    assert isinstance(layers[0], Layer)
+        assert part.notes == found.notes
+    assert found[1:] == plain[1:]
+    assert isinstance(found[0], Layer)
     with pytest.raises(TypeError):
-        layers.notes["w"] = "none"  # pyrefly: ignore [unsupported-operation]
+        found.notes["w"] = "none"  # pyrefly: ignore [unsupported-operation]
 
 
 def test_notes_say_what_became_of_every_leaf():
-    notes = pooled().notes
-    assert notes["w"] == notes["o"] == "layer"
-    assert notes["b"] == "follows w"
-    assert notes["embed"] == "embedding: data looks up its rows"
-    assert notes["table"] == "look-up table: constants pick its rows"
-    assert notes["unused"] == "not used"
-
-
-def test_describe_prints_the_notes():
-    shapes = {"w": W, "b": (4,), "embed": (7, 4), "table": (9, 4), "o": W}
-    params = {k: array(*shape) for k, shape in {**shapes, "unused": (4,)}.items()}
-    rows = tb_optax.describe(params, pooled()[1:], min_eigenvalues=1)
-    notes = {row["leaf"]: row["note"] for row in rows}
-    assert notes == {
-        "b": "follows w, which is not in the list",
+    """And `describe` prints them."""
+    free = {
         "embed": "embedding: data looks up its rows",
-        "o": "4 eigenvalues",
         "table": "look-up table: constants pick its rows",
         "unused": "not used",
+    }
+    assert pooled().notes == {"w": "layer", "o": "layer", "b": "follows w", **free}
+    rows = tb_optax.describe(PARAMS, pooled()[1:], min_eigenvalues=1)
+    assert {row["leaf"]: row["note"] for row in rows} == {
+        **free,
+        "b": "follows w, which is not in the list",
+        "o": "4 eigenvalues",
         "w": "NOT IN THE LIST: a kernel with 4 eigenvalues keeps multiplier 1",
     }

@@ -4,17 +4,13 @@ import os
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
-import jax
-import jax.numpy as jnp
 import keras
 import pytest
+from notation import array, axes, layers
 
-from tb_optax import Layer, MatrixAxes, trace_layers
+from tb_optax import trace_layers
 
-HWIO = MatrixAxes((2,), (3,), pooled=(0, 1))
-# Each input channel has filters of its own, (height, width, channels, 1).
-DEPTHWISE = MatrixAxes((3,), (2,), pooled=(0, 1))
-IMAGES = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
+IMAGES = array(2, 16, 16, 3)
 
 
 def trace(layers, *, training, **options):
@@ -41,41 +37,28 @@ def test_separable_convolution(training):
         ],
         training=training,
     )
-    short = ["/".join(name.split("/")[-2:]) for name in names]
-    assert short == [
-        "separable/depthwise_kernel",
-        "separable/pointwise_kernel",
-        "norm/gamma",
-        "norm/beta",
-        "dense/kernel",
-        "dense/bias",
+    assert ["/".join(name.split("/")[-2:]) for name in names] == [
+        *("separable/depthwise_kernel", "separable/pointwise_kernel"),
+        *("norm/gamma", "norm/beta", "dense/kernel", "dense/bias"),
     ]
-    assert found == (
-        Layer("0", DEPTHWISE),
-        Layer("1", HWIO, ("2", "3")),
-        Layer("4", MatrixAxes((0,), (1,)), ("5",)),
-    )
+    # Each input channel has filters of its own, (height, width, channels, 1).
+    assert found == layers("0:ppoi 1:ppio<2,3 4<5")
 
 
 def test_several_filters_for_each_channel_are_unclear():
     """One matrix of channels and filters, or a stack of vectors?"""
-    layers = [keras.layers.DepthwiseConv2D(3, depth_multiplier=2)]
+    own = [keras.layers.DepthwiseConv2D(3, depth_multiplier=2)]
     with pytest.raises(ValueError, match=r"'0' of shape \(3, 3, 3, 2\): none of its"):
-        trace(layers, training=False)
-    found, _ = trace(layers, training=False, axes={"0": HWIO})
-    assert found == (Layer("0", HWIO, ("1",)),)
+        trace(own, training=False)
+    found, _ = trace(own, training=False, axes={"0": axes("ppio")})
+    assert found == layers("0:ppio<1")
 
 
 def test_layers_have_the_names_of_the_variables():
     """With parameters in a dict by `variable.path`, as README says."""
-    model = keras.Sequential(
-        [
-            keras.Input((8,)),
-            keras.layers.Dense(16, name="second_by_name"),
-            keras.layers.Dense(4, name="first_by_name"),
-        ],
-        name="net",
-    )
+    second = keras.layers.Dense(16, name="second_by_name")
+    first = keras.layers.Dense(4, name="first_by_name")
+    model = keras.Sequential([keras.Input((8,)), second, first], name="net")
     params = {v.path: v.value for v in model.trainable_variables}
     state = [v.value for v in model.non_trainable_variables]
 
@@ -83,8 +66,6 @@ def test_layers_have_the_names_of_the_variables():
         values = [params[v.path] for v in model.trainable_variables]
         return model.stateless_call(values, state, x)
 
-    dense = MatrixAxes((0,), (1,))
-    assert trace_layers(forward, params, state, jnp.ones((2, 8))) == (
-        Layer("net/second_by_name/kernel", dense, ("net/second_by_name/bias",)),
-        Layer("net/first_by_name/kernel", dense, ("net/first_by_name/bias",)),
+    assert trace_layers(forward, params, state, array(2, 8)) == layers(
+        "net/second_by_name/kernel<.bias net/first_by_name/kernel<.bias"
     )

@@ -10,6 +10,8 @@ import optax
 import pytest
 import reference
 from jax import lax
+from notation import array, arrays
+from zoo import conv
 
 import tb_optax
 
@@ -157,39 +159,26 @@ def test_every_slice_has_a_row_in_the_description():
 def resnet_block(params, x):
     """PyTorch's names; the norm of the shortcut has none of `bnN`."""
 
-    def conv(x, name):
-        return lax.conv_general_dilated(
-            x,
-            params[name]["kernel"],
-            (1, 1),
-            "SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-
-    def batch_norm(x, name):
+    def normed(x, module, name):
+        x = conv(x, params[module]["kernel"])
         return norm(x, params[name]["scale"], params[name]["bias"])
 
-    y = jnp.maximum(batch_norm(conv(x, "conv1"), "bn1"), 0)
-    y = batch_norm(conv(y, "conv2"), "bn2")
-    return jnp.maximum(y + batch_norm(conv(x, "shortcut_0"), "shortcut_1"), 0)
+    y = jnp.maximum(normed(x, "conv1", "bn1"), 0)
+    y = normed(y, "conv2", "bn2")
+    return jnp.maximum(y + normed(x, "shortcut_0", "shortcut_1"), 0)
 
 
 def test_both_published_associations():
     """By order of execution, and by name: `bn1` with `conv1`."""
-    kernel = jax.ShapeDtypeStruct((3, 3, 6, 6), jnp.float32)
-    vector = jax.ShapeDtypeStruct((6,), jnp.float32)
-    norms = {"scale": vector, "bias": vector}
-    params = {name: {"kernel": kernel} for name in ("conv1", "conv2", "shortcut_0")}
-    params |= dict.fromkeys(("bn1", "bn2", "shortcut_1"), norms)
-    images = jax.ShapeDtypeStruct((2, 5, 5, 6), jnp.float32)
-    traced = tb_optax.trace_layers(resnet_block, params, images)
+    pairs = {"conv1": "bn1", "conv2": "bn2", "shortcut_0": "shortcut_1"}
+    params = {name: {"kernel": "3x3x6x6"} for name in pairs}
+    params |= {name: {"scale": "6", "bias": "6"} for name in pairs.values()}
+    params = arrays(params)
+    traced = tb_optax.trace_layers(resnet_block, params, array(2, 5, 5, 6))
     modules = [
-        ("conv1", "Conv2d"),
-        ("bn1", "BatchNorm2d"),
-        ("conv2", "Conv2d"),
-        ("bn2", "BatchNorm2d"),
-        ("shortcut_0", "Conv2d"),
-        ("shortcut_1", "BatchNorm2d"),
+        (name, kind)
+        for pair in pairs.items()
+        for name, kind in zip(pair, ("Conv2d", "BatchNorm2d"), strict=True)
     ]
 
     def followers(layers):
@@ -202,11 +191,6 @@ def test_both_published_associations():
     by_order = reference.norm_by_order(modules, "BatchNorm2d", "Conv2d")
     assert followers(traced) == by_order
     named = {layer.path: layer for layer in tb_optax.find_layers(params)}
-    assert followers([named[layer.path] for layer in traced]) == reference.norm_by_name(
-        modules
-    )
-    assert [layer.path for layer in traced] == [
-        "conv1/kernel",
-        "conv2/kernel",
-        "shortcut_0/kernel",
-    ]
+    by_name = reference.norm_by_name(modules)
+    assert followers([named[layer.path] for layer in traced]) == by_name
+    assert [layer.path for layer in traced] == [f"{name}/kernel" for name in pairs]

@@ -1,33 +1,29 @@
-"""Small models of the kinds that `trace_layers` once read wrongly.
+"""Small models of the kinds that `trace_layers` must read rightly.
 
-Each model is a few lines of plain JAX in the manner of a published one, and states what
-must be found in it: the layers in order of execution with their axes and followers, and
-the leaves that are neither.  The expectations follow from what the program computes.
-Where two answers are defensible a comment says why, and an error that names the leaf is
-accepted in place of the list.
+Each is a few lines of plain JAX in the manner of a published one, `forward(inputs,
+**params)`, and states in the notation of `notation.py` what must be found in it: the
+layers in order of execution, and after `|` the leaves that are neither layers nor
+followers.  The expectations follow from what the program computes.  Where two answers
+are defensible a comment says why, and an error that names the leaf is accepted in place
+of the list.
 """
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from notation import array, arrays, axes, each, layers
 
 from tb_optax import Layer, MatrixAxes
 from tb_optax.leaves import leaves_of
-
-DENSE = MatrixAxes((0,), (1,))
-TRANSPOSED = MatrixAxes((1,), (0,))
-HWIO = MatrixAxes((2,), (3,), pooled=(0, 1))
-WIO = MatrixAxes((1,), (2,), pooled=(0,))
-QUERY = MatrixAxes((0,), (1, 2))
-OUT = MatrixAxes((0, 1), (2,))
-STACK = MatrixAxes((1,), (2,), stacked=(0,))
-STACKED_HWIO = MatrixAxes((3,), (4,), pooled=(1, 2), stacked=(0,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +31,11 @@ class Case:
     """A program and what must be found in it.
 
     Attributes:
-        forward: the program.
+        forward: the program, a function of the parameters and the inputs.
         params: its parameters, abstract.
         inputs: its inputs, abstract.
         options: of `trace_layers`.
         layers: what must be found; None where an error is the only right answer.
-        none: leaves that are no layer and follow none.
         free: vectors that may follow a layer or none, for which no rule is written.
         named: leaves that an error must name, the first of them first.  With `layers`
             as well, either answer is right.
@@ -49,153 +44,98 @@ class Case:
 
     forward: Callable[..., Any]
     params: Any
-    inputs: tuple[Any, ...]
-    options: dict[str, Any]
+    inputs: Sequence[Any]
+    options: Mapping[str, Any]
     layers: tuple[Layer, ...] | None
-    none: frozenset[str]
     free: frozenset[str]
     named: tuple[str, ...]
     says: str
 
 
 CASES: dict[str, Case] = {}
-
-
-AXES = {
-    "dense": DENSE,
-    "turned": TRANSPOSED,
-    "hwio": HWIO,
-    "wio": WIO,
-    "query": QUERY,
-    "out": OUT,
-    "stack": STACK,
-    "stacked_hwio": STACKED_HWIO,
-}
-
-
-def array(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def shapes(text: str) -> dict[str, tuple[int, ...]]:
-    """`"wq wk 8x8, b 8, scale ()"`: names, then their shape."""
-    found = {}
-    for group in text.split(", "):
-        *names, sizes = group.split()
-        shape = () if sizes == "()" else tuple(map(int, sizes.split("x")))
-        found |= dict.fromkeys(names, shape)
-    return found
-
-
-def layers_of(text: str) -> list[Layer]:
-    """`"w1<b1,g w2 conv:hwio"`: paths with axes, if not dense, and followers."""
-    found = []
-    for entry in text.split():
-        kernel, _, follows = entry.partition("<")
-        path, _, axes = kernel.partition(":")
-        found.append(layer(path, follows.replace(",", " "), AXES[axes or "dense"]))
-    return found
-
-
-def arrays(tree: Any) -> Any:
-    """Shapes, or a tree of them, as abstract arrays."""
-
-    def is_shape(node):
-        return isinstance(node, tuple) and all(isinstance(n, int) for n in node)
-
-    return jax.tree.map(
-        lambda leaf: array(*leaf) if is_shape(leaf) else leaf, tree, is_leaf=is_shape
-    )
-
-
-def layer(path: str, follows: str = "", axes: MatrixAxes = DENSE, **fields) -> Layer:
-    return Layer(path, axes, tuple(follows.split()), **fields)
-
-
-def slices(count: int, *layers: Layer) -> list[Layer]:
-    """Slice after slice of a loop over stacks."""
-    return [
-        dataclasses.replace(layer, index=(i,)) for i in range(count) for layer in layers
-    ]
+X = array(2, 5, 8)
+ROWS = array(5, 8)
+IMAGE = array(2, 8, 8, 3)
+TOKENS = array(2, 5, dtype=jnp.int32)
+KEY = jax.eval_shape(lambda: jax.random.key(0))
 
 
 def case(
-    kind: str,
     params: Any,
-    *inputs: Any,
-    layers: Any = None,
-    none: str = "",
+    verdict: str,
+    inputs: Sequence[Any] = (X,),
+    *,
+    name: str = "",
     free: str = "",
     named: str = "",
     says: str = "",
-    given: tuple[dict[str, MatrixAxes | None], ...] = (),
-    before: Any = None,
+    given: Sequence[Mapping[str, str | None]] = (),
+    before: str = "",
     **options: Any,
 ):
-    """Enters a program into the table; several of them may stand over one function.
+    """Enter a program into the table; several of them may stand over one function.
 
     Each of `given` enters it again with these axes, which settle it: the same layers
-    but for what is None.  `before` enters it with its layers for norms="before".
+    but for what is None.  `before` enters it with its layers for norms="before".  An
+    empty verdict stands for an error.
     """
-    params = arrays(shapes(params) if isinstance(params, str) else params)
-    leaves = set(leaves_of(params))
+    params = arrays(params)
+    leaves = leaves_of(params)
 
-    def enter(forward, options, layers, none, named=""):
-        layers = layers_of(layers) if isinstance(layers, str) else layers
-        name = f"{kind}: {forward.__name__}"
+    def enter(
+        program: Callable[..., Any],
+        found: tuple[Layer, ...] | None,
+        options: Mapping[str, Any],
+        named: str = "",
+    ) -> None:
+        own = name or program.__name__
         for option, value in options.items():
-            name += f" {option}={sorted(value) if isinstance(value, dict) else value}"
-        if name in CASES:
-            name += "".join(f" {x.shape[0]}" for x in inputs[:1])
-        assert name not in CASES, name
-        CASES[name] = Case(
-            forward,
-            params,
-            inputs,
-            options,
-            None if layers is None else tuple(layers),
-            frozenset(none),
-            frozenset(free.split()),
-            tuple(named.split()),
-            says,
+            own += f" {option}={sorted(value) if isinstance(value, dict) else value}"
+        assert own not in CASES, own
+        CASES[own] = Case(
+            lambda params, *inputs: program(*inputs, **params),
+            *(params, inputs, options, found, frozenset(free.split())),
+            *(tuple(named.split()), says),
         )
 
-    def others(layers):
-        """Leaves that have no place, where the list for other options is complete."""
-        owned = {path for own in layers for path in (own.path, *own.follows)}
-        return leaves - owned - set(free.split())
-
-    def enter_all(forward):
-        found = layers_of(layers) if isinstance(layers, str) else layers
-        enter(forward, options, found, none.split(), named)
-        for axes in given:
-            out = {path for path in leaves if first_match(axes, path, DENSE) is None}
+    def enter_all(program: Callable[..., Any]) -> Callable[..., Any]:
+        own, _, none = verdict.partition("|")
+        found = layers(own) if verdict else None
+        for path in named.split():
+            assert sum(size > 1 for size in leaves[path].shape) > 1, "needs no reading"
+        assert found is not None or named
+        if found is not None:
+            # The table itself is complete: it leaves nothing unsaid.
+            placed = {path for one in found for path in (one.path, *one.follows)}
+            assert leaves.keys() == {*placed, *none.split(), *free.split()}
+        enter(program, found, options, named)
+        for texts in given:
+            read = {
+                k: None if text is None else axes(text) for k, text in texts.items()
+            }
+            out = {path for path in leaves if _matches(read, path)}
             kept = [
                 dataclasses.replace(
-                    own, follows=tuple(f for f in own.follows if f not in out)
+                    one, follows=tuple(path for path in one.follows if path not in out)
                 )
-                for own in found
-                if own.path not in out
+                for one in found or ()
+                if one.path not in out
             ]
-            enter(forward, {**options, "axes": axes}, kept, others(kept))
-        if before is not None:
-            own = layers_of(before) if isinstance(before, str) else before
-            enter(forward, {**options, "norms": "before"}, own, others(own))
-        return forward
+            enter(program, tuple(kept), {**options, "axes": read})
+        if before:
+            enter(program, layers(before), {**options, "norms": "before"})
+        return program
 
     return enter_all
 
 
-def first_match(patterns: dict[str, Any], path: str, default: Any) -> Any:
-    """What the first pattern says that matches a path."""
+def _matches(patterns: Mapping[str, MatrixAxes | None], path: str) -> bool:
+    """Say whether the first pattern that matches a path leaves it out."""
     found = [v for p, v in patterns.items() if fnmatch.fnmatchcase(path, p)]
-    return found[0] if found else default
+    return bool(found) and found[0] is None
 
 
-X = array(2, 5, 8)
-IMAGE = array(2, 8, 8, 3)
-TOKENS = array(2, 5, dtype=jnp.int32)
-KEY = jax.eval_shape(lambda: jax.random.key(0))
+# ---- Building blocks -----------------------------------------------------------------
 
 
 def heads(x, count: int = 2):
@@ -206,10 +146,14 @@ def joined(x):
     return x.reshape(*x.shape[:-2], -1)
 
 
-def attend(q, k, v, bias=0.0):
+def attend(q, k, v, bias: Any = 0.0):
     """Attention of (batch, time, heads, dim)."""
     weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) + bias)
     return joined(jnp.einsum("bhqk,bkhd->bqhd", weights, v))
+
+
+def attention(x, q, k, v, o, bias: Any = 0.0):
+    return attend(heads(x @ q), heads(x @ k), heads(x @ v), bias) @ o
 
 
 def layer_norm(x, scale, offset=0.0, axis: Any = -1):
@@ -223,838 +167,24 @@ def rms_norm(x, scale):
 
 def group_norm(x, scale, offset, groups: int = 2):
     y = x.reshape(*x.shape[:-1], groups, -1)
-    y = y - y.mean((1, 2, 4), keepdims=True)
-    y = y * lax.rsqrt((y**2).mean((1, 2, 4), keepdims=True) + 1e-6)
-    return y.reshape(x.shape) * scale + offset
+    return layer_norm(y, 1.0, axis=(1, 2, 4)).reshape(x.shape) * scale + offset
 
 
-def conv(x, kernel, stride: int = 1, groups: int = 1):
-    numbers = ("NHWC", "HWIO", "NHWC") if x.ndim == 4 else ("NWC", "WIO", "NWC")
+def conv(x, kernel, stride: int = 1, groups: int = 1, layout: str = ""):
+    """A convolution of channels last, or of a layout such as `"NCHW OIHW NCHW"`."""
+    layout = layout or ("NHWC HWIO NHWC" if x.ndim == 4 else "NWC WIO NWC")
+    images, kernels, outputs = layout.split()
     return lax.conv_general_dilated(
         x,
         kernel,
         (stride,) * (x.ndim - 2),
         "SAME",
-        dimension_numbers=numbers,
+        dimension_numbers=(images, kernels, outputs),
         feature_group_count=groups,
     )
 
 
-# Outputs that are reshaped into heads or blocks and meet a parameter per head: a factor
-# of the output axis is batched, not the axis, and the kernel remains one layer.
-
-
-@case(
-    "heads",
-    "wk 8x8, bk 8, wv 8x8, query 2x4, wo 8x8",
-    X,
-    layers="wk<bk wv wo",
-    none="query",  # One vector per head: without outputs it is no matrix.
-)
-def attention_pooling(p, x):
-    """A learned query per head, as in class attention."""
-    k, v = heads(x @ p["wk"] + p["bk"]), heads(x @ p["wv"])
-    weights = jax.nn.softmax(jnp.einsum("hd,bshd->bhs", p["query"], k))
-    return joined(jnp.einsum("bhs,bshd->bhd", weights, v)) @ p["wo"]
-
-
-@case("heads", "w 8x8, a 2x4, o 8x3", X, layers="w o", none="a")
-def graph_attention(p, x):
-    h = heads(x @ p["w"])
-    scores = jnp.einsum("bshd,hd->bsh", h, p["a"])
-    return joined(jnp.einsum("bsh,bshd->bhd", jax.nn.softmax(scores, 1), h)) @ p["o"]
-
-
-@case(
-    "heads",
-    "w 8x8, a 1x2x8, o 8x3, bias 8",
-    array(5, 8),
-    array(7, 2, dtype=jnp.int32),
-    layers="w<bias o",
-    none="a",
-)
-def graph_attention_by_edges(p, x, edges):
-    """The published form: concatenated ends of each edge, a sum of products."""
-    h = heads(x @ p["w"] + p["bias"])
-    ends = jnp.concatenate([h[edges[:, 0]], h[edges[:, 1]]], axis=-1)
-    scores = jnp.exp(jax.nn.leaky_relu((ends * p["a"]).sum(-1)))
-    total = jax.ops.segment_sum(scores, edges[:, 1], 5)
-    messages = h[edges[:, 0]] * (scores / total[edges[:, 1]])[..., None]
-    return joined(jax.ops.segment_sum(messages, edges[:, 1], 5)) @ p["o"]
-
-
-@case("heads", "source target 8x8, a 2x4, o 8x3", X, layers="source target o", none="a")
-def graph_attention_v2(p, x):
-    source, target = heads(x @ p["source"]), heads(x @ p["target"])
-    pairs = jax.nn.leaky_relu(source[:, :, None] + target[:, None])
-    weights = jax.nn.softmax(jnp.einsum("bijhd,hd->bhij", pairs, p["a"]))
-    return joined(jnp.einsum("bhij,bjhd->bihd", weights, target)) @ p["o"]
-
-
-@case(
-    "heads",
-    "w1 8x8, b1 8, blocks 2x4x4, b2 2x4, w2 8x3",
-    X,
-    layers="w1<b1 blocks:stack<b2 w2",
-)
-def block_diagonal(p, x):
-    h = heads(jax.nn.gelu(x @ p["w1"] + p["b1"]))
-    h = jnp.einsum("bsgd,gde->bsge", h, p["blocks"]) + p["b2"]
-    return joined(h) @ p["w2"]
-
-
-@case("heads", "w1 8x8, out 2x4x6", X, layers="w1 out:out")
-def head_maps(p, x):
-    """One map per head, summed over the heads: inputs are heads and dimensions."""
-    return jnp.einsum("bshd,hde->bse", heads(x @ p["w1"]), p["out"])
-
-
-@case(
-    "heads",
-    (
-        "wy 8x8, by 8, wx 8x8, bx 8, conv 4x1x8, conv_bias a_param 8, "
-        "gate_x 2x4x4, gate_x_bias 2x4, gate_a 2x4x4, gate_a_bias 2x4, "
-        "wo 8x8, bo 8"
-    ),
-    X,
-    layers=(
-        "wy<by wx<bx conv:wio<conv_bias gate_x:stack<gate_x_bias "
-        "gate_a:stack<gate_a_bias wo<bo"
-    ),
-    free="a_param",
-)
-def griffin(p, x):
-    """The recurrent block of Griffin: block-diagonal gates of a linear recurrence."""
-    y = jax.nn.gelu(x @ p["wy"] + p["by"])
-    h = x @ p["wx"] + p["bx"]
-    h = conv(h, p["conv"], groups=8) + p["conv_bias"]
-
-    def gate(name):
-        z = jnp.einsum("bthi,hij->bthj", heads(h), p[name]) + p[f"{name}_bias"]
-        return joined(jax.nn.sigmoid(z))
-
-    gate_x, gate_a = gate("gate_x"), gate("gate_a")
-    log_a = -8.0 * gate_a * jax.nn.softplus(p["a_param"])
-    a, inputs = jnp.exp(log_a), gate_x * h * jnp.sqrt(1 - jnp.exp(2 * log_a))
-
-    def combine(one, two):
-        return one[0] * two[0], two[0] * one[1] + two[1]
-
-    _, h = lax.associative_scan(combine, (a, inputs), axis=1)
-    return (h * y) @ p["wo"] + p["bo"]
-
-
-@case(
-    "heads",
-    "wq wk wv wr wo 8x8, u v 2x4",
-    X,
-    # Both vectors are added to the queries, one for each of two products.
-    layers="wq<u,v wk wv wr wo",
-)
-def transformer_xl(p, x):
-    """Relative positions: a kernel on constant sinusoids, and two biases per head."""
-    q, k, v = heads(x @ p["wq"]), heads(x @ p["wk"]), heads(x @ p["wv"])
-    angles = np.arange(5.0)[:, None] / 10 ** np.arange(4.0)
-    sinusoids = np.concatenate([np.sin(angles), np.cos(angles)], -1).astype(np.float32)
-    r = heads(jnp.asarray(sinusoids) @ p["wr"])
-    logits = jnp.einsum("bqhd,bkhd->bhqk", q + p["u"], k)
-    logits = logits + jnp.einsum("bqhd,khd->bhqk", q + p["v"], r)
-    return joined(jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits), v)) @ p["wo"]
-
-
-@case("heads", "wq wk wv wo 8x8, p1 p2 2x2", X, layers="wq wk wv p1 p2 wo")
-def talking_heads(p, x):
-    """Two matrices between heads: small, but kernels like any other."""
-    q, k, v = heads(x @ p["wq"]), heads(x @ p["wk"]), heads(x @ p["wv"])
-    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k)
-    weights = jax.nn.softmax(jnp.einsum("bhqk,hg->bgqk", logits, p["p1"]))
-    weights = jnp.einsum("bhqk,hg->bgqk", weights, p["p2"])
-    return joined(jnp.einsum("bhqk,bkhd->bqhd", weights, v)) @ p["wo"]
-
-
-# The norm of the queries feeds a product of data with data, no layer: it stays with the
-# layer before it under both policies.
-@case(
-    "heads",
-    "wq wk wv wo 8x8, gq gk 2x4",
-    X,
-    layers="wq<gq wk<gk wv wo",
-    before="wq<gq wk<gk wv wo",
-)
-def query_key_norm(p, x):
-    """A scale per head and dimension."""
-    q, k, v = heads(x @ p["wq"]), heads(x @ p["wk"]), heads(x @ p["wv"])
-    return attend(rms_norm(q, p["gq"]), rms_norm(k, p["gk"]), v) @ p["wo"]
-
-
-# Learned queries and other parts that are computed from parameters alone: axes that are
-# given are taken and the rest comes out right; an error names kernels before biases.
-
-_WIDE = shapes("probe 1x1x8, q 8x2x4, bq 2x4, k 8x2x4, bk 2x4, v 8x2x4, o 8x3")
-_FLAT = shapes("probe 1x1x8, q 8x8, bq 8, k 8x8, bk 8, v 8x8, o 8x3")
-
-
-def _map_head(axes, bias):
-    q = layer("q", bias, axes)
-    return [q, layer("k", "bk", axes), layer("v", "", axes), layer("o")]
-
-
-@case(
-    "queries",
-    _WIDE,
-    X,
-    layers=_map_head(QUERY, "bq"),
-    none="probe",
-    named="q",
-    given=({"q": QUERY}, {"q": QUERY, "bq": None}),
-)
-def map_head(p, x):
-    """Attention pooling with a projected probe, kernels as in Flax."""
-    probe = jnp.tile(p["probe"], (2, 1, 1))
-    q = jnp.einsum("bqd,dhk->bqhk", probe, p["q"]) + p["bq"]
-    k = jnp.einsum("bsd,dhk->bshk", x, p["k"]) + p["bk"]
-    return attend(q, k, jnp.einsum("bsd,dhk->bshk", x, p["v"])) @ p["o"]
-
-
-@case(
-    "queries",
-    _FLAT,
-    X,
-    layers=_map_head(DENSE, "bq"),
-    none="probe",
-    named="q",
-    given=({"q": DENSE}, {"q": DENSE, "bq": None}),
-)
-def map_head_of_matrices(p, x):
-    probe = jnp.tile(p["probe"], (2, 1, 1))
-    q = heads(probe @ p["q"] + p["bq"])
-    return attend(q, heads(x @ p["k"] + p["bk"]), heads(x @ p["v"])) @ p["o"]
-
-
-_PERCEIVER = shapes("wq wk wv wo w1 w2 8x8, latents 3x8, g1 c1 g2 c2 bk 8")
-
-
-def _perceiver(after: bool):
-    # The first norm acts on latents, behind no layer; the second on their sum with the
-    # output of attention.
-    q = layer("wq", "" if after else "g1 c1")
-    o, w1 = layer("wo", "g2 c2" if after else ""), layer("w1", "" if after else "g2 c2")
-    return [q, layer("wk", "bk"), layer("wv"), o, w1, layer("w2")]
-
-
-@case(
-    "queries",
-    _PERCEIVER,
-    X,
-    layers=_perceiver(after=True),
-    none="latents g1 c1",
-    named="wq",
-    given=({"wq": DENSE, "latents": None},),
-)
-@case(
-    "queries",
-    _PERCEIVER,
-    X,
-    layers=_perceiver(after=False),
-    none="latents",
-    axes={"wq": DENSE},
-    norms="before",
-)
-def perceiver(p, x):
-    """Latents that are parameters attend to the inputs."""
-    z = jnp.broadcast_to(p["latents"], (2, 3, 8))
-    q = heads(layer_norm(z, p["g1"], p["c1"]) @ p["wq"])
-    z = z + attend(q, heads(x @ p["wk"] + p["bk"]), heads(x @ p["wv"])) @ p["wo"]
-    y = layer_norm(z, p["g2"], p["c2"])
-    return z + jax.nn.gelu(y @ p["w1"]) @ p["w2"]
-
-
-_DETR = shapes(
-    "self_q self_k self_v self_o cross_q cross_k cross_v cross_o "
-    "8x8, self_q_bias self_k_bias self_v_bias self_o_bias "
-    "cross_q_bias cross_k_bias cross_v_bias cross_o_bias 8, queries "
-    "3x8, g1 g2 g3 8, w1 8x16, b1 16, w2 16x8, b2 8, classes 8x5, "
-    "classes_bias 5, boxes 8x4, boxes_bias 4"
-)
-_DETR_LAYERS = layers_of(
-    "self_q<self_q_bias self_k<self_k_bias self_v<self_v_bias "
-    "self_o<self_o_bias,g1 cross_q<cross_q_bias "
-    "cross_k<cross_k_bias cross_v<cross_v_bias "
-    "cross_o<cross_o_bias,g2 w1<b1 w2<b2,g3 classes<classes_bias "
-    "boxes<boxes_bias"
-)
-
-
-@case(
-    "queries",
-    _DETR,
-    X,
-    layers=_DETR_LAYERS,
-    none="queries",
-    named="self_q self_k",
-    given=({"self_[qk]": DENSE}, {"self_[qk]": DENSE, "queries": None}),
-)
-def detr_decoder(p, memory):
-    """The first block of a DETR decoder: targets of zeros, learned query positions."""
-
-    def f(name, x):
-        return x @ p[name] + p[f"{name}_bias"]
-
-    position = jnp.broadcast_to(p["queries"], (2, 3, 8))
-    x = jnp.zeros_like(position)
-    q, k = heads(f("self_q", x + position)), heads(f("self_k", x + position))
-    x = x + f("self_o", attend(q, k, heads(f("self_v", x))))
-    x = rms_norm(x, p["g1"])
-    q = heads(f("cross_q", x + position))
-    k, v = heads(f("cross_k", memory)), heads(f("cross_v", memory))
-    x = rms_norm(x + f("cross_o", attend(q, k, v)), p["g2"])
-    y = jax.nn.relu(x @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"]
-    x = rms_norm(x + y, p["g3"])
-    return f("classes", x), jax.nn.sigmoid(f("boxes", x))
-
-
-@case("queries", "q k v o 8x8, prompts 3x8", X, layers="q k v o", none="prompts")
-def soft_prompts(p, x):
-    x = jnp.concatenate([jnp.tile(p["prompts"][None], (2, 1, 1)), x], axis=1)
-    return x + attend(*(heads(x @ p[n]) for n in "qkv")) @ p["o"]
-
-
-# Keys that are parameters do multiply data, so that an error is in order; what may not
-# happen is that they change the reading of other leaves.
-@case(
-    "queries",
-    "q k v o 8x8, pk pv 3x2x4",
-    X,
-    layers="q k v o",
-    none="pk pv",
-    named="pk pv",
-    given=({"p[kv]": None},),
-)
-def prefix_tuning(p, x):
-    q, k, v = (heads(x @ p[n]) for n in "qkv")
-    k = jnp.concatenate([jnp.tile(p["pk"][None], (2, 1, 1, 1)), k], axis=1)
-    v = jnp.concatenate([jnp.tile(p["pv"][None], (2, 1, 1, 1)), v], axis=1)
-    return attend(q, k, v) @ p["o"]
-
-
-@case(
-    "queries",
-    ("wk wv wq w1 w2 ur uz un vr vz vn 8x8, mu log_sigma g_in g_slots br bz 8"),
-    X,
-    KEY,
-    # Kernels are used in both iterations, each is one layer where it is first used.
-    layers="wk wv wq ur vr<br uz vz<bz un vn w1 w2",
-    none="g_in",
-    free="mu log_sigma g_slots",
-)
-def slot_attention(p, x, key):
-    x = rms_norm(x, p["g_in"])
-    k, v = x @ p["wk"], x @ p["wv"]
-    noise = jax.random.normal(key, (2, 3, 8))
-    slots = p["mu"] + jnp.exp(p["log_sigma"]) * noise
-    for _ in range(2):
-        q = rms_norm(slots, p["g_slots"]) @ p["wq"]
-        weights = jax.nn.softmax(jnp.einsum("bsd,bnd->bns", q, k), -1)
-        weights = weights / weights.sum(1, keepdims=True)
-        y = jnp.einsum("bns,bnd->bsd", weights, v)
-        r = jax.nn.sigmoid(y @ p["ur"] + slots @ p["vr"] + p["br"])
-        z = jax.nn.sigmoid(y @ p["uz"] + slots @ p["vz"] + p["bz"])
-        n = jnp.tanh(y @ p["un"] + r * (slots @ p["vn"]))
-        slots = (1 - z) * n + z * slots
-        slots = slots + jax.nn.relu(slots @ p["w1"]) @ p["w2"]
-    return slots
-
-
-@case(
-    "queries",
-    "z 4, h 4x48, hb 48, o 6x3",
-    X,
-    layers="h<hb o",
-    none="z",
-    named="h",
-    given=({"h": DENSE},),
-)
-def hypernetwork(p, x):
-    """A kernel that is computed from a learned code."""
-    kernel = (p["z"] @ p["h"] + p["hb"]).reshape(8, 6)
-    return jnp.tanh(x @ kernel) @ p["o"]
-
-
-@case("queries", "h 4x48, hb 48, o 6x3", X, array(2, 4), layers="h<hb o")
-def hypernetwork_of_data(p, x, code):
-    """A kernel that is computed from data is data."""
-    kernel = (code @ p["h"] + p["hb"]).reshape(2, 8, 6)
-    return jnp.tanh(jnp.einsum("btd,bdf->btf", x, kernel)) @ p["o"]
-
-
-# Data that is closed over: constants hold no parameter, so they are data.
-
-GRAPH = (np.arange(25).reshape(5, 5) % 3 == 0).astype(np.float32)
-FEATURES = np.linspace(-1, 1, 40, dtype=np.float32).reshape(5, 8)
-
-
-@case("constants", "w1 8x16, w2 16x3", layers="w1 w2")
-def full_batch(p):
-    """A graph network on its one graph; there are no inputs at all."""
-    return GRAPH @ jnp.tanh(GRAPH @ FEATURES @ p["w1"]) @ p["w2"]
-
-
-@case("constants", "w1 8x16, b1 16, w2 16x3, b2 3", layers="w1<b1 w2<b2")
-def full_batch_by_edges(p):
-    senders, receivers = np.asarray([0, 1, 2, 4]), np.asarray([1, 2, 3, 0])
-
-    def convolve(x):
-        return jax.ops.segment_sum(x[senders], receivers, 5)
-
-    x = jax.nn.relu(convolve(jnp.asarray(FEATURES) @ p["w1"] + p["b1"]))
-    return convolve(x @ p["w2"] + p["b2"])
-
-
-@case("constants", "g1 8x8, c1 8, g2 w 8x8, o 8x3", array(4, 8), layers="g1<c1 g2 w o")
-def generator(p, x):
-    """Noise of a key that is closed over."""
-    z = jax.random.normal(jax.random.key(0), (8,))
-    style = jnp.tanh(z @ p["g1"] + p["c1"]) @ p["g2"]
-    return style * (x @ p["w"]) @ p["o"]
-
-
-@case("constants", "c1 2x16, c2 16x8, w 8x8, o 8x3", array(4, 8), layers="c1 c2 w o")
-def coordinates(p, x):
-    table = jnp.tanh(np.ones((4, 2), np.float32) @ p["c1"]) @ p["c2"]
-    return (x @ p["w"] + table) @ p["o"]
-
-
-@case("constants", "w0 2x16, b0 16, w1 16x16, b1 16, w2 16x3", layers="w0<b0 w1<b1 w2")
-def siren(p):
-    """A picture as a function of its coordinates."""
-    grid = jnp.stack(jnp.meshgrid(jnp.linspace(-1, 1, 4), jnp.linspace(-1, 1, 4)), -1)
-    x = jnp.sin(30 * (grid.reshape(-1, 2) @ p["w0"] + p["b0"]))
-    return jnp.sin(x @ p["w1"] + p["b1"]) @ p["w2"]
-
-
-@case("constants", "b 8x16, w 32x3", X, layers="b w")
-def learned_fourier_features(p, x):
-    y = 2 * jnp.pi * x @ p["b"]
-    return jnp.concatenate([jnp.sin(y), jnp.cos(y)], -1) @ p["w"]
-
-
-@case("constants", "w 32x3", X, layers="w")
-def fixed_fourier_features(p, x):
-    y = x @ jax.random.normal(jax.random.key(0), (8, 16))
-    return jnp.concatenate([jnp.sin(y), jnp.cos(y)], -1) @ p["w"]
-
-
-@case("constants", "q 8x8, k 6x8, bk 8, v 6x8, o 8x8", X, layers="q k<bk v o")
-def attention_to_a_constant(p, x):
-    """Keys and values of a text that was encoded beforehand."""
-    context = jnp.asarray(np.linspace(0, 1, 84, dtype=np.float32).reshape(2, 7, 6))
-    q, k = heads(x @ p["q"]), heads(context @ p["k"] + p["bk"])
-    return attend(q, k, heads(context @ p["v"])) @ p["o"]
-
-
-@case("constants", "table 4x8, w 8x8, o 8x3", X, layers="w o", none="table")
-def constant_label(p, x):
-    """A constant one-hot vector picks a row: a look-up, no layer."""
-    label = jnp.asarray(np.eye(4, dtype=np.float32)[2])
-    return jnp.tanh(x @ p["w"] + label @ p["table"]) @ p["o"]
-
-
-# The same look-up with the one-hot matrix computed in the program, whose entries are
-# not in sight as constants.  An error that names the table is lawful, a layer is not.
-@case(
-    "constants", "table 4x8, w 8x8, o 8x3", X, layers="w o", none="table", named="table"
-)
-def computed_one_hot(p, x):
-    rows = jax.nn.one_hot(jnp.arange(5) % 4, 4)
-    return (x @ p["w"] + rows @ p["table"]) @ p["o"]
-
-
-# A rotation by a constant on the way: the product of the constant with the kernel reads
-# the kernel rightly, but it is also computed with before it meets data.
-@case("constants", "w 8x6, o 6x3", X, layers="w o", named="w")
-def rotated_inputs(p, x):
-    hadamard = np.asarray([[1, 1], [1, -1]], np.float32)
-    rotation = jnp.asarray(np.kron(np.kron(hadamard, hadamard), hadamard))
-    return jnp.tanh(x @ (rotation @ p["w"])) @ p["o"]
-
-
-@case("constants", "w1 9x16, b1 16, w2 16x8, b2 8", array(2, 8), layers="w1<b1 w2<b2")
-def neural_ode(p, x):
-    """Runge-Kutta over constant times, as a scan."""
-
-    def field(t, x):
-        x = jnp.concatenate([x, jnp.full((2, 1), t)], -1)
-        return jnp.tanh(x @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"]
-
-    def step(x, t):
-        k1 = field(t, x)
-        k2 = field(t + 0.05, x + 0.05 * k1)
-        return x + 0.1 * k2, None
-
-    return lax.scan(step, x, jnp.arange(3.0) / 10)[0]
-
-
-# Biases of kernels that run side by side, from the second layer on; of recurrent nets
-# that start from zeros; of kernels with noise on them.
-
-_CRITICS = shapes("w1 3x8x16, b1 3x16, w2 3x16x16, b2 3x16, w3 3x16x1, b3 3x1")
-
-
-def _mlp(p, x):
-    x = jnp.tanh(x @ p["w1"] + p["b1"])
-    return jnp.tanh(x @ p["w2"] + p["b2"]) @ p["w3"] + p["b3"]
-
-
-@case(
-    "stacks",
-    _CRITICS,
-    array(5, 8),
-    layers=[layer(f"w{i}", f"b{i}", STACK) for i in (1, 2, 3)],
-)
-def ensemble(p, x):
-    """Critics of one input, by vmap."""
-    return jax.vmap(_mlp, (0, None))(p, x).min(0)
-
-
-@case(
-    "stacks",
-    ("w1 3x8x16, b1 3x16, w2 3x16x16, b2 3x16, w3 3x16x1, b3 3x1, g c 3x16"),
-    array(5, 6),
-    array(5, 2),
-    layers="w1:stack<b1,g,c w2:stack<b2 w3:stack<b3",
-)
-def double_critic(p, state, action):
-    """State and action side by side, a norm behind the first layer of each critic."""
-
-    def critic(p, x):
-        x = jax.nn.relu(layer_norm(x @ p["w1"] + p["b1"], p["g"], p["c"]))
-        return jax.nn.relu(x @ p["w2"] + p["b2"]) @ p["w3"] + p["b3"]
-
-    x = jnp.concatenate([state, action], -1)
-    return jax.vmap(critic, (0, None))(p, x)
-
-
-_EXPERTS = shapes("w1 3x8x16, b1 3x16, w2 3x16x8, b2 3x8, router 8x3")
-_EXPERT_LAYERS = layers_of("w1:stack<b1 w2:stack<b2")
-
-
-@case("stacks", _EXPERTS, array(5, 8), layers="w1:stack<b1 w2:stack<b2 router")
-def experts(p, x):
-    h = jax.nn.relu(jnp.einsum("td,edf->tef", x, p["w1"]) + p["b1"])
-    y = jnp.einsum("tef,efd->ted", h, p["w2"]) + p["b2"]
-    return jnp.einsum("te,ted->td", jax.nn.softmax(x @ p["router"]), y)
-
-
-@case("stacks", _EXPERTS, array(5, 8), layers="w1:stack<b1 w2:stack<b2 router")
-def experts_summed_by_hand(p, x):
-    h = jax.nn.relu(jnp.einsum("td,edf->tef", x, p["w1"]) + p["b1"])
-    y = jnp.einsum("tef,efd->ted", h, p["w2"]) + p["b2"]
-    return (jax.nn.softmax(x @ p["router"])[..., None] * y).sum(1)
-
-
-@case("stacks", _EXPERTS, array(5, 8), layers="router w1:stack<b1 w2:stack<b2")
-def experts_with_capacity(p, x):
-    """Tokens are sent to places of experts, and back."""
-    gates = jax.nn.softmax(x @ p["router"])
-    chosen = jax.nn.one_hot(gates.argmax(-1), 3)
-    places = jax.nn.one_hot((jnp.cumsum(chosen, 0) * chosen - 1).astype(int), 4)
-    sent = jnp.einsum("tec,td->ecd", places, x)
-    h = jax.nn.gelu(jnp.einsum("ecd,edf->ecf", sent, p["w1"]) + p["b1"][:, None])
-    y = jnp.einsum("ecf,efd->ecd", h, p["w2"]) + p["b2"][:, None]
-    return jnp.einsum("tec,te,ecd->td", places, gates, y)
-
-
-_SCANNED_EXPERTS = MatrixAxes((2,), (3,), stacked=(0, 1))
-
-
-@case(
-    "stacks",
-    "w1 2x3x8x16, b1 2x3x16, w2 2x3x16x8, b2 2x3x8",
-    array(5, 8),
-    layers=[
-        layer(f"w{n}", f"b{n}", _SCANNED_EXPERTS, index=(i, j))
-        for i in range(2)
-        for n in (1, 2)
-        for j in range(3)
-    ],
-)
-def scanned_experts(p, x):
-    def block(x, p):
-        h = jax.nn.relu(jnp.einsum("td,edf->etf", x, p["w1"]) + p["b1"][:, None])
-        y = jnp.einsum("etf,efd->etd", h, p["w2"]) + p["b2"][:, None]
-        return x + y.mean(0), None
-
-    return lax.scan(block, x, p)[0]
-
-
-@case(
-    "stacks",
-    "a 3x3x3x3x6, ba 3x6, b 3x3x3x6x4, bb 3x4",
-    IMAGE,
-    layers="a:stacked_hwio<ba b:stacked_hwio<bb",
-)
-def ensemble_of_convolutions(p, x):
-    def member(p, x):
-        x = jax.nn.relu(conv(x, p["a"]) + p["ba"])
-        return conv(x, p["b"]) + p["bb"]
-
-    return jax.vmap(member, (0, None))(p, x)
-
-
-@case(
-    "stacks",
-    "w 8x8, b 8, head 4x8x3, head_bias 4x3",
-    array(5, 8),
-    array(5, dtype=jnp.int32),
-    layers="w<b head:stack<head_bias",
-)
-def heads_of_tasks(p, x, task):
-    """Every example has its own task's head."""
-    x = jnp.tanh(x @ p["w"] + p["b"])
-    y = jnp.einsum("td,tdk->tk", x, p["head"][task])
-    return y + p["head_bias"][task]
-
-
-@case(
-    "stacks",
-    "w1 2x4x6, b1 2x6, w2 2x6x4, b2 2x4, o 8x3",
-    X,
-    layers="w1:stack<b1 w2:stack<b2 o",
-)
-def blocks_in_a_row(p, x):
-    h = jnp.einsum("btgd,gde->btge", heads(x), p["w1"]) + p["b1"]
-    h = jnp.einsum("btgd,gde->btge", jax.nn.relu(h), p["w2"]) + p["b2"]
-    return joined(h) @ p["o"]
-
-
-@case(
-    "stacks",
-    "wx 8x6, wh 6x6, b 6, o 6x3",
-    X,
-    # A bias of a sum follows its newest term, as in a loop.
-    layers="wx wh<b o",
-)
-def unrolled_from_zeros(p, x):
-    h = jnp.zeros((2, 6))
-    for t in range(3):
-        h = jnp.tanh(x[:, t] @ p["wx"] + h @ p["wh"] + p["b"])
-    return h @ p["o"]
-
-
-@case("stacks", "wi 8x24, wh 6x24, b 24, o 6x3", X, layers="wi wh<b o")
-def unrolled_lstm(p, x):
-    h = c = jnp.zeros((2, 6))
-    for t in range(3):
-        z = x[:, t] @ p["wi"] + h @ p["wh"] + p["b"]
-        i, f, g, o = jnp.split(z, 4, axis=-1)
-        c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
-        h = jax.nn.sigmoid(o) * jnp.tanh(c)
-    return h @ p["o"]
-
-
-@case(
-    "stacks",
-    "wr wz wn 8x6, ur uz un 6x6, br bz bi bh 6",
-    X,
-    layers="wr ur<br wz uz<bz wn<bi un<bh",
-)
-def unrolled_gru(p, x):
-    h = jnp.zeros((2, 6))
-    for t in range(2):
-        r = jax.nn.sigmoid(x[:, t] @ p["wr"] + h @ p["ur"] + p["br"])
-        z = jax.nn.sigmoid(x[:, t] @ p["wz"] + h @ p["uz"] + p["bz"])
-        n = jnp.tanh(x[:, t] @ p["wn"] + p["bi"] + r * (h @ p["un"] + p["bh"]))
-        h = (1 - z) * n + z * h
-    return h
-
-
-_NOISY = shapes("w 8x6, b 6, v 6x3, c 3")
-
-
-# Noise that is drawn from an input is data, and so is its sum with a kernel: an error
-# is in order.  Where axes are given, the biases must be right.
-@case("stacks", _NOISY, X, KEY, layers="w<b v<c", named="w v", given=({"[wv]": DENSE},))
-def weight_noise(p, x, key):
-    for w, b in (("w", "b"), ("v", "c")):
-        key, own = jax.random.split(key)
-        noise = 0.1 * jax.random.normal(own, p[w].shape)
-        x = jnp.tanh(x @ (p[w] + noise) + p[b])
-    return x
-
-
-@case("stacks", _NOISY, X, layers="w<b v<c")
-def constant_weight_noise(p, x):
-    keys = jax.random.split(jax.random.key(0))
-    for key, w, b in zip(keys, "wv", "bc", strict=True):
-        noise = jax.random.uniform(key, p[w].shape) - 0.5
-        x = jnp.tanh(x @ (p[w] + noise / 256) + p[b])
-    return x
-
-
-@case("stacks", _NOISY, X, KEY, layers="w<b v<c", named="w v", given=({"[wv]": DENSE},))
-def drop_connect(p, x, key):
-    for w, b in (("w", "b"), ("v", "c")):
-        key, own = jax.random.split(key)
-        keep = jax.random.bernoulli(own, 0.9, p[w].shape)
-        x = jnp.tanh(x @ jnp.where(keep, p[w] / 0.9, 0) + p[b])
-    return x
-
-
-@case("stacks", "w sigma 8x6, b 6", X, KEY, named="w sigma")
-@case(
-    "stacks",
-    "w sigma 8x6, b 6",
-    X,
-    KEY,
-    layers="w<b",
-    none="sigma",
-    axes={"w": DENSE, "sigma": None},
-)
-def noisy_net(p, x, key):
-    """Two leaves of one shape are added: nobody can tell which is the kernel."""
-    return x @ (p["w"] + p["sigma"] * jax.random.normal(key, (8, 6))) + p["b"]
-
-
-# Identities and side uses do not make a clear kernel unclear.
-
-_ONE = shapes("w 8x4, b 4")
-_X = array(2, 8)
-
-
-@case("side uses", _ONE, _X, layers="w<b")
-def frozen(p, x):
-    return x @ lax.stop_gradient(p["w"]) + p["b"]
-
-
-@case("side uses", _ONE, _X, layers="w<b")
-def straight_through(p, x):
-    w = p["w"]
-    return x @ (w + lax.stop_gradient(jnp.round(w * 8) / 8 - w)) + p["b"]
-
-
-@jax.custom_vjp
-def _rounded(w):
-    return jnp.round(w)
-
-
-_rounded.defvjp(lambda w: (jnp.round(w), None), lambda _, g: (g,))
-
-
-@case("side uses", "w 8x4, b s 4", _X, layers="w<b,s")
-def learned_step_size(p, x):
-    """Quantization with a learned step per output, which the kernel is made from."""
-    return x @ (_rounded(p["w"] / p["s"]) * p["s"]) + p["b"]
-
-
-@case("side uses", _ONE, _X, layers="w<b")
-def spectral_norm(p, x):
-    w = p["w"]
-    s = lax.stop_gradient(w)
-    v = jnp.ones(8)
-    for _ in range(2):
-        u = v @ s
-        v = s @ (u / jnp.linalg.norm(u))
-    return x @ (w / (lax.stop_gradient(v) @ w @ lax.stop_gradient(u))) + p["b"]
-
-
-@case("side uses", _ONE, _X, array(4), layers="w<b")
-def spectral_norm_with_state(p, x, u):
-    v = p["w"] @ u
-    v = lax.stop_gradient(v / jnp.linalg.norm(v))
-    u = v @ p["w"]
-    u = lax.stop_gradient(u / jnp.linalg.norm(u))
-    return x @ (p["w"] / (v @ p["w"] @ u)) + p["b"], u
-
-
-@case("side uses", _ONE, _X, layers="w<b")
-def max_norm(p, x):
-    w = p["w"]
-    return x @ (w * jnp.minimum(1, 3 / jnp.linalg.norm(w, axis=0))) + p["b"]
-
-
-@case("side uses", _ONE, _X, layers="w<b")
-def printed(p, x):
-    jax.debug.print("norm {}", jnp.linalg.norm(p["w"]))
-    return x @ p["w"] + p["b"]
-
-
-@case("side uses", _ONE, _X, layers="w<b")
-def called(p, x):
-    jax.debug.callback(print, p["w"])
-    return x @ p["w"] + p["b"]
-
-
-@case("side uses", _ONE, _X, layers="w<b")
-def singular_values(p, x):
-    return x @ p["w"] + p["b"], jnp.linalg.svd(p["w"], compute_uv=False).max()
-
-
-@case("side uses", _ONE, _X, layers="w<b")
-def orthogonal_penalty(p, x):
-    gram = p["w"].T @ p["w"]
-    return x @ p["w"] + p["b"], ((gram - jnp.eye(4)) ** 2).sum()
-
-
-@case(
-    "side uses",
-    "w 8x4, b 4, v 4x3, table 5x8",
-    array(2, dtype=jnp.int32),
-    array(2, 3),
-    layers="w<b v",
-    none="table",
-)
-def penalty_in_the_loss(p, tokens, y):
-    """A sum of squares of everything, added to the error of the prediction."""
-    x = jnp.tanh(p["table"][tokens] @ p["w"] + p["b"]) @ p["v"]
-    squares = sum((leaf**2).sum() for leaf in jax.tree.leaves(p))
-    return ((x - y) ** 2).mean() + 1e-3 * squares
-
-
-@case("side uses", "w 8x8, b 8", _X, layers="w<b")
-def invertible(p, x):
-    """The logarithm of the determinant joins the likelihood."""
-    y = x @ p["w"] + p["b"]
-    return -(y**2).sum(-1) / 2 + jnp.linalg.slogdet(p["w"])[1]
-
-
-@case("side uses", "w 8x8, b 8", _X, named="w")
-@case("side uses", "w 8x8, b 8", _X, layers="w", none="b", axes={"w": DENSE})
-def inverse(p, y):
-    """An inverse is computed with its kernel; the bias acts on the input."""
-    return (y - p["b"]) @ jnp.linalg.inv(p["w"])
-
-
-@case("side uses", _ONE, _X, layers="w<b")
-def reduced_precision(p, x):
-    return x @ lax.reduce_precision(p["w"], 8, 7) + p["b"]
-
-
-@case("side uses", _ONE, _X, layers="w<b")
-def named_for_rematerialization(p, x):
-    from jax.ad_checkpoint import checkpoint_name
-
-    policy = jax.checkpoint_policies.save_only_these_names("y")
-
-    def block(w, b, x):
-        return checkpoint_name(x @ checkpoint_name(w, "w"), "y") + b
-
-    return jax.checkpoint(block, policy=policy)(p["w"], p["b"], x)
-
-
-@jax.custom_vjp
-def _linear(w, b, x):
-    return x @ w + b
-
-
-_linear.defvjp(
-    lambda w, b, x: (x @ w + b, (w, x)),
-    lambda kept, g: (kept[1].T @ g, g.sum(0), g @ kept[0].T),
-)
-
-
-@case("side uses", _ONE, _X, layers="w<b")
-def own_gradient(p, x):
-    return jnp.tanh(_linear(p["w"], p["b"], x))
+# ---- One kernel, which other functions lead to data ----------------------------------
 
 
 @jax.custom_jvp
@@ -1065,868 +195,1126 @@ def _clipped(w):
 _clipped.defjvp(lambda primals, tangents: (_clipped(*primals), tangents[0]))
 
 
-@case("side uses", _ONE, _X, layers="w<b")
-def own_tangent(p, x):
-    return x @ _clipped(p["w"]) + p["b"]
+def _power_iteration(w):
+    s, v = lax.stop_gradient(w), jnp.ones(8)
+    for _ in range(2):
+        u = v @ s
+        v = s @ (u / jnp.linalg.norm(u))
+    return w / (lax.stop_gradient(v) @ w @ lax.stop_gradient(u))
 
 
-@case(
-    "side uses",
-    {
-        **{"online": dict(_ONE), "target": dict(_ONE)},
-        **{"predictor": (4, 4), "predictor_bias": (4,)},
-    },
-    _X,
-    _X,
-    layers="online/w<online/b predictor<predictor_bias target/w<target/b",
-)
-def bootstrap_targets(p, one, two):
-    """Two towers, one of them frozen; the loss is a product of data with data."""
-
-    def encode(p, x):
-        return x @ p["w"] + p["b"]
-
-    y = encode(p["online"], one) @ p["predictor"] + p["predictor_bias"]
-    z = lax.stop_gradient(encode(p["target"], two))
-    return -(y * z / jnp.linalg.norm(y) / jnp.linalg.norm(z)).sum()
+def _printed(w):
+    jax.debug.print("norm {}", jnp.linalg.norm(w))
+    jax.debug.callback(print, w)
+    return w
 
 
-@case(
-    "side uses",
-    "w 8x4, b 4, codes 6x4, o 4x8",
-    _X,
-    # Distances multiply data with the codes: a kernel, as an embedding that is a head.
-    layers="w<b codes:turned o",
-)
-def vector_quantization(p, x):
-    z = x @ p["w"] + p["b"]
-    distances = (p["codes"] ** 2).sum(-1) - 2 * z @ p["codes"].T
-    chosen = p["codes"][distances.argmin(-1)]
-    return (z + lax.stop_gradient(chosen - z)) @ p["o"]
-
-
-# Tables of positions: looked up by constants or sliced, added to data.  They are no
-# layer and follow none, whichever sizes happen to be equal.
-
-
-def _t5(batch: int, width: int, time: int):
-    return array(batch, time, width), array(batch, time, dtype=jnp.int32)
-
-
-_T5 = shapes("q k v o 8x8, table 4x2")
-_T5_LAYERS = "q k v o"
-
-
-def _buckets(time):
-    return (np.arange(time)[None] - np.arange(time)[:, None]) % 4
-
-
-def _t5_attention(p, x, tokens, bias):
-    mask = tokens > 0
-    mask = jnp.where(mask[:, None, :, None] & mask[:, None, None, :], 0.0, -1e9)
-    return attend(*(heads(x @ p[n]) for n in "qkv"), bias=mask + bias) @ p["o"]
-
-
-@case(
-    "positions",
-    _T5,
-    *_t5(2, 8, 5),
-    layers=_T5_LAYERS,
-    none="table",
-    given=({"table": None},),
-)
-@case("positions", _T5, *_t5(3, 8, 5), layers=_T5_LAYERS, none="table")
-@case(
-    "positions",
-    "q k v o 4x4, table 4x2",
-    *_t5(4, 4, 4),
-    layers=_T5_LAYERS,
-    none="table",
-)
-def bias_by_index(p, x, tokens):
-    bias = p["table"][_buckets(x.shape[1])].transpose(2, 0, 1)[None]
-    return _t5_attention(p, x, tokens, bias)
-
-
-@case(
-    "positions",
-    _T5,
-    *_t5(2, 8, 5),
-    layers=_T5_LAYERS,
-    none="table",
-    given=({"table": None},),
-)
-@case("positions", _T5, *_t5(3, 8, 5), layers=_T5_LAYERS, none="table")
-def bias_by_one_hot(p, x, tokens):
-    chosen = _buckets(x.shape[1])[None] == np.arange(4)[:, None, None]
-    bias = jnp.einsum("nh,nqk->hqk", p["table"], jnp.asarray(chosen, jnp.float32))
-    return _t5_attention(p, x, tokens, bias[None])
-
-
-_TWO_BLOCKS = {
-    "blocks": [dict.fromkeys("qkvo", (8, 8))] * 2,
-    "table": (4, 2),
-    "head": (8, 3),
+# The program is `x @ f(w) + b`.  Identities, views, and what is computed from a kernel
+# alone do not make it unclear.  Shape and axes, if not 8x6 and io, are in the name.
+ONE_KERNEL: dict[str, Callable[[Any], Any]] = {
+    "plain": lambda w: w,
+    "transposed: 6x8 oi": lambda w: w.T,
+    "split outputs: 8x2x3 ioo": lambda w: w.reshape(8, 6),
+    "split inputs: 2x4x6 iio": lambda w: w.reshape(8, 6),
+    "split and moved: 6x8 oi": lambda w: (
+        w.reshape(2, 3, 8).transpose(2, 1, 0).reshape(8, 6)
+    ),
+    "reordered by a reshape: 6x8 oi": lambda w: lax.reshape(w, (8, 6), (1, 0)),
+    "squeezed: 1x1x8x6 iiio": lambda w: w[0, 0],
+    "part of the outputs": lambda w: w[:, 2:4],
+    "every other output": lambda w: w[:, ::2],
+    "reversed": lambda w: w[::-1],
+    "padded: 6x6 io": lambda w: jnp.pad(w, ((0, 2), (0, 0))),
+    "masked": lambda w: jnp.where(jnp.tri(8, 6) > 0, w, 0),
+    "quantized": lambda w: jnp.round(w * 7 / abs(w).max()) * abs(w).max() / 7,
+    "standardized": lambda w: (w - w.mean(0)) / jnp.std(w, 0),
+    "frozen": lax.stop_gradient,
+    "straight through": lambda w: w + lax.stop_gradient(jnp.round(w * 8) / 8 - w),
+    "spectral norm": _power_iteration,
+    "bounded norm": lambda w: w * jnp.minimum(1, 3 / jnp.linalg.norm(w, axis=0)),
+    "printed": _printed,
+    "reduced precision": lambda w: lax.reduce_precision(w, 8, 7),
+    "own tangent": _clipped,
 }
 
 
-@case(
-    "positions",
-    _TWO_BLOCKS,
-    *_t5(2, 8, 5),
-    layers=(
-        "blocks/0/q blocks/0/k blocks/0/v blocks/0/o blocks/1/q "
-        "blocks/1/k blocks/1/v blocks/1/o head"
+def _enter_kernel(name: str, compute: Callable[[Any], Any]) -> None:
+    name, _, read = name.partition(": ")
+    sizes, letters = read.split() if read else ("8x6", "io")
+    outputs = jax.eval_shape(compute, arrays(sizes)).shape[1]
+    enter = case(f"w {sizes}, b {outputs}", f"w:{letters}<b", name=name)
+    enter(lambda x, w, b: x @ compute(w) + b)
+
+
+for _name, _compute in ONE_KERNEL.items():
+    _enter_kernel(_name, _compute)
+
+
+# ---- Programs of one line ------------------------------------------------------------
+
+# Name, parameters, and verdict.
+ONE_LINE: dict[str, Callable[..., Any]] = {
+    "on the left: w 6x8 -> w:oi": lambda x, w: w @ x.T,
+    "joined from parts: w 8x6 -> w": lambda x, w: jnp.einsum(
+        "td,dhk->thk", x, w.reshape(8, 2, 3)
     ),
-    none="table",
-)
-def bias_of_all_blocks(p, x, tokens):
-    bias = p["table"][_buckets(5)].transpose(2, 0, 1)[None]
-    for block in p["blocks"]:
-        x = x + _t5_attention(block, x, tokens, bias)
-    return x @ p["head"]
+    "repeated for each row: w 8x6 -> w": lambda x, w: jnp.einsum(
+        "td,tdf->tf", x, jnp.broadcast_to(w, (5, 8, 6))
+    ),
+    "one for each row: w 5x8x6 -> w:sio": lambda x, w: jnp.einsum("td,tdf->tf", x, w),
+    "chosen by data: w 8x8x6 -> w:sio": lambda x, w: jnp.einsum(
+        "td,tdf->tf", x, w[jnp.argmax(x, -1)]
+    ),
+    "one output: w 8x1 -> w": lambda x, w: x @ w[:, 0],
+    "cast: w 8x6 -> w": lambda x, w: x.astype("bfloat16") @ w.astype("bfloat16"),
+    "remat: w 8x6 -> w": lambda x, w: jax.checkpoint(jnp.matmul)(x, w),
+    "jit: w 8x6 -> w": lambda x, w: jax.jit(jnp.matmul)(x, w),
+    "vmap: w 6x8 -> w:oi": lambda x, w: jax.vmap(lambda x: w @ x)(x),
+    "branches: w 8x6 -> w": lambda x, w: lax.cond(
+        x.sum() > 0, lambda x: x @ w, lambda x: 2 * x @ w, x
+    ),
+    "while: w 8x8 -> w": lambda x, w: lax.while_loop(
+        lambda x: x.sum() > 0, lambda x: x @ w, x
+    ),
+    "a slice by a computed number: w 3x8x8 -> w:sio": lambda x, w: lax.fori_loop(
+        0, 3, lambda i, x: x @ w[i], x
+    ),
+    "slices by name: w 3x8x8 -> w[2]:sio w[0]:sio": lambda x, w: x @ w[2] @ w[0],
+    "returned: w 8x6, b 6 -> w<b": lambda x, w, b: (
+        x @ w + b,
+        jnp.linalg.svd(w, compute_uv=False).max(),
+        ((w.T @ w - jnp.eye(6)) ** 2).sum(),
+    ),
+    # The logarithm of the determinant joins the likelihood of a flow.
+    "determinant: w 8x8, b 8 -> w<b": lambda x, w, b: (
+        jnp.linalg.slogdet(w)[1] - ((x @ w + b) ** 2).sum(-1) / 2
+    ),
+    # A kernel with its transpose has one spectrum: the first use names the outputs.
+    "both ways: w 8x6 -> w": lambda x, w: x @ w @ w.T,
+    "scores and their mean: memory 6x8 -> memory:oi": lambda x, memory: (
+        jax.nn.softmax(x @ memory.T) @ memory
+    ),
+    # The second bias is added to the output of a product of w too, the transposed one.
+    "tied autoencoder: w 8x2, b 2, c 8 -> w<b,c": lambda x, w, b, c: (
+        jnp.tanh(x @ w + b) @ w.T + c
+    ),
+    # LoRA: what a kernel is computed from follows it; products of their own do not.
+    "added factors: w 8x6, a 8x2, b 2x6 -> w<a,b": lambda x, w, a, b: x @ (w + a @ b),
+    "factors beside: w 8x6, c 6, a 8x2, b 2x6 -> w<c a b": lambda x, w, c, a, b: (
+        x @ lax.stop_gradient(w) + c + 2.0 * (x @ a @ b)
+    ),
+    "Fourier features: b 8x16, w 32x3 -> b w": lambda x, b, w: (
+        jnp.concatenate([jnp.sin(x @ b), jnp.cos(x @ b)], -1) @ w
+    ),
+    "fixed features: w 16x3 -> w": lambda x, w: (
+        jnp.sin(x @ jax.random.normal(jax.random.key(0), (8, 16))) @ w
+    ),
+    "experts by rows: v 4x8x6, w 4x6x8 -> v:sio w:sio": lambda x, v, w: lax.ragged_dot(
+        jax.nn.silu(lax.ragged_dot(x, v, jnp.asarray([3, 0, 1, 1]))),
+        w,
+        jnp.asarray([3, 0, 1, 1]),
+    ),
+    # A constant one-hot vector picks a row: a look-up, no layer.
+    "constant label: w 8x8, table 4x8 -> w | table": lambda x, w, table: (
+        x @ w + jnp.asarray(np.eye(4, dtype=np.float32)[2]) @ table
+    ),
+    "resized rows: w 8x8, rows 7x8 -> w | rows": lambda x, w, rows: (
+        x @ w + jax.image.resize(rows, (5, 8), "cubic")
+    ),
+    "constant noise: w 8x6, b 6 -> w<b": lambda x, w, b: (
+        x @ (w + jax.random.uniform(jax.random.key(0), (8, 6)) / 256) + b
+    ),
+}
+for _name, _forward in ONE_LINE.items():
+    _name, _params, _verdict = re.split(": | -> ", _name)
+    case(_params, _verdict, [ROWS], name=_name)(_forward)
+
+
+# ---- Convolutions --------------------------------------------------------------------
+
+
+for _sizes, _axes, _how in (
+    ("3x3x8x6", "ppio", {}),
+    ("1x1x8x6", "ppio", {}),
+    ("3x3x4x6", "ppio", {"groups": 2}),
+    ("3x3x1x8", "ppio", {"groups": 8}),
+    ("6x8x3x3", "oipp", {"layout": "NCHW OIHW NCHW"}),
+    ("3x6x8x3", "poip", {"layout": "NHWC HOIW NHWC"}),
+):
+    case(
+        {"kernel": _sizes},
+        f"kernel:{_axes}",
+        [array(2, 8, 8, 8)],
+        name=f"convolution with a kernel of {_sizes}",
+    )(functools.partial(conv, **_how))
+
+
+@case("w 3x3x8x6", "w:ppio", [array(2, 7, 7, 8)])
+def transposed_convolution(x, w):
+    return lax.conv_transpose(x, w, (2, 2), "SAME")
+
+
+# vmap folds the first layer of an ensemble into one with more outputs.
+@case("a 3x3x3x3x6, ba 3x6, b 3x3x3x6x4, bb 3x4", "a:sppio<ba b:sppio<bb", [IMAGE])
+def ensemble_of_convolutions(x, **members):
+    def member(p):
+        return conv(jax.nn.relu(conv(x, p["a"]) + p["ba"]), p["b"]) + p["bb"]
+
+    return jax.vmap(member)(members)
+
+
+# ---- Outputs reshaped into heads or blocks that meet a parameter per head ------------
+# A factor of the output axis is batched, not the axis: the kernel remains one layer.
+
+
+@case("wk 8x8, bk 8, wv 8x8, query 2x4, wo 8x8", "wk<bk wv wo | query")
+def attention_pooling(x, wk, bk, wv, query, wo):
+    """A learned query per head: without outputs it is no matrix."""
+    k, v = heads(x @ wk + bk), heads(x @ wv)
+    weights = jax.nn.softmax(jnp.einsum("hd,bshd->bhs", query, k))
+    return joined(jnp.einsum("bhs,bshd->bhd", weights, v)) @ wo
+
+
+@case("w 8x8, a 2x4, o 8x3", "w o | a")
+def graph_attention(x, w, a, o):
+    h = heads(x @ w)
+    scores = jnp.einsum("bshd,hd->bsh", h, a)
+    return joined(jnp.einsum("bsh,bshd->bhd", jax.nn.softmax(scores, 1), h)) @ o
 
 
 @case(
-    "positions",
+    "w 8x8, a 1x2x8, o 8x3, bias 8",
+    "w<bias o | a",
+    [ROWS, array(7, 2, dtype=jnp.int32)],
+)
+def graph_attention_by_edges(x, edges, w, a, o, bias):
+    """The published form: concatenated ends of each edge, a sum of products."""
+    h = heads(x @ w + bias)
+    ends = jnp.concatenate([h[edges[:, 0]], h[edges[:, 1]]], axis=-1)
+    scores = jnp.exp(jax.nn.leaky_relu((ends * a).sum(-1)))
+    total = jax.ops.segment_sum(scores, edges[:, 1], 5)
+    messages = h[edges[:, 0]] * (scores / total[edges[:, 1]])[..., None]
+    return joined(jax.ops.segment_sum(messages, edges[:, 1], 5)) @ o
+
+
+@case(
+    "w1 8x8, b1 8, u 2x4x6, bu 2x6, v 2x6x4, bv 2x4, w2 8x3",
+    "w1<b1 u:sio<bu v:sio<bv w2",
+)
+def block_diagonal(x, w1, b1, u, bu, v, bv, w2):
+    """Two layers of blocks in a row."""
+    h = heads(jax.nn.gelu(x @ w1 + b1))
+    h = jax.nn.relu(jnp.einsum("bsgd,gde->bsge", h, u) + bu)
+    return joined(jnp.einsum("bsgd,gde->bsge", h, v) + bv) @ w2
+
+
+@case("w1 8x8, out 2x4x6", "w1 out:iio")
+def head_maps(x, w1, out):
+    """One map per head, summed over the heads: inputs are heads and dimensions."""
+    return jnp.einsum("bshd,hde->bse", heads(x @ w1), out)
+
+
+@case(
+    "wx 8x8, bx 8, kernel 4x1x8, bc a_param 8, gate 2x4x4, bg 2x4, wo 8x8",
+    "wx<bx kernel:pio<bc gate:sio<bg wo",
+    free="a_param",
+)
+def griffin(x, wx, bx, kernel, bc, a_param, gate, bg, wo):
+    """The recurrent block of Griffin, whose gates are block-diagonal."""
+    h = conv(x @ wx + bx, kernel, groups=8) + bc
+    z = joined(jax.nn.sigmoid(jnp.einsum("bthi,hij->bthj", heads(h), gate) + bg))
+    a = jnp.exp(-8.0 * z * jax.nn.softplus(a_param))
+
+    def combine(one, two):
+        return one[0] * two[0], two[0] * one[1] + two[1]
+
+    states = lax.associative_scan(combine, (a, h * jnp.sqrt(1 - a**2)), axis=1)[1]
+    return (states * jax.nn.gelu(x)) @ wo
+
+
+# Both vectors are added to the queries, one for each of two products.
+@case("wq wk wv wr wo 8x8, u v 2x4", "wq<u,v wk wv wr wo")
+def transformer_xl(x, wq, wk, wv, wr, wo, u, v):
+    """Relative positions: a kernel on constant sinusoids, and two biases per head."""
+    q, k = heads(x @ wq), heads(x @ wk)
+    values = heads(x @ wv)
+    angles = np.arange(5.0)[:, None] / 10 ** np.arange(4.0)
+    waves = np.concatenate([np.sin(angles), np.cos(angles)], -1).astype(np.float32)
+    r = heads(jnp.asarray(waves) @ wr)
+    bias = jnp.einsum("bqhd,khd->bhqk", q + v, r)
+    return attend(q + u, k, values, bias) @ wo
+
+
+# The norm of the queries feeds a product of data with data, no layer: it stays with the
+# layer before it under both policies.
+@case("wq wk wv wo 8x8, gq gk 2x4", "wq<gq wk<gk wv wo", before="wq<gq wk<gk wv wo")
+def query_key_norm(x, wq, wk, wv, wo, gq, gk):
+    """A scale per head and dimension."""
+    q, k, v = (heads(x @ w) for w in (wq, wk, wv))
+    return attend(rms_norm(q, gq), rms_norm(k, gk), v) @ wo
+
+
+# ---- Learned queries, and other parts computed from parameters alone -----------------
+# Axes that are given are taken and the rest comes out right; an error names kernels
+# before biases.
+
+
+@case(
+    "probe 1x1x8, q 8x2x4, bq 2x4, k 8x2x4, bk 2x4, v 8x2x4, o 8x3",
+    "q:ioo<bq k:ioo<bk v:ioo o | probe",
+    named="q",
+    given=[{"q": "ioo"}, {"q": "ioo", "bq": None}],
+)
+def map_head(x, probe, q, bq, k, bk, v, o):
+    """Attention pooling with a projected probe, kernels as in Flax."""
+    q = jnp.einsum("bqd,dhk->bqhk", jnp.tile(probe, (2, 1, 1)), q) + bq
+    k = jnp.einsum("bsd,dhk->bshk", x, k) + bk
+    return attend(q, k, jnp.einsum("bsd,dhk->bshk", x, v)) @ o
+
+
+@case(
+    "probe 1x1x8, q 8x8, bq 8, k 8x8, bk 8, v 8x8, o 8x3",
+    "q<bq k<bk v o | probe",
+    named="q",
+    given=[{"q": "io"}, {"q": "io", "bq": None}],
+)
+def map_head_of_matrices(x, probe, q, bq, k, bk, v, o):
+    q = heads(jnp.tile(probe, (2, 1, 1)) @ q + bq)
+    return attend(q, heads(x @ k + bk), heads(x @ v)) @ o
+
+
+# The first norm acts on latents, behind no layer; the second on their sum with the
+# output of attention.
+@case(
+    "wq wk wv wo w1 w2 8x8, latents 3x8, g1 c1 g2 c2 bk 8",
+    "wq wk<bk wv wo<g2,c2 w1 w2 | latents g1 c1",
+    named="wq",
+    given=[{"wq": "io", "latents": None}],
+)
+@case(
+    "wq wk wv wo w1 w2 8x8, latents 3x8, g1 c1 g2 c2 bk 8",
+    "wq<g1,c1 wk<bk wv wo w1<g2,c2 w2 | latents",
+    axes={"wq": axes("io")},
+    norms="before",
+)
+def perceiver(x, latents, wq, wk, bk, wv, wo, w1, w2, g1, c1, g2, c2):
+    """Latents that are parameters attend to the inputs."""
+    z = jnp.broadcast_to(latents, (2, 3, 8))
+    q = heads(layer_norm(z, g1, c1) @ wq)
+    z = z + attend(q, heads(x @ wk + bk), heads(x @ wv)) @ wo
+    return z + jax.nn.gelu(layer_norm(z, g2, c2) @ w1) @ w2
+
+
+@case(
+    "sq sk sv so cq ck cv co 8x8, bq bo 8, queries 3x8, g1 g2 8",
+    "sq<bq sk sv so<bo,g1 cq ck cv co<g2 | queries",
+    named="sq sk",
+    given=[{"s[qk]": "io"}, {"s[qk]": "io", "queries": None}],
+)
+def detr_decoder(memory, queries, sq, bq, sk, sv, so, bo, cq, ck, cv, co, g1, g2):
+    """The first block of a DETR decoder: targets of zeros, learned query positions."""
+    position = jnp.broadcast_to(queries, (2, 3, 8))
+    x = jnp.zeros_like(position)
+    q, k = heads((x + position) @ sq + bq), heads((x + position) @ sk)
+    x = rms_norm(x + attend(q, k, heads(x @ sv)) @ so + bo, g1)
+    q, k, v = heads((x + position) @ cq), heads(memory @ ck), heads(memory @ cv)
+    return rms_norm(x + attend(q, k, v) @ co, g2)
+
+
+# Keys that are parameters do multiply data, so that an error is in order; what may not
+# happen is that they change the reading of other leaves.
+@case(
+    "q k v o 8x8, pk pv 3x2x4",
+    "q k v o | pk pv",
+    named="pk pv",
+    given=[{"p[kv]": None}],
+)
+def prefix_tuning(x, q, k, v, o, pk, pv):
+    q, k, v = (heads(x @ w) for w in (q, k, v))
+    k = jnp.concatenate([jnp.tile(pk[None], (2, 1, 1, 1)), k], axis=1)
+    v = jnp.concatenate([jnp.tile(pv[None], (2, 1, 1, 1)), v], axis=1)
+    return attend(q, k, v) @ o
+
+
+@case("z 4, h 4x48, hb 48, o 6x3", "h<hb o | z", named="h", given=[{"h": "io"}])
+def hypernetwork(x, z, h, hb, o):
+    """A kernel that is computed from a learned code."""
+    return jnp.tanh(x @ (z @ h + hb).reshape(8, 6)) @ o
+
+
+@case("h 4x48, hb 48, o 6x3", "h<hb o", [X, array(2, 4)])
+def hypernetwork_of_data(x, code, h, hb, o):
+    """A kernel that is computed from data is data."""
+    kernel = (code @ h + hb).reshape(2, 8, 6)
+    return jnp.tanh(jnp.einsum("btd,bdf->btf", x, kernel)) @ o
+
+
+# ---- Data that is closed over: constants hold no parameter, so they are data ---------
+
+GRAPH = (np.arange(25).reshape(5, 5) % 3 == 0).astype(np.float32)
+FEATURES = np.linspace(-1, 1, 40, dtype=np.float32).reshape(5, 8)
+
+
+@case("w1 8x16, w2 16x3", "w1 w2", [])
+def full_batch(w1, w2):
+    """A graph network on its one graph; there are no inputs at all."""
+    return GRAPH @ jnp.tanh(GRAPH @ FEATURES @ w1) @ w2
+
+
+@case("g1 8x8, c1 8, g2 w 8x8, o 8x3", "g1<c1 g2 w o", [array(4, 8)])
+def generator(x, g1, c1, g2, w, o):
+    """Noise of a key that is closed over."""
+    z = jax.random.normal(jax.random.key(0), (8,))
+    return jnp.tanh(z @ g1 + c1) @ g2 * (x @ w) @ o
+
+
+@case("c1 2x16, c2 16x8, w 8x8, o 8x3", "c1 c2 w o", [array(4, 8)])
+def coordinates(x, c1, c2, w, o):
+    table = jnp.tanh(np.ones((4, 2), np.float32) @ c1) @ c2
+    return (x @ w + table) @ o
+
+
+@case("w0 2x16, b0 16, w1 16x3", "w0<b0 w1", [])
+def siren(w0, b0, w1):
+    """A picture as a function of its coordinates."""
+    grid = jnp.stack(jnp.meshgrid(jnp.linspace(-1, 1, 4), jnp.linspace(-1, 1, 4)), -1)
+    return jnp.sin(30 * (grid.reshape(-1, 2) @ w0 + b0)) @ w1
+
+
+# The look-up of a label with the one-hot matrix computed in the program, whose entries
+# are not in sight.  An error that names the table is lawful, a layer is not.
+@case("table 4x8, w 8x8, o 8x3", "w o | table", named="table")
+def computed_one_hot(x, w, table, o):
+    return (x @ w + jax.nn.one_hot(jnp.arange(5) % 4, 4) @ table) @ o
+
+
+# A rotation by a constant on the way: the product of the constant with the kernel reads
+# the kernel rightly, but it is also computed with before it meets data.
+@case("w 8x6, o 6x3", "w o", named="w")
+def rotated_inputs(x, w, o):
+    hadamard = np.asarray([[1, 1], [1, -1]], np.float32)
+    rotation = jnp.asarray(np.kron(np.kron(hadamard, hadamard), hadamard))
+    return jnp.tanh(x @ (rotation @ w)) @ o
+
+
+# ---- Stacks: kernels that run one after the other, or side by side with their biases -
+
+
+@case("w 3x8x6, b 3x6, v 3x6x8", each(3, "w[#]:sio<b v[#]:sio"), [ROWS])
+def loop(x, reverse=False, **stacks):
+    """A loop runs slice by slice."""
+
+    def body(x, p):
+        return jnp.tanh(x @ p["w"] + p["b"]) @ p["v"], None
+
+    return lax.scan(body, x, stacks, reverse=reverse)[0]
+
+
+@case("w 2x8x6, b 2x6, v 2x6x8", "w[1]:sio<b v[1]:sio w[0]:sio<b v[0]:sio", [ROWS])
+def loop_in_reverse(x, **stacks):
+    return loop(x, reverse=True, **stacks)
+
+
+@case(
+    "w 2x2x8x6, b 2x2x6, v 2x2x6x8",
+    each(2, "w[#,0]:ssio<b v[#,0]:ssio w[#,1]:ssio<b v[#,1]:ssio"),
+    [ROWS],
+)
+def loop_of_loops(x, **stacks):
+    return lax.scan(lambda x, p: (loop(x, **p), None), x, stacks)[0]
+
+
+# Two axes that are joined run one after the other; reversed, from the end.
+for _name, _order, _rearrange in (
+    ("joined", "0,0 0,1 0,2 1,0 1,1 1,2", lambda w: w.reshape(6, 8, 8)),
+    ("turned", "1,2 1,1 1,0 0,2 0,1 0,0", lambda w: w.reshape(6, 8, 8)[::-1]),
+    ("every other", "1,0 1,2", lambda w: w[1, ::2]),
+):
+    _verdict = " ".join(f"w[{i}]:ssio" for i in _order.split())
+
+    @case("w 2x3x8x8", _verdict, [ROWS], name=f"loop over a stack, {_name}")
+    def loop_over_a_rearranged_stack(x, w, rearrange=_rearrange):
+        return lax.scan(lambda x, w: (x @ w, None), x, rearrange(w))[0]
+
+
+@case(
+    "w 2x3x8x8, b 2x3x8",
+    each(2, "w[#,0]:ssio<b w[#,1]:ssio<b w[#,2]:ssio<b"),
+    [array(3, 5, 8)],
+)
+def loop_over_experts(x, **stacks):
+    def body(x, p):
+        return jnp.einsum("etd,edf->etf", x, p["w"]) + p["b"][:, None], None
+
+    return lax.scan(body, x, stacks)[0]
+
+
+@case("i 8x6, h 6x6, b 6", "i h<b", [array(7, 5, 8)])
+def recurrent(x, i, h, b):
+    """One layer, though its state starts constant."""
+
+    def body(state, x):
+        return jnp.tanh(x @ i + state @ h + b), None
+
+    return lax.scan(body, jnp.zeros((5, 6)), x)[0]
+
+
+# A bias of a sum follows its newest term, as in a loop.
+@case("wi 8x24, wh 6x24, b 24, o 6x3", "wi wh<b o")
+def unrolled_lstm(x, wi, wh, b, o):
+    h = c = jnp.zeros((2, 6))
+    for t in range(3):
+        i, f, g, out = jnp.split(x[:, t] @ wi + h @ wh + b, 4, axis=-1)
+        c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+        h = jax.nn.sigmoid(out) * jnp.tanh(c)
+    return h @ o
+
+
+@case(
+    "w1 3x8x16, b1 3x16, w2 3x16x16, b2 3x16, w3 3x16x1, b3 3x1",
+    "w1:sio<b1 w2:sio<b2 w3:sio<b3",
+    [ROWS],
+)
+def ensemble(x, **critics):
+    """Critics of one input, by vmap."""
+
+    def critic(p):
+        y = jnp.tanh(x @ p["w1"] + p["b1"])
+        return jnp.tanh(y @ p["w2"] + p["b2"]) @ p["w3"] + p["b3"]
+
+    return jax.vmap(critic)(critics).min(0)
+
+
+@case(
+    "w1 3x8x16, b1 3x16, w2 3x16x1, b2 3x1, g c 3x16",
+    "w1:sio<b1,c,g w2:sio<b2",
+    [array(5, 6), array(5, 2)],
+)
+def double_critic(state, action, **critics):
+    """State and action side by side, a norm behind the first layer of each critic."""
+    x = jnp.concatenate([state, action], -1)
+
+    def critic(p):
+        y = jax.nn.relu(layer_norm(x @ p["w1"] + p["b1"], p["g"], p["c"]))
+        return y @ p["w2"] + p["b2"]
+
+    return jax.vmap(critic)(critics)
+
+
+_EXPERTS = "w1 3x8x16, b1 3x16, w2 3x16x8, b2 3x8, router 8x3"
+
+
+@case(_EXPERTS, "w1:sio<b1 w2:sio<b2 router", [ROWS])
+def experts(x, w1, b1, w2, b2, router):
+    h = jax.nn.relu(jnp.einsum("td,edf->tef", x, w1) + b1)
+    y = jnp.einsum("tef,efd->ted", h, w2) + b2
+    return jnp.einsum("te,ted->td", jax.nn.softmax(x @ router), y)
+
+
+@case(_EXPERTS, "w1:sio<b1 w2:sio<b2 router", [ROWS])
+def experts_summed_by_hand(x, w1, b1, w2, b2, router):
+    h = jax.nn.relu(jnp.einsum("td,edf->tef", x, w1) + b1)
+    y = jnp.einsum("tef,efd->ted", h, w2) + b2
+    return (jax.nn.softmax(x @ router)[..., None] * y).sum(1)
+
+
+@case(
+    "w 8x8, b 8, head 4x8x3, head_bias 4x3",
+    "w<b head:sio<head_bias",
+    [ROWS, array(5, dtype=jnp.int32)],
+)
+def heads_of_tasks(x, task, w, b, head, head_bias):
+    """Every example has its own task's head."""
+    y = jnp.einsum("td,tdk->tk", jnp.tanh(x @ w + b), head[task])
+    return y + head_bias[task]
+
+
+# Noise that is drawn from an input is data, and so is its sum with a kernel: an error
+# is in order.  Where axes are given, the biases must be right.
+@case("w 8x6, b 6", "w<b", [X, KEY], named="w", given=[{"w": "io"}])
+def weight_noise(x, key, w, b):
+    return x @ (w + 0.1 * jax.random.normal(key, w.shape)) + b
+
+
+@case("w sigma 8x6, b 6", "", [X, KEY], named="w sigma")
+@case(
+    "w sigma 8x6, b 6", "w<b | sigma", [X, KEY], axes={"w": axes("io"), "sigma": None}
+)
+def noisy_net(x, key, w, sigma, b):
+    """Two leaves of one shape are added: nobody can tell which is the kernel."""
+    return x @ (w + sigma * jax.random.normal(key, (8, 6))) + b
+
+
+# ---- Identities and side uses do not make a clear kernel unclear ---------------------
+
+
+@jax.custom_vjp
+def _rounded(w):
+    return jnp.round(w)
+
+
+_rounded.defvjp(lambda w: (jnp.round(w), None), lambda _, g: (g,))
+
+
+@case("w 8x4, b s 4", "w<b,s")
+def learned_step_size(x, w, b, s):
+    """Quantization with a learned step per output, which the kernel is made from."""
+    return x @ (_rounded(w / s) * s) + b
+
+
+@case("w 8x4, b 4", "w<b", [X, array(4)])
+def spectral_norm_with_state(x, u, w, b):
+    v = lax.stop_gradient(w @ u / jnp.linalg.norm(w @ u))
+    u = lax.stop_gradient(v @ w / jnp.linalg.norm(v @ w))
+    return x @ (w / (v @ w @ u)) + b, u
+
+
+@case(
+    "w 8x4, b 4, v 4x3, table 5x8",
+    "w<b v | table",
+    [array(2, dtype=jnp.int32), array(2, 3)],
+)
+def penalty_in_the_loss(tokens, y, w, b, v, table):
+    """A sum of squares of everything, added to the error of the prediction."""
+    x = jnp.tanh(table[tokens] @ w + b) @ v
+    return ((x - y) ** 2).mean() + sum((leaf**2).sum() for leaf in (w, b, v, table))
+
+
+@case("w 8x8, b 8", "", named="w")
+@case("w 8x8, b 8", "w | b", axes={"w": axes("io")})
+def inverse(y, w, b):
+    """An inverse is computed with its kernel; the bias acts on the input."""
+    return (y - b) @ jnp.linalg.inv(w)
+
+
+@case("w 8x4, b 4", "w<b")
+def named_for_rematerialization(x, w, b):
+    policy = jax.checkpoint_policies.save_only_these_names("y")
+
+    def block(w, b, x):
+        return checkpoint_name(x @ checkpoint_name(w, "w"), "y") + b
+
+    return jax.checkpoint(block, policy=policy)(w, b, x)
+
+
+# ---- Tables of positions -------------------------------------------------------------
+# They are looked up by constants or sliced, and added to data: no layer and no
+# follower, whichever sizes happen to be equal.
+
+BUCKETS = (np.arange(5)[None] - np.arange(5)[:, None]) % 4
+
+
+def _with_sizes(batch: int, time: int, width: int = 8):
+    return array(batch, time, width), array(batch, time, dtype=jnp.int32)
+
+
+def _by_index(table, time: int):
+    return table[BUCKETS[:time, :time]].transpose(2, 0, 1)[None]
+
+
+def _by_one_hot(table, time: int):
+    chosen = BUCKETS[None, :time, :time] == np.arange(4)[:, None, None]
+    return jnp.einsum("nh,nqk->hqk", table, jnp.asarray(chosen, jnp.float32))[None]
+
+
+@case("q k v o 4x4, table 4x2", "q k v o | table", _with_sizes(4, 4, 4))
+@case(
+    *("q k v o 8x8, table 4x2", "q k v o | table", _with_sizes(2, 5)),
+    name="t5 by index",
+    given=[{"table": None}],
+)
+@case("q k v o 8x8, table 4x2", "q k v o | table", _with_sizes(3, 5), name="t5 of 3")
+def t5(x, tokens, table, look_up=_by_index, **kernels):
+    mask = tokens > 0
+    mask = jnp.where(mask[:, None, :, None] & mask[:, None, None, :], 0.0, -1e9)
+    return attention(x, **kernels, bias=mask + look_up(table, x.shape[1]))
+
+
+@case(
+    *("q k v o 8x8, table 4x2", "q k v o | table", _with_sizes(2, 5)),
+    given=[{"table": None}],
+)
+@case("q k v o 8x8, table 4x2", "q k v o | table", _with_sizes(3, 5), name="one hot, 3")
+def t5_by_one_hot(x, tokens, **params):
+    return t5(x, tokens, **params, look_up=_by_one_hot)
+
+
+@case(
     "g1 c1 8, qkv 8x24, qkv_bias 24, table 9x2, o 8x8, o_bias g2 c2 8, w1 8x16, b1 16, "
     "w2 16x8, b2 8, g3 c3 32, merge 32x16",
-    array(2, 4, 4, 8),
-    layers="qkv<qkv_bias o<o_bias,g2,c2 w1<b1 w2<b2,g3,c3 merge",
-    none="g1 c1 table",
-    before="qkv<qkv_bias,g1,c1 o<o_bias w1<b1,g2,c2 w2<b2 merge<g3,c3",
+    "qkv<qkv_bias o<c2,g2,o_bias w1<b1 w2<b2,c3,g3 merge | g1 c1 table",
+    [array(2, 4, 4, 8)],
+    before="qkv<c1,g1,qkv_bias o<o_bias w1<b1,c2,g2 w2<b2 merge<c3,g3",
 )
-def swin(p, x):
+def swin(x, table, g1, c1, g2, c2, g3, c3, w1, b1, w2, b2, merge, **p):
     """A shifted window block with its table, and patch merging behind it."""
     places = np.indices((2, 2)).reshape(2, 4)
     distance = places[:, :, None] - places[:, None] + 1
     index = distance[0] * 3 + distance[1]
-    y = jnp.roll(layer_norm(x, p["g1"], p["c1"]), (-1, -1), (1, 2))
+    y = jnp.roll(layer_norm(x, g1, c1), (-1, -1), (1, 2))
     y = y.reshape(2, 2, 2, 2, 2, 8).transpose(0, 1, 3, 2, 4, 5).reshape(8, 4, 8)
     qkv = (y @ p["qkv"] + p["qkv_bias"]).reshape(8, 4, 3, 2, 4)
-    bias = p["table"][index.reshape(-1)].reshape(4, 4, 2).transpose(2, 0, 1)
+    bias = table[index.reshape(-1)].reshape(4, 4, 2).transpose(2, 0, 1)
     y = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], bias[None])
-    y = y @ p["o"] + p["o_bias"]
-    y = y.reshape(2, 2, 2, 2, 2, 8).transpose(0, 1, 3, 2, 4, 5).reshape(x.shape)
-    x = x + jnp.roll(y, (1, 1), (1, 2))
-    y = layer_norm(x, p["g2"], p["c2"])
-    x = x + jax.nn.gelu(y @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"]
+    y = (y @ p["o"] + p["o_bias"]).reshape(2, 2, 2, 2, 2, 8)
+    x = x + jnp.roll(y.transpose(0, 1, 3, 2, 4, 5).reshape(x.shape), (1, 1), (1, 2))
+    x = x + jax.nn.gelu(layer_norm(x, g2, c2) @ w1 + b1) @ w2 + b2
     quarters = [x[:, i::2, j::2] for i in range(2) for j in range(2)]
-    return layer_norm(jnp.concatenate(quarters, -1), p["g3"], p["c3"]) @ p["merge"]
-
-
-@case(
-    "positions",
-    "q k v o 8x8, c1 2x6, b1 6, c2 6x2",
-    array(2, 4, 8),
-    layers="q k v c1<b1 c2 o",
-)
-def continuous_bias(p, x):
-    """A small network of constant distances makes the bias of the logits."""
-    distances = np.stack(np.meshgrid(np.arange(3.0), np.arange(3.0)), -1) - 1
-    distances = distances.reshape(-1, 2).astype(np.float32)
-    q, k, v = (heads(x @ p[n]) for n in "qkv")
-    table = jax.nn.relu(distances @ p["c1"] + p["b1"]) @ p["c2"]
-    bias = table[np.arange(16) % 9].reshape(4, 4, 2).transpose(2, 0, 1)
-    return attend(q, k, v, 16 * jax.nn.sigmoid(bias)) @ p["o"]
-
-
-@case(
-    "positions",
-    "q k v o 8x8, slopes 2",
-    X,
-    layers="q k v o",
-    none="slopes",  # Acts on products of data with data.
-)
-def learned_slopes(p, x):
-    """ALiBi: distances are constants, their slopes parameters."""
-    distances = -jnp.abs(jnp.arange(5)[None] - jnp.arange(5)[:, None])
-    bias = p["slopes"][:, None, None] * distances
-    return attend(*(heads(x @ p[n]) for n in "qkv"), bias=bias) @ p["o"]
+    return layer_norm(jnp.concatenate(quarters, -1), g3, c3) @ merge
 
 
 # A looked-up row multiplies the query: "looked up by indices: no layer" and "multiplies
 # data: a kernel" both apply, so that an error is in order as well.
 @case(
-    "positions",
-    "q k v o 8x8, table 9x4",
-    X,
-    layers=_T5_LAYERS,
-    none="table",
-    named="table",
-    given=({"table": None},),
+    "q k v o 8x8, table 9x4", "q k v o | table", named="table", given=[{"table": None}]
 )
-def looked_up_keys(p, x):
-    q, k, v = (heads(x @ p[n]) for n in "qkv")
-    keys = p["table"][np.arange(5)[None] - np.arange(5)[:, None] + 4]
-    return attend(q, k, v, jnp.einsum("bqhd,qkd->bhqk", q, keys)) @ p["o"]
+def looked_up_keys(x, q, k, v, o, table):
+    q, k, v = (heads(x @ w) for w in (q, k, v))
+    keys = table[np.arange(5)[None] - np.arange(5)[:, None] + 4]
+    return attend(q, k, v, jnp.einsum("bqhd,qkd->bhqk", q, keys)) @ o
 
 
-@case(
-    "positions",
-    "q k v o 8x8, r 5x4",
-    X,
-    # Every query is multiplied with all of it: a matrix like any other.
-    layers="q k v r:turned o",
-)
-def relative_logits(p, x):
-    q, k, v = (heads(x @ p[n]) for n in "qkv")
-    return attend(q, k, v, jnp.einsum("bqhd,rd->bhqr", q, p["r"])) @ p["o"]
+# Every query is multiplied with all of it: a matrix like any other.
+@case("q k v o 8x8, r 5x4", "q k v r:oi o")
+def relative_logits(x, q, k, v, o, r):
+    q, k, v = (heads(x @ w) for w in (q, k, v))
+    return attend(q, k, v, jnp.einsum("bqhd,rd->bhqr", q, r)) @ o
 
 
 for _size in (8, 5, 2):
-    # Time as wide as the model, and the batch too: nothing depends on it.
+    # Time is as wide as the model, and the batch too: nothing depends on it.
     @case(
-        "positions",
-        {
-            **{"patch": (_size, 8), "patch_bias": (8,), "positions": (8, 8)},
-            **{"g": (8,), "w": (8, 8), "b": (8,), "scale": (8,), "head": (8, 3)},
-        },
-        array(_size, 8, _size),
-        layers="patch<patch_bias,g w<b,scale head",
-        none="positions",
+        f"patch {_size}x8, patch_bias 8, positions 8x8, g b scale 8, w 8x8, head 8x3",
+        "patch<g,patch_bias w<b,scale head | positions",
+        [array(_size, 8, _size)],
+        name=f"learned positions, {_size} images",
     )
-    def learned_positions(p, x):
-        x = x @ p["patch"] + p["patch_bias"] + p["positions"]
-        x = x + (rms_norm(x, p["g"]) @ p["w"] + p["b"]) * p["scale"]
-        return x @ p["head"]
+    def learned_positions(x, patch, patch_bias, positions, g, w, b, scale, head):
+        x = x @ patch + patch_bias + positions
+        return (x + (rms_norm(x, g) @ w + b) * scale) @ head
 
 
-# Positions of a finer grid are products with constant weights.  They are a table all
-# the same.
-@case(
-    "positions",
-    "patch 3x8, positions 1x4x4x8, head 8x3",
-    IMAGE,
-    layers="patch head",
-    none="positions",
-)
-def resized_positions(p, x):
-    x = x @ p["patch"] + jax.image.resize(p["positions"], (1, 8, 8, 8), "bilinear")
-    return x.mean((1, 2)) @ p["head"]
-
-
-@case("positions", "w 8x8, rows 7x8, o 8x3", X, layers="w o", none="rows")
-def resized_rows(p, x):
-    return (x @ p["w"] + jax.image.resize(p["rows"], (5, 8), "cubic")) @ p["o"]
+# Positions of a finer grid are products with constant weights: a table all the same.
+@case("patch 3x8, positions 1x4x4x8, head 8x3", "patch head | positions", [IMAGE])
+def resized_positions(x, patch, positions, head):
+    x = x @ patch + jax.image.resize(positions, (1, 8, 8, 8), "bilinear")
+    return x.mean((1, 2)) @ head
 
 
 # Sums of places are no differences: a Fourier transform of constants is data.
-@case("positions", "w 8x8, c 5x8, o 8x3", X, layers="w c o")
-def cosine_features(p, x):
-    @jax.jit
-    def waves():
-        return jnp.cos(jnp.arange(5.0)[:, None] * jnp.arange(5.0))
-
-    return (x @ p["w"] + waves() @ p["c"]) @ p["o"]
-
-
-_CLIP = shapes("image 8x4, text 6x4, logit_scale logit_bias ()")
+@case("w 8x8, c 5x8, o 8x3", "w c o")
+def cosine_features(x, w, c, o):
+    waves = jax.jit(lambda: jnp.cos(jnp.arange(5.0)[:, None] * jnp.arange(5.0)))
+    return (x @ w + waves() @ c) @ o
 
 
 @case(
-    "positions",
-    _CLIP,
-    array(3, 8),
-    array(3, 6),
-    layers="image text",
-    none="logit_scale logit_bias",
+    "image 8x4, text 6x4, logit_scale logit_bias ()",
+    "image text | logit_scale logit_bias",
+    [array(3, 8), array(3, 6)],
 )
-def contrastive(p, images, texts):
+def contrastive(images, texts, image, text, logit_scale, logit_bias):
     """A scale and a bias of the products of two towers."""
-    one, two = images @ p["image"], texts @ p["text"]
+    one, two = images @ image, texts @ text
     one = one / jnp.linalg.norm(one, axis=-1, keepdims=True)
-    two = two / jnp.linalg.norm(two, axis=-1, keepdims=True)
-    return one @ two.T * jnp.exp(p["logit_scale"]) + p["logit_bias"]
+    return one @ two.T * jnp.exp(logit_scale) + logit_bias
 
 
-# Uses that are each other's transpose have one spectrum: one layer, whose outputs are
-# those of the forward use.
-
-_ENERGY = shapes("w1 3x16, b1 16, w2 16x12, b2 12, w3 12x1")
-_ENERGY_LAYERS = layers_of("w1<b1 w2<b2 w3")
+# ---- Uses that are each other's transpose have one spectrum --------------------------
+# They make one layer, whose outputs are those of the forward use.
 
 
-def _energy(p, x):
-    x = jnp.tanh(x @ p["w1"] + p["b1"])
-    return (jnp.tanh(x @ p["w2"] + p["b2"]) @ p["w3"]).sum()
+def _energy(x, w1, b1, w2, b2, w3):
+    x = jnp.tanh(x @ w1 + b1)
+    return (jnp.tanh(x @ w2 + b2) @ w3).sum()
 
 
-@case("transposed", _ENERGY, array(5, 3), layers=_ENERGY_LAYERS)
-def forces(p, x):
-    return -jax.grad(_energy, 1)(p, x)
+@case("w 8x6, v 6x3", "w v", [ROWS])
+def gradient_of_parameters(x, **params):
+    def loss(params):
+        return jnp.sum((jnp.tanh(x @ params["w"]) @ params["v"]) ** 2)
+
+    return jax.grad(loss)(params)
 
 
-@case("transposed", _ENERGY, array(5, 3), layers=_ENERGY_LAYERS)
-def laplacian(p, x):
+_ENERGY = "w1 3x16, b1 16, w2 16x12, b2 12, w3 12x1", "w1<b1 w2<b2 w3"
+
+
+@case(*_ENERGY, [array(5, 3)])
+def forces(x, **p):
+    return -jax.grad(_energy)(x, **p)
+
+
+@case(*_ENERGY, [array(5, 3)])
+def laplacian(x, **p):
     def one(z):
-        return jnp.trace(jax.hessian(lambda z: _energy(p, z[None]))(z))
+        return jnp.trace(jax.hessian(lambda z: _energy(z[None], **p))(z))
 
     return jax.vmap(one)(x)
 
 
-@case("transposed", _ENERGY, array(5, 3), layers=_ENERGY_LAYERS)
-def gradient_penalty(p, x):
-    value, slope = jax.value_and_grad(_energy, 1)(p, x)
+@case(*_ENERGY, [array(5, 3)])
+def gradient_penalty(x, **p):
+    value, slope = jax.value_and_grad(_energy)(x, **p)
     return value + ((jnp.linalg.norm(slope, axis=-1) - 1) ** 2).mean()
 
 
-@case(
-    "transposed",
-    "a 3x3x3x4, ba 4, b 3x3x4x6, bb 6, w 6x1",
-    IMAGE,
-    layers="a:hwio<ba b:hwio<bb w",
-)
-def gradient_penalty_of_convolutions(p, x):
+@case("a 3x3x3x4, ba 4, b 3x3x4x6, bb 6, w 6x1", "a:ppio<ba b:ppio<bb w", [IMAGE])
+def gradient_penalty_of_convolutions(x, a, ba, b, bb, w):
     def critic(x):
-        x = jnp.tanh(conv(x, p["a"], stride=2) + p["ba"])
-        x = jnp.tanh(conv(x, p["b"]) + p["bb"])
-        return (x.mean((1, 2)) @ p["w"]).sum()
+        x = jnp.tanh(conv(x, a, stride=2) + ba)
+        return (jnp.tanh(conv(x, b) + bb).mean((1, 2)) @ w).sum()
 
     value, slope = jax.value_and_grad(critic)(x)
     return value + (slope**2).sum()
 
 
-@case(
-    "transposed",
-    "w1 3x16, b1 16, w2 16x3, b2 3",
-    array(5, 3),
-    array(5, 3),
-    layers="w1<b1 w2<b2",
-)
-def continuous_flow(p, x, probe):
-    """The trace of the Jacobian by a random probe, along Euler steps."""
-
-    def field(x):
-        return jnp.tanh(x @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"]
-
-    def step(carry, _):
-        x, total = carry
-        slope, pull = jax.vjp(field, x)
-        total = total + (pull(probe)[0] * probe).sum(-1)
-        return (x + 0.1 * slope, total), None
-
-    return lax.scan(step, (x, jnp.zeros(5)), length=3)[0]
-
-
-@case("transposed", _ENERGY, array(5, 3), array(5, 3), layers=_ENERGY_LAYERS)
-def wave_equation(p, t, x):
-    """Second derivatives by forward over forward, as in physics-informed nets."""
-
-    def along(x, direction):
-        def slope(x):
-            return jax.jvp(lambda x: _energy(p, x[None]), (x,), (direction,))[1]
-
-        return jax.jvp(slope, (x,), (direction,))[1]
-
-    return jax.vmap(along)(x, t)
-
-
-# The second bias is added to the output of a product of w too, the transposed one.
-@case("transposed", "w 3x2, b 2, c 3", array(5, 3), layers="w<b,c")
-def tied_autoencoder(p, x):
-    return jnp.tanh(x @ p["w"] + p["b"]) @ p["w"].T + p["c"]
-
-
-@case(
-    "transposed",
-    "w1 8x6, b1 6, w2 6x4, b2 4, c2 6, c1 8",
-    array(5, 8),
-    layers="w1<b1,c1 w2<b2,c2",
-)
-def deep_tied_autoencoder(p, x):
-    x = jax.nn.relu(x @ p["w1"] + p["b1"])
-    x = jax.nn.relu(x @ p["w2"] + p["b2"])
-    x = jax.nn.relu(x @ p["w2"].T + p["c2"])
-    return x @ p["w1"].T + p["c1"]
-
-
-@case("transposed", "memory 6x8", array(5, 8), layers="memory:turned")
-def hopfield_memory(p, x):
-    """Scores of all patterns, and their mean: the first use names the outputs."""
-    return jax.nn.softmax(x @ p["memory"].T) @ p["memory"]
-
-
-@case(
-    "transposed",
-    "w 8x6, visible 8, hidden 6",
-    array(5, 8),
-    KEY,
-    layers="w<hidden,visible",
-)
-def contrastive_divergence(p, v, key):
+@case("w 8x6, visible 8, hidden 6", "w<hidden,visible", [ROWS, KEY])
+def contrastive_divergence(v, key, w, visible, hidden):
     """Gibbs steps of a Boltzmann machine, in a loop."""
 
     def step(v, key):
-        h = jax.nn.sigmoid(v @ p["w"] + p["hidden"])
+        h = jax.nn.sigmoid(v @ w + hidden)
         h = jax.random.bernoulli(key, h).astype(v.dtype)
-        return jax.nn.sigmoid(h @ p["w"].T + p["visible"]), None
+        return jax.nn.sigmoid(h @ w.T + visible), None
 
     return lax.scan(step, v, jax.random.split(key, 2))[0]
 
 
-# Norms.
-
-_FUSED = shapes("w0 8x8, g 8, qkv 8x24, o 8x8")
+# ---- Norms ---------------------------------------------------------------------------
 
 
-@case("norms", _FUSED, X, layers="w0 qkv<g o", norms="before")
+@case("a b 8x8, bias g c 8", "a<bias,c,g b", before="a<bias b<c,g")
+@case("a b 8x8, bias g c 8", "a<bias b | g c", norms="none")
+def norm_between_layers(x, a, bias, g, c, b):
+    return jax.nn.relu(layer_norm(x @ a + bias, g, c)) @ b
+
+
+@case("a 8x8, g c 8", "a | g c", before="a<c,g")
+def norm_before_the_first_layer(x, a, g, c):
+    return layer_norm(x, g, c) @ a
+
+
+@case("a b 8x8, g c 8", "a b | g c", before="a b")
+@case("a b 8x8, g c 8", "a b | g c", norms="none")
+def shared_norm(x, a, b, g, c):
+    return layer_norm(layer_norm(x @ a, g, c) @ b, g, c)
+
+
+_FUSED = "w0 8x8, g 8, qkv 8x24, o 8x8"
+_PARTS = "qkv{8:16} qkv{16:24} o"
+
+
+@case(_FUSED, "w0 qkv<g o", norms="before")
 # Split, the norm follows the first part, the queries.
-@case(
-    "norms",
-    _FUSED,
-    X,
-    layers=[
-        layer("w0"),
-        layer("qkv", "g", part=(1, 0, 8)),
-        *(layer("qkv", part=(1, 8, 16)), layer("qkv", part=(1, 16, 24))),
-        layer("o"),
-    ],
-    norms="before",
-    split={"qkv": (1, 3)},
-)
+@case(_FUSED, f"w0 qkv{{0:8}}<g {_PARTS}", norms="before", split={"qkv": (1, 3)})
 # Behind the layer before, no part is asked for.
-@case(
-    "norms",
-    _FUSED,
-    X,
-    layers=[
-        layer("w0", "g"),
-        *(layer("qkv", part=(1, 8 * i, 8 * i + 8)) for i in range(3)),
-        layer("o"),
-    ],
-    split={"qkv": (1, 3)},
-)
-def fused_attention(p, x):
-    x = x @ p["w0"]
-    q, k, v = jnp.split(rms_norm(x, p["g"]) @ p["qkv"], 3, -1)
-    return x + attend(heads(q), heads(k), heads(v)) @ p["o"]
+@case(_FUSED, f"w0<g qkv{{0:8}} {_PARTS}", split={"qkv": (1, 3)})
+def fused_attention(x, w0, g, qkv, o):
+    x = x @ w0
+    q, k, v = jnp.split(rms_norm(x, g) @ qkv, 3, -1)
+    return x + attend(heads(q), heads(k), heads(v)) @ o
 
 
+# A norm of one vector cannot follow a whole stack, only its first slice.
 @case(
-    "norms",
     "w0 8x8, g 8, qkv 3x8x8, o 8x8",
-    X,
-    # A norm of one vector cannot follow a whole stack, only its first slice.
-    layers=[
-        layer("w0"),
-        layer("qkv", "g", STACK, index=(0,)),
-        *(layer("qkv", "", STACK, index=(i,)) for i in (1, 2)),
-        layer("o"),
-    ],
+    "w0 qkv[0]:sio<g qkv[1]:sio qkv[2]:sio o",
     norms="before",
-    axes={"qkv": STACK},
+    axes={"qkv": axes("sio")},
 )
-def stacked_attention(p, x):
-    x = x @ p["w0"]
-    q, k, v = jnp.einsum("btd,sdh->sbth", rms_norm(x, p["g"]), p["qkv"])
-    return x + attend(heads(q), heads(k), heads(v)) @ p["o"]
+def stacked_attention(x, w0, g, qkv, o):
+    x = x @ w0
+    q, k, v = jnp.einsum("btd,sdh->sbth", rms_norm(x, g), qkv)
+    return x + attend(heads(q), heads(k), heads(v)) @ o
 
 
-_CHUNKS = shapes("w0 8x8, b0 g c 8, w1 8x6, b1 6")
-_AFTER, _BEFORE = "w0<b0,g,c w1<b1", "w0<b0 w1<b1,g,c"
+_CHUNKS = "w0 8x8, b0 g c 8, w1 8x6, b1 6", "w0<b0,c,g w1<b1", [array(6, 8)]
+_BEFORE = "w0<b0 w1<b1,c,g"
 
 
-@case("norms", _CHUNKS, array(6, 8), layers=_AFTER, before=_BEFORE)
-def norm_inside_a_loop_over_chunks(p, x):
+@case(*_CHUNKS, before=_BEFORE)
+def norm_inside_a_loop_over_chunks(x, w0, b0, g, c, w1, b1):
     def chunk(x):
-        x = layer_norm(x @ p["w0"] + p["b0"], p["g"], p["c"])
-        return jax.nn.relu(x) @ p["w1"] + p["b1"]
+        return jax.nn.relu(layer_norm(x @ w0 + b0, g, c)) @ w1 + b1
 
     return lax.map(chunk, x.reshape(3, 2, 8)).reshape(6, 6)
 
 
-@case("norms", _CHUNKS, array(6, 8), layers=_AFTER, before=_BEFORE)
-def layer_inside_a_loop_over_chunks(p, x):
-    """The norm stands between two loops over chunks of data, no stacks."""
-    x = lax.map(lambda x: x @ p["w0"] + p["b0"], x.reshape(3, 2, 8))
-    x = layer_norm(x.reshape(6, 8), p["g"], p["c"])
-    x = lax.scan(lambda _, x: (None, x @ p["w1"] + p["b1"]), None, x.reshape(3, 2, 8))[
-        1
-    ]
-    return x.reshape(6, 6)
+@case(*_CHUNKS, before=_BEFORE)
+def norm_between_loops_over_chunks(x, w0, b0, g, c, w1, b1):
+    x = lax.map(lambda x: x @ w0 + b0, x.reshape(3, 2, 8))
+    x = layer_norm(x.reshape(6, 8), g, c).reshape(3, 2, 8)
+    return lax.scan(lambda _, x: (None, x @ w1 + b1), None, x)[1].reshape(6, 6)
 
 
-@case("norms", _CHUNKS, array(6, 8), layers=_AFTER, before=_BEFORE)
-def norm_before_a_loop_over_chunks(p, x):
-    x = layer_norm(x @ p["w0"] + p["b0"], p["g"], p["c"]).reshape(3, 2, 8)
-
-    def body(i, out):
-        own = lax.dynamic_index_in_dim(x, i, keepdims=False)
-        return out.at[i].set(own @ p["w1"] + p["b1"])
-
-    return lax.fori_loop(0, 3, body, jnp.zeros((3, 2, 6)))
-
-
-@case("norms", "w 8x8, g c 5x8, o 8x3", X, layers="w<g,c o", before="w o<g,c")
-def norm_of_several_axes(p, x):
-    return layer_norm(x @ p["w"], p["g"], p["c"], (1, 2)) @ p["o"]
+@case("w 8x8, g c 5x8, o 8x3", "w<c,g o", before="w o<c,g")
+def norm_of_several_axes(x, w, g, c, o):
+    return layer_norm(x @ w, g, c, (1, 2)) @ o
 
 
 @case(
-    "norms",
     "a 3x3x3x4, g c 8x8x4, b 3x3x4x6",
-    IMAGE,
-    layers="a:hwio<g,c b:hwio",
-    before="a:hwio b:hwio<g,c",
+    "a:ppio<c,g b:ppio",
+    [IMAGE],
+    before="a:ppio b:ppio<c,g",
 )
-def norm_of_whole_images(p, x):
-    x = layer_norm(conv(x, p["a"]), p["g"], p["c"], (1, 2, 3))
-    return conv(jax.nn.relu(x), p["b"])
+def norm_of_whole_images(x, a, g, c, b):
+    return conv(jax.nn.relu(layer_norm(conv(x, a), g, c, (1, 2, 3))), b)
 
 
 @case(
-    "norms",
-    "stem 8x6, g1 c1 6x5, t1 5x7, t2 7x5, g2 c2 5x6, m1 6x9, m2 9x6, head 6x3",
-    X,
-    layers="stem<g1,c1 t1 t2<g2,c2 m1 m2 head",
-    before="stem t1<g1,c1 t2 m1<g2,c2 m2 head",
+    "stem 8x6, g1 c1 6x5, t1 5x7, b1 7, t2 7x5, b2 5, g2 c2 5x6, m1 6x9, m2 9x6, g 6, "
+    "head 6x3",
+    "stem<c1,g1 t1<b1 t2<b2,c2,g2 m1 m2<g head",
+    before="stem t1<b1,c1,g1 t2<b2 m1<c2,g2 m2 head<g",
 )
-def mixer_with_whole_norms(p, x):
+def mixer(x, stem, g1, c1, t1, b1, t2, b2, g2, c2, m1, m2, g, head):
     """Scales of channels and patches, in the order of each product."""
-    x = (x @ p["stem"]).swapaxes(1, 2)
-    y = layer_norm(x, p["g1"], p["c1"], (1, 2))
-    x = (x + jax.nn.gelu(y @ p["t1"]) @ p["t2"]).swapaxes(1, 2)
-    y = layer_norm(x, p["g2"], p["c2"], (1, 2))
-    x = x + jax.nn.gelu(y @ p["m1"]) @ p["m2"]
-    return x.mean(1) @ p["head"]
+    x = (x @ stem).swapaxes(1, 2)
+    y = jax.nn.gelu(layer_norm(x, g1, c1, (1, 2)) @ t1 + b1) @ t2 + b2
+    x = (x + y).swapaxes(1, 2)
+    x = x + jax.nn.gelu(layer_norm(x, g2, c2, (1, 2)) @ m1) @ m2
+    return rms_norm(x, g).mean(1) @ head
 
 
 @case(
-    "norms",
-    "stem 3x3x3x8, g1 c1 8, conv1 3x3x8x8, time 6x8, time_bias g2 c2 8, "
-    "conv2 3x3x8x8, bias2 8",
-    IMAGE,
-    array(2, 6),
-    layers="stem:hwio<g1,c1 conv1:hwio<g2,c2 time<time_bias conv2:hwio<bias2",
-    before="stem:hwio conv1:hwio<g1,c1 time<time_bias conv2:hwio<bias2,g2,c2",
+    "w 8x8, t1 4x8, b1 8, t2 8x8, g 8, o 8x3", "w<g t1<b1 t2 o", before="w t1<b1 t2 o<g"
 )
-def residual_block_with_time(p, x, t):
-    """The sum prefers the images to the embedding that is added to all of them."""
-    x = conv(x, p["stem"])
-    h = conv(jax.nn.silu(group_norm(x, p["g1"], p["c1"])), p["conv1"])
-    t = jax.nn.silu(t) @ p["time"] + p["time_bias"]
-    h = h + t[:, None, None]
-    h = conv(jax.nn.silu(group_norm(h, p["g2"], p["c2"])), p["conv2"])
-    return x + h + p["bias2"]
-
-
-@case(
-    "norms",
-    "w 8x8, t1 4x8, b1 8, t2 8x8, g 8, o 8x3",
-    X,
-    layers="w<g t1<b1 t2 o",
-    before="w t1<b1 t2 o<g",
-)
-def constant_time_embedding(p, x):
+def constant_time_embedding(x, w, t1, b1, t2, g, o):
     """The same where the embedding is computed from constants."""
-    h = x @ p["w"]
     t = np.linspace(0, 1, 20, dtype=np.float32).reshape(5, 4)
-    h = h + jax.nn.silu(t @ p["t1"] + p["b1"]) @ p["t2"]
-    return rms_norm(h, p["g"]) @ p["o"]
+    return rms_norm(x @ w + jax.nn.silu(t @ t1 + b1) @ t2, g) @ o
 
 
 @case(
-    "norms",
     "w1 8x8, g 8, film 4x16, film_bias 16, w2 8x8",
-    X,
-    array(2, 4),
-    layers="w1<g film<film_bias w2",
+    "w1<g film<film_bias w2",
+    [X, array(2, 4)],
     before="w1 film<film_bias w2<g",
 )
-def modulated(p, x, c):
-    h = rms_norm(x @ p["w1"], p["g"])
-    scale, shift = jnp.split(c @ p["film"] + p["film_bias"], 2, -1)
-    return jax.nn.silu(h * (1 + scale[:, None]) + shift[:, None]) @ p["w2"]
+def modulated(x, c, w1, g, film, film_bias, w2):
+    h = rms_norm(x @ w1, g)
+    scale, shift = jnp.split((c @ film + film_bias)[:, None], 2, -1)
+    return jax.nn.silu(h * (1 + scale) + shift) @ w2
 
 
-# Messages.
+# ---- What has no reading, or may have one --------------------------------------------
 
 
 # Scaled entry by entry: no matrix, and behind no layer.  An error is in order.
-@case("messages", "mask 5x8, w 8x6, b 6", X, layers="w<b", none="mask", named="mask")
-def masked_inputs(p, x):
-    return (x * jax.nn.sigmoid(p["mask"])) @ p["w"] + p["b"]
+@case("mask 5x8, w 8x6, b 6", "w<b | mask", named="mask")
+def masked_inputs(x, mask, w, b):
+    return (x * jax.nn.sigmoid(mask)) @ w + b
 
 
-@case("messages", "w v 8x6", X, named="v")
-def never_used(p, x):
-    return x @ p["w"]
-
-
-@case("messages", "w 8x6, b 6, v 8x6", X, named="v")
-def only_returned(p, x):
+@case("w 8x6, b 6, v 8x6", "", named="v")
+def only_returned(x, w, b, v):
     """A leaf that reaches an output and has no reading."""
-    return x @ p["w"] + p["b"], (p["v"] ** 2).sum()
+    return x @ w + b, (v**2).sum()
 
 
-@case("messages", "a 8x2, b 2x6, c 6", X, layers="a b", free="c", axes={"[ab]": DENSE})
-@case("messages", "a 8x2, b 2x6, c 6", X, named="a b")
-def multiplied_before(p, x):
-    """A factorized kernel; its bias acts on the outputs of both factors."""
-    return x @ (p["a"] @ p["b"]) + p["c"]
+# A factorized kernel; its bias acts on the outputs of both factors.
+@case("a 8x2, b 2x6, c 6", "a b", free="c", axes={"[ab]": axes("io")})
+@case("a 8x2, b 2x6, c 6", "", named="a b")
+def multiplied_before(x, a, b, c):
+    return x @ (a @ b) + c
 
 
-@case("messages", "w 3x8x4, o 12x3", X, named="w")
-@case(
-    "messages",
-    "w 3x8x4, o 12x3",
-    X,
-    layers=[layer("w", "", MatrixAxes((1,), (0, 2))), layer("o")],
-    axes={"w": MatrixAxes((1,), (0, 2))},
-)
-@case("messages", "w 3x8x4, o 12x3", X, layers="w:stack o", axes={"w": STACK})
-def heads_or_experts(p, x):
-    return joined(jnp.einsum("btd,hdk->bthk", x, p["w"])) @ p["o"]
-
-
-@case("messages", "re im 8x8x3, w 8x8, b 8", X, named="re im")
-def fourier_operator(p, x):
+@case("re im 8x8x3, w 8x8, b 8", "", named="re im")
+def fourier_operator(x, re, im, w, b):
     """Complex products of frequencies: real and imaginary parts are two leaves."""
-    modes = jnp.fft.rfft(x, axis=1)
-    kernel = lax.complex(p["re"], p["im"])
-    y = jnp.fft.irfft(jnp.einsum("btd,dft->btf", modes, kernel), 5, axis=1)
-    return jax.nn.gelu(y + x @ p["w"] + p["b"])
+    modes = jnp.einsum("btd,dft->btf", jnp.fft.rfft(x, axis=1), lax.complex(re, im))
+    return jax.nn.gelu(jnp.fft.irfft(modes, 5, axis=1) + x @ w + b)
 
 
 # A complex leaf is no kernel; it is left out with that reason, or named as complex.
 @case(
-    "messages",
     {
-        **{"b": array(8, 6, dtype=jnp.complex64), "nu": (6,), "d": (8,)},
-        **{"c": array(6, 8, dtype=jnp.complex64), "w": (8, 3)},
+        **{"b": array(8, 6, dtype=jnp.complex64), "nu": "6", "d": "8"},
+        **{"c": array(6, 8, dtype=jnp.complex64), "w": "8x3"},
     },
-    X,
-    layers="w",
-    none="b c nu",
+    "w | b c nu",
     free="d",
     named="b c",
     says="complex",
-    given=({"[bc]": None},),
+    given=[{"[bc]": None}],
 )
-def linear_recurrence(p, x):
+def linear_recurrence(x, b, nu, d, c, w):
     """A diagonal recurrence in complex numbers."""
-    decay = jnp.exp(-jnp.exp(p["nu"])).astype(jnp.complex64)
+    decay = jnp.exp(-jnp.exp(nu)).astype(jnp.complex64)
 
     def step(h, x):
-        h = decay * h + x.astype(jnp.complex64) @ p["b"]
-        return h, (h @ p["c"]).real
+        h = decay * h + x.astype(jnp.complex64) @ b
+        return h, (h @ c).real
 
     y = lax.scan(step, jnp.zeros((2, 6), jnp.complex64), x.swapaxes(0, 1))[1]
-    return (y.swapaxes(0, 1) + p["d"] * x) @ p["w"]
+    return (y.swapaxes(0, 1) + d * x) @ w
 
 
-# Taps of a convolution that is written as a sum of shifted copies scale the output of a
-# layer channel by channel: followers of it or none, but nothing else.
-@case(
-    "messages",
-    "w 8x8, taps 3x8, b 8, o 8x3",
-    X,
-    layers="w<b o",
-    free="taps",
-    named="taps",
-    given=({"taps": None},),
-)
-def shifted_sums(p, x):
-    x = x @ p["w"]
-    shifted = [jnp.pad(x, ((0, 0), (i, 0), (0, 0)))[:, :5] for i in range(3)]
-    x = sum(y * p["taps"][i] for i, y in enumerate(shifted)) + p["b"]
-    return jax.nn.silu(x) @ p["o"]
-
-
-# Whole blocks of well-known models.
+# ---- Whole blocks of well-known models -----------------------------------------------
 
 
 # The decay rates are multiplied with data that is constant along their second axis, but
 # nothing is summed: no matrix product.  It takes more than the shapes to see that.
 @case(
-    "models",
-    "inputs 8x16, conv 4x1x8, conv_bias 8, x_proj 8x10, dt 2x8, dt_bias 8, A_log 8x4, "
-    "D 8, out 8x8",
-    X,
-    layers="inputs conv:wio<conv_bias x_proj dt<dt_bias out",
-    none="A_log",
-    free="D",
-    named="A_log",
-    given=({"A_log": None},),
+    "kernel 4x1x8, bias 8, bc 8x8, dt 8x8, dt_bias 8, rates 8x4, d 8, out 8x8",
+    "kernel:pio<bias bc dt<dt_bias out | rates",
+    free="d",
+    named="rates",
+    given=[{"rates": None}],
 )
-def mamba(p, x):
-    x, z = jnp.split(x @ p["inputs"], 2, -1)
-    x = jax.nn.silu(conv(x, p["conv"], groups=8) + p["conv_bias"])
-    dt, b, c = jnp.split(x @ p["x_proj"], [2, 6], -1)
-    dt = jax.nn.softplus(dt @ p["dt"] + p["dt_bias"])
-    decay = jnp.exp(-dt[..., None] * jnp.exp(p["A_log"]))
-    inputs = (dt * x)[..., None] * b[:, :, None]
+def mamba(x, kernel, bias, bc, dt, dt_bias, rates, d, out):
+    x = jax.nn.silu(conv(x, kernel, groups=8) + bias)
+    b, c = jnp.split(x @ bc, 2, -1)
+    times = jax.nn.softplus(x @ dt + dt_bias)
+    decay = jnp.exp(-times[..., None] * jnp.exp(rates))
 
     def step(h, now):
         decay, inputs, c = now
         h = decay * h + inputs
         return h, jnp.einsum("bdn,bn->bd", h, c)
 
-    by_time = jax.tree.map(lambda a: a.swapaxes(0, 1), (decay, inputs, c))
+    steps = (decay, (times * x)[..., None] * b[:, :, None], c)
+    by_time = jax.tree.map(lambda a: a.swapaxes(0, 1), steps)
     y = lax.scan(step, jnp.zeros((2, 8, 4)), by_time)[1].swapaxes(0, 1)
-    return ((y + x * p["D"]) * jax.nn.silu(z)) @ p["out"]
+    return (y + x * d) @ out
 
 
 @case(
-    "models",
-    "words 11x8, positions 5x8, types 2x8, g0 c0 8, q k v o 8x8, bq bk bv bo g1 c1 8, "
-    "w1 8x16, b1 16, w2 16x8, b2 g2 c2 8, pooler 8x8, pooler_bias 8, cls 8x2",
-    TOKENS,
-    TOKENS,
-    layers="q<bq k<bk v<bv o<bo,g1,c1 w1<b1 w2<b2,g2,c2 pooler<pooler_bias cls",
-    none="words positions types g0 c0",
-    before="q<bq,g0,c0 k<bk v<bv o<bo w1<b1,g1,c1 w2<b2 pooler<pooler_bias,g2,c2 cls",
+    "words 11x8, positions 5x8, types 2x8, g0 c0 8, q k v o 8x8, bo g1 c1 8, "
+    "w1 8x16, b1 16, w2 16x8, b2 g2 c2 8, pooler 8x8, pooler_bias 8",
+    "q k v o<bo,c1,g1 w1<b1 w2<b2,c2,g2 pooler<pooler_bias "
+    "| words positions types g0 c0",
+    [TOKENS, TOKENS],
+    before="q<c0,g0 k v o<bo w1<b1,c1,g1 w2<b2 pooler<c2,g2,pooler_bias",
 )
-def bert(p, tokens, types):
-    x = p["words"][tokens] + p["positions"] + p["types"][types]
+def bert(tokens, kinds, words, w1, b1, w2, b2, q, k, v, o, bo, **p):
+    x = words[tokens] + p["positions"] + p["types"][kinds]
     x = layer_norm(x, p["g0"], p["c0"])
-    q, k, v = (heads(x @ p[n] + p[f"b{n}"]) for n in "qkv")
-    x = layer_norm(x + attend(q, k, v) @ p["o"] + p["bo"], p["g1"], p["c1"])
-    y = jax.nn.gelu(x @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"]
-    x = layer_norm(x + y, p["g2"], p["c2"])
-    return jnp.tanh(x[:, 0] @ p["pooler"] + p["pooler_bias"]) @ p["cls"]
+    x = layer_norm(x + attention(x, q, k, v, o) + bo, p["g1"], p["c1"])
+    x = layer_norm(x + jax.nn.gelu(x @ w1 + b1) @ w2 + b2, p["g2"], p["c2"])
+    return jnp.tanh(x[:, 0] @ p["pooler"] + p["pooler_bias"])
+
+
+@case(
+    "embed 11x8, g1 g2 g 8, q 8x4x2, k v 8x2x2, o 4x2x8, up gate 8x12, down 12x8, "
+    "head 8x11",
+    "q:ioo k:ioo v:ioo o:iio<g2 up gate down<g head | embed g1",
+    [TOKENS],
+    before="q:ioo<g1 k:ioo v:ioo o:iio up<g2 gate down head<g",
+)
+def llama(tokens, embed, g1, q, k, v, o, g2, up, gate, down, g, head):
+    """Rotary positions, queries in groups, a gated unit, and a head of its own."""
+    cos, sin = (f(jnp.arange(5.0))[:, None, None] for f in (jnp.cos, jnp.sin))
+
+    def rotate(x):
+        a, b = jnp.split(x, 2, axis=-1)
+        return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+
+    x = embed[tokens]
+    y = rms_norm(x, g1)
+    q, k, v = (jnp.einsum("btd,dhk->bthk", y, kernel) for kernel in (q, k, v))
+    logits = jnp.einsum(
+        "btghk,bsgk->bghts", rotate(q).reshape(2, 5, 2, 2, 2), rotate(k)
+    )
+    mask = jnp.tril(jnp.ones((5, 5), bool))
+    weights = jax.nn.softmax(jnp.where(mask, logits, -1e30))
+    y = jnp.einsum("bghts,bsgk->btghk", weights, v).reshape(2, 5, 4, 2)
+    x = x + jnp.einsum("bthk,hkd->btd", y, o)
+    y = rms_norm(x, g2)
+    x = x + (jax.nn.silu(y @ up) * (y @ gate)) @ down
+    return rms_norm(x, g) @ head
 
 
 # Norms without parameters make no difference.
 @case(
-    "models",
-    "patch 8x8, t1 6x8, t2 8x8, label 5x8, mod 8x48, mod_bias 48, q k v o 8x8, "
+    "patch 8x8, t1 6x8, t2 8x8, labels 5x8, mod 8x48, mod_bias 48, q k v o 8x8, "
     "up 8x16, down 16x8, last_mod 8x16, last 8x8",
-    X,
-    array(2),
-    array(2, dtype=jnp.int32),
-    layers="patch t1 t2 mod<mod_bias q k v o up down last_mod last",
-    none="label",
+    "patch t1 t2 mod<mod_bias q k v o up down last_mod last | labels",
+    [X, array(2), array(2, dtype=jnp.int32)],
     before="patch t1 t2 mod<mod_bias q k v o up down last_mod last",
 )
-def dit(p, x, t, label):
+def dit(x, t, label, patch, t1, t2, mod, mod_bias, up, down, last_mod, last, **p):
     """Modulation by data, norms without parameters, gates that start at zero."""
 
-    def norm(x):
-        return rms_norm(x - x.mean(-1, keepdims=True), 1.0)
+    def modulated(x, shift, scale):
+        return rms_norm(x - x.mean(-1, keepdims=True), 1.0) * (1 + scale) + shift
 
-    x = x @ p["patch"]
+    x = x @ patch
     angles = t[:, None] * jnp.exp(-jnp.arange(3.0))
     t = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
-    c = jax.nn.silu(jax.nn.silu(t @ p["t1"]) @ p["t2"] + p["label"][label])
-    mods = jnp.split((c @ p["mod"] + p["mod_bias"])[:, None], 6, -1)
-    y = norm(x) * (1 + mods[1]) + mods[0]
-    x = x + mods[2] * (attend(*(heads(y @ p[n]) for n in "qkv")) @ p["o"])
-    y = norm(x) * (1 + mods[4]) + mods[3]
-    x = x + mods[5] * (jax.nn.gelu(y @ p["up"]) @ p["down"])
-    shift, scale = jnp.split((c @ p["last_mod"])[:, None], 2, -1)
-    return (norm(x) * (1 + scale) + shift) @ p["last"]
+    c = jax.nn.silu(jax.nn.silu(t @ t1) @ t2 + p.pop("labels")[label])[:, None]
+    mods = jnp.split(c @ mod + mod_bias, 6, -1)
+    x = x + mods[2] * attention(modulated(x, *mods[:2]), **p)
+    x = x + mods[5] * (jax.nn.gelu(modulated(x, *mods[3:5]) @ up) @ down)
+    return modulated(x, *jnp.split(c @ last_mod, 2, -1)) @ last
 
 
-_T5_STACKS = shapes("n1 8x3, q k v 8x3x2x4, o 2x3x4x8, n2 8x3, wi0 wi1 8x3x6, wo 6x3x8")
-_SECOND = {
-    **dict.fromkeys("qkv", MatrixAxes((0,), (2, 3), stacked=(1,))),
-    "o": MatrixAxes((0, 2), (3,), stacked=(1,)),
-    **dict.fromkeys(("wi0", "wi1", "wo"), MatrixAxes((0,), (2,), stacked=(1,))),
-}
+_T5_BLOCK = (
+    "blocks/q[#]:isoo<blocks/n1 blocks/k[#]:isoo blocks/v[#]:isoo blocks/o[#]:isio "
+    "blocks/wi0[#]:iso<blocks/n2 blocks/wi1[#]:iso blocks/wo[#]:iso "
+)
 
 
 @case(
-    "models",
-    {"blocks": _T5_STACKS, "embed": (11, 8), "head": (8, 11), "table": (4, 2)},
-    TOKENS,
-    layers=[
-        *slices(
-            3,
-            *(
-                layer(
-                    f"blocks/{name}",
-                    {"q": "blocks/n1", "wi0": "blocks/n2"}.get(name, ""),
-                    axes,
-                )
-                for name, axes in _SECOND.items()
-            ),
+    {
+        "blocks": arrays(
+            "n1 8x3, q k v 8x3x2x4, o 2x3x4x8, n2 8x3, wi0 wi1 8x3x6, wo 6x3x8"
         ),
-        layer("head"),
-    ],
-    none="embed table",
+        **{"embed": "11x8", "head": "8x11", "table": "4x2"},
+    },
+    f"{each(3, _T5_BLOCK)} head | embed table",
+    [TOKENS],
     norms="before",
 )
-def t5_scanned_along_axis_1(p, tokens):
-    bias = p["table"][_buckets(5)].transpose(2, 0, 1)[None]
+def t5_scanned_along_axis_1(tokens, blocks, embed, head, table):
+    bias = _by_index(table, 5)
 
     @jax.checkpoint
     def block(x, b):
         y = rms_norm(x, b["n1"])
         q, k, v = (jnp.einsum("btd,dhk->bthk", y, b[n]) for n in "qkv")
         weights = jax.nn.softmax(jnp.einsum("bqhk,bshk->bhqs", q, k) + bias)
-        y = jnp.einsum("bhqs,bshk->bqhk", weights, v)
-        x = x + jnp.einsum("bthk,hkd->btd", y, b["o"])
+        x = x + jnp.einsum("bhqs,bshk,hkd->bqd", weights, v, b["o"])
         y = rms_norm(x, b["n2"])
         return x + (jax.nn.gelu(y @ b["wi0"]) * (y @ b["wi1"])) @ b["wo"], None
 
-    stacks = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), p["blocks"])
-    return lax.scan(block, p["embed"][tokens], stacks)[0] @ p["head"]
+    stacks = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), blocks)
+    return lax.scan(block, embed[tokens], stacks)[0] @ head
 
 
-_UNET = shapes(
-    "t1 4x8, tb1 8, first 3x3x3x4, time 8x4, g1 c1 4, down 3x3x4x8, "
-    "down_bias g2 c2 8, mid 3x3x8x8, up 3x3x8x4, g3 c3 8, out "
-    "3x3x8x3, out_bias 3"
+# Behind a concatenation a norm follows the newest layer, as in a DenseNet.
+@case(
+    "first 3x3x3x4, time 4x4, g1 c1 4, down 3x3x4x8, down_bias g2 c2 8, up 3x3x8x4, "
+    "g3 c3 8, out 3x3x8x3, out_bias 3",
+    "first:ppio<c1,g1 time down:ppio<c2,down_bias,g2 up:ppio<c3,g3 out:ppio<out_bias",
+    [IMAGE, array(2, 4)],
+    before="first:ppio time down:ppio<c1,down_bias,g1 up:ppio<c2,g2 "
+    "out:ppio<c3,g3,out_bias",
 )
+def unet(x, t, first, time, g1, c1, down, down_bias, g2, c2, up, g3, c3, out, out_bias):
+    skip = conv(x, first) + (t @ time)[:, None, None]
+    x = conv(jax.nn.silu(group_norm(skip, g1, c1)), down, stride=2) + down_bias
+    x = jax.image.resize(jax.nn.silu(group_norm(x, g2, c2)), (2, 8, 8, 8), "nearest")
+    x = jnp.concatenate([conv(x, up), skip], -1)
+    return conv(jax.nn.silu(group_norm(x, g3, c3)), out) + out_bias
 
 
 @case(
-    "models",
-    _UNET,
-    IMAGE,
-    array(2, 4),
-    layers=[
-        *(layer("t1", "tb1"), layer("first", "g1 c1", HWIO), layer("time")),
-        *(layer("down", "down_bias g2 c2", HWIO), layer("mid", "", HWIO)),
-        # Behind a concatenation a norm follows the newest layer, as in a DenseNet.
-        *(layer("up", "g3 c3", HWIO), layer("out", "out_bias", HWIO)),
-    ],
+    "depthwise 7x7x1x8, b g c 8, up 8x32, down 32x8, gamma 8",
+    "depthwise:ppio<b,c,g up down<gamma",
+    [array(2, 8, 8, 8)],
+    before="depthwise:ppio<b up<c,g down<gamma",
 )
-def unet(p, x, t):
-    t = jax.nn.silu(t @ p["t1"] + p["tb1"])
-    skip = conv(x, p["first"]) + (t @ p["time"])[:, None, None]
-    x = jax.nn.silu(group_norm(skip, p["g1"], p["c1"]))
-    x = conv(x, p["down"], stride=2) + p["down_bias"]
-    x = conv(jax.nn.silu(group_norm(x, p["g2"], p["c2"])), p["mid"])
-    x = jax.image.resize(x, (2, 8, 8, 8), "nearest")
-    x = jnp.concatenate([conv(x, p["up"]), skip], -1)
-    return conv(jax.nn.silu(group_norm(x, p["g3"], p["c3"])), p["out"]) + p["out_bias"]
+def convnext(x, depthwise, b, g, c, up, down, gamma):
+    y = layer_norm(conv(x, depthwise, groups=8) + b, g, c)
+    return x + gamma * (jax.nn.gelu(y @ up) @ down)
 
 
-@case("models", "w 8x6, bias 6, a 8x2, b 2x6, o 6x3", X, layers="w<bias a b o")
-def adapter(p, x):
-    """LoRA as two products of its own, beside a frozen kernel."""
-    y = x @ lax.stop_gradient(p["w"]) + p["bias"]
-    return jax.nn.relu(y + 2.0 * (x @ p["a"] @ p["b"])) @ p["o"]
-
-
-@case(
-    "models",
-    "w 8x6, a 8x2, b 2x6, bias m 6, o 6x3",
-    X,
-    # What a kernel is computed from follows it; the magnitude is a gain.
-    layers="w<a,b,bias,m o",
-)
-def decomposed_adapter(p, x):
+# What a kernel is computed from follows it; the magnitude is a gain.
+@case("w 8x6, a 8x2, b 2x6, bias m 6, o 6x3", "w<a,b,bias,m o")
+def decomposed_adapter(x, w, a, b, bias, m, o):
     """DoRA: a sum of kernel and factors, rescaled to a learned magnitude."""
-    w = p["w"] + p["a"] @ p["b"]
-    w = w / jnp.linalg.norm(w, axis=0, keepdims=True) * p["m"]
-    return jnp.tanh(x @ w + p["bias"]) @ p["o"]
-
-
-@case(
-    "models",
-    ("stem 8x6, g1 6, t1 5x7, b1 7, t2 7x5, b2 5, g2 6, m1 6x9, m2 9x6, g 6, head 6x3"),
-    X,
-    layers="stem<g1 t1<b1 t2<b2,g2 m1 m2<g head",
-)
-def mixer(p, x):
-    x = x @ p["stem"]
-    y = rms_norm(x, p["g1"]).swapaxes(1, 2)
-    y = jax.nn.gelu(y @ p["t1"] + p["b1"]) @ p["t2"] + p["b2"]
-    x = x + y.swapaxes(1, 2)
-    y = rms_norm(x, p["g2"])
-    x = x + jax.nn.gelu(y @ p["m1"]) @ p["m2"]
-    return rms_norm(x, p["g"]).mean(1) @ p["head"]
+    w = w + a @ b
+    return jnp.tanh(x @ (w / jnp.linalg.norm(w, axis=0) * m) + bias) @ o
