@@ -140,7 +140,7 @@ def load_all(runs: Sequence[Run]) -> dict[str, Dataset]:
             dataset = load(run.config)
             loaded[what] = dataset, dataset.digest()
         found[run.variant], digest = loaded[what]
-        run.check_data(digest)
+        run.check(digest)
     return found
 
 

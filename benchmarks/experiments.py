@@ -6,7 +6,7 @@ No arm depends on another and no seed on another, so both may be added later.
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,9 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
-from benchmarks import machine
+from benchmarks.arms import ARMS
 from benchmarks.configs import Config
-from benchmarks.errors import UserError
-from benchmarks.files import Row, append_lines, is_empty, read_json, write_json
+from benchmarks.files import Row, append_lines, read_record, write_record
 from benchmarks.loop import Program, TrainState, make_program
 from benchmarks.preemption import Preempted
 from benchmarks.runs import LAYERS, METRICS, Run
@@ -77,30 +76,13 @@ class Experiment:
         Raises:
             UserError: if it has something else, or something damaged.
         """
-        if self.path.exists() and not self.path.is_dir():
-            msg = f"{self.path} is no directory; give another --out"
-            raise UserError(msg)
-        if is_empty(self.path):
-            return self
-        if not resume:
-            msg = f"{self.path} is not empty; give --resume or another --out"
-            raise UserError(msg)
-        file = self.path / _RECORD
-        if not file.exists():
-            msg = f"{self.path} holds no run: no {_RECORD}; give another --out"
-            raise UserError(msg)
-        content = read_json(file, name=str, arms=list, seeds=list, commands=list)
-        if content["name"] != self.name:
-            msg = (
-                f"{self.path} has the experiment {content['name']!r}, not "
-                f"{self.name!r}; give that, or another --out"
-            )
-            raise UserError(msg)
+        file, own = self.path / _RECORD, {"name": self.name}
+        there = read_record(file, own, resume=resume, arms=list, seeds=list)
         both = dataclasses.replace(
             self,
-            arms=tuple(dict.fromkeys([*content["arms"], *self.arms])),
-            seeds=tuple(sorted({*content["seeds"], *self.seeds})),
-            commands=tuple(content["commands"]),
+            arms=tuple(dict.fromkeys([*there.get("arms", ()), *self.arms])),
+            seeds=tuple(sorted({*there.get("seeds", ()), *self.seeds})),
+            commands=tuple(there["commands"]),
         )
         for run in both.runs():
             run.check()
@@ -108,20 +90,10 @@ class Experiment:
 
     def save(self, program: str, arguments: Sequence[str]) -> "Experiment":
         """Write down what is trained; return it with the command that trains now."""
-        command = machine.describe(program, arguments)
-        del command["hardware"]["load_before"]  # Training takes too long for it.
-        commands = self.commands
-        if command not in commands:
-            commands = (*commands, command)
-        content = {
-            "name": self.name,
-            "arms": self.arms,
-            "seeds": self.seeds,
-            "commands": commands,
-        }
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / _RECORD, content)
-        return dataclasses.replace(self, commands=commands)
+        fields = ("name", "arms", "seeds", "commands")
+        content = {name: getattr(self, name) for name in fields}
+        there = write_record(self.path / _RECORD, content, program, arguments)
+        return dataclasses.replace(self, commands=tuple(there["commands"]))
 
 
 def unfinished(runs: Sequence[Run], at_once: int = 1) -> list[tuple[Run, ...]]:
@@ -141,6 +113,37 @@ def unfinished(runs: Sequence[Run], at_once: int = 1) -> list[tuple[Run, ...]]:
         if done < run.config.epochs:
             groups.setdefault((part, run.variant, run.arm, done), []).append(run)
     return list(map(tuple, groups.values()))
+
+
+def train(
+    groups: Sequence[Sequence[Run]],
+    datasets: Mapping[str, Any],
+    stopping: Callable[[], bool],
+) -> Iterator[tuple[Program, list[TrainState]]]:
+    """Train groups of runs, and give the program and the states of each.
+
+    Each arm of a variant is compiled once.
+
+    Args:
+        groups: as of `unfinished`.
+        datasets: by variant.
+        stopping: whether to stop after the epoch that runs.
+
+    Raises:
+        Preempted: if it is to stop.
+    """
+    trainers: dict[tuple[str, str], Trainer] = {}
+    total = sum(run.config.epochs - run.done() for group in groups for run in group)
+    with tqdm(total=total, unit="epoch") as progress:
+        for group in groups:
+            first = group[0]
+            dataset, place = datasets[first.variant], (first.variant, first.arm)
+            for run in group:
+                run.open(dataset)
+            if place not in trainers:
+                trainers[place] = Trainer(first.config, ARMS[first.arm], dataset)
+            states = trainers[place].train(group, progress, stopping)
+            yield trainers[place].program, states
 
 
 class Trainer:
@@ -175,7 +178,7 @@ class Trainer:
         progress: tqdm,
         stopping: Callable[[], bool],
         *,
-        test: Callable[[int], bool] | None = None,
+        tested: Container[int] | None = None,
     ) -> list[TrainState]:
         """Train to the last epoch; return the states.
 
@@ -184,13 +187,14 @@ class Trainer:
                 program, and each is given the same share of the seconds.
             progress: counts the epochs of all runs.
             stopping: whether to stop after the epoch that runs.
-            test: whether the test rows are read after an epoch, counted from 1; None
-                reads them after each.
+            tested: epochs, counted from 1, after which the test rows are read; default:
+                all of them.
 
         Raises:
             Preempted: if it is to stop.
         """
         done, epochs, title = runs[0].done(), self._config.epochs, _title(runs)
+        tested = range(epochs + 1) if tested is None else tested
         with contextlib.ExitStack() as stack:
             opened = [stack.enter_context(run.states(self.program)) for run in runs]
             states, saves = [pair[0] for pair in opened], [pair[1] for pair in opened]
@@ -201,16 +205,22 @@ class Trainer:
             progress.set_description(title)
             parts = jax.device_put(self._dataset.parts())
             saved, saved_at = done, time.monotonic()
+
+            def save(epochs: int) -> None:
+                for run_save, state in zip(saves, states, strict=True):
+                    run_save(epochs, state)
+
             for epoch in range(done, epochs):
                 if stopping():
                     if saved < epoch:
-                        _save(saves, states, epoch)
-                    msg = f"{title} is saved after {epoch} of {epochs} epochs"
-                    raise Preempted(msg)
+                        save(epoch)
+                    raise Preempted(
+                        f"{title} is saved after {epoch} of {epochs} epochs"
+                    )
                 read = {
                     name: rows
                     for name, rows in parts.items()
-                    if name != "test" or test is None or test(epoch + 1)
+                    if name != "test" or epoch + 1 in tested
                 }
                 states, rows = self._epoch(program, runs, states, read, epoch)
                 last = epoch + 1 == epochs
@@ -219,7 +229,7 @@ class Trainer:
                 for run, row in zip(runs, rows, strict=True):
                     append_lines(run.path / METRICS, [{"epoch": epoch + 1, **row}])
                 if last or not self._brief or time.monotonic() - saved_at > _PAUSE:
-                    _save(saves, states, epoch + 1)
+                    save(epoch + 1)
                     saved, saved_at = epoch + 1, time.monotonic()
                 loss = np.mean([row["train_loss"] for row in rows])
                 progress.set_postfix_str(f"training loss {loss:.3f}")
@@ -280,16 +290,15 @@ class Trainer:
             refreshed.append(state)
             if self._brief:
                 continue
-            rows = [{"epoch": epochs, **self._layer(row)} for row in analysis.rows()]
+            rows = []
+            for row in analysis.rows():
+                own: Row = {"epoch": epochs, "layer": label(row.pop("layer"))}
+                own["multiplier"] = row.pop("multipliers")
+                if not self._arm.balanced:
+                    own["multiplier"] = 1.0
+                rows.append(own | row)
             append_lines(run.path / LAYERS, rows)
         return refreshed, seconds
-
-    def _layer(self, row: Mapping[str, Any]) -> Row:
-        columns = dict(row)
-        layer, multiplier = label(columns.pop("layer")), columns.pop("multipliers")
-        if not self._arm.balanced:
-            multiplier = 1.0
-        return {"layer": layer, "multiplier": multiplier, **columns}
 
     def _compile(self, count: int) -> Program:
         if count not in self._compiled:
@@ -301,15 +310,6 @@ class Trainer:
 def label(path: str) -> str:
     """Name a layer in tables and pictures: its path without `/kernel`."""
     return path.removesuffix("/kernel")
-
-
-def _save(
-    saves: Sequence[Callable[[int, TrainState], None]],
-    states: Sequence[TrainState],
-    epochs: int,
-) -> None:
-    for save, state in zip(saves, states, strict=True):
-        save(epochs, state)
 
 
 def _title(runs: Sequence[Run]) -> str:

@@ -1,6 +1,6 @@
 """The page of a training: one file, with everything inside."""
 
-from benchmarks.page import page
+from benchmarks.cells import page
 
 
 def test_a_page_needs_nothing_else(tmp_path):

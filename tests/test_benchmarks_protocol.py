@@ -261,7 +261,7 @@ def test_a_study_goes_on_with_its_own_data_and_setting_alone(
     )
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "file").touch()
-    fails(tmp_path / "foreign", "holds no study")
+    fails(tmp_path / "foreign", "holds no run: no study.json")
     assert read_json(finished / "study.json", name=str)["name"] == "tiny"
     other = dataclasses.replace(tiny, config=dataclasses.replace(TINY, width=64))
     monkeypatch.setitem(studies.STUDIES, "tiny", other)
