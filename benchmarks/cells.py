@@ -92,13 +92,10 @@ def page(
     sections: Sequence[tuple[str, Iterable[Mapping[str, object]]]],
     pictures: Sequence[Path],
 ) -> str:
-    """Return a page of HTML: the first table, pictures, and the other tables folded.
+    """Return a page of HTML, which needs no other file.
 
-    Args:
-        title: of the page.
-        about: a paragraph that goes below the first table.
-        sections: headings and rows of the tables.
-        pictures: PNG files, which become part of the page.
+    It shows the first table, a paragraph about it, the pictures (PNG files), and the
+    other tables folded.
     """
     (heading, rows), *others = sections or [("Nothing is finished yet", [])]
     parts = [f"<h1>{html.escape(title)}</h1>", f"<h2>{html.escape(heading)}</h2>"]

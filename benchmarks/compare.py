@@ -34,13 +34,12 @@ from typing import Any
 import tyro
 
 from benchmarks import data, experiments, machine, report, studies
-from benchmarks.commandline import check_names
+from benchmarks.commandline import check_names, resumable
 from benchmarks.configs import ArmName
 from benchmarks.errors import UserError
 from benchmarks.experiments import Experiment
 from benchmarks.grids import GRIDS
 from benchmarks.models import Compute
-from benchmarks.preemption import resumable
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ No arm depends on another and no seed on another, so both may be added later.
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,10 +18,10 @@ from jax import Array
 from tqdm import tqdm
 
 from benchmarks.arms import ARMS
+from benchmarks.commandline import Preempted
 from benchmarks.configs import Config
 from benchmarks.files import Row, append_lines, read_record, write_record
 from benchmarks.loop import Program, TrainState, make_program
-from benchmarks.preemption import Preempted
 from benchmarks.runs import LAYERS, METRICS, Run
 
 _RECORD = "experiment.json"
@@ -33,14 +34,14 @@ MakeProgram = Callable[[Any, Any, Any], Program]
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A directory of runs, and a record of what is in it.
+    """A directory of runs: every arm of every variant, from every seed.
 
     Attributes:
         path: the directory.
         name: name in `benchmarks.grids`, or that of a command.
         configs: the experiment of each variant.
         arms: names in `benchmarks.arms`; the others are compared with the first.
-        seeds: every arm of every variant is trained from each of them.
+        seeds: seeds of the runs.
         flat: whether a run is in `ARM` instead of `VARIANT/seedSEED/ARM`.
         commands: what has trained here: commands, machines, versions.
     """
@@ -70,11 +71,7 @@ class Experiment:
     def joined(self, *, resume: bool) -> "Experiment":
         """Return this experiment together with what its directory already has.
 
-        Args:
-            resume: whether it may have something.
-
-        Raises:
-            UserError: if it has something else, or something damaged.
+        Raise `UserError` if that is something else, or damaged.
         """
         file, own = self.path / _RECORD, {"name": self.name}
         there = read_record(file, own, resume=resume, arms=list, seeds=list)
@@ -99,12 +96,8 @@ class Experiment:
 def unfinished(runs: Sequence[Run], at_once: int = 1) -> list[tuple[Run, ...]]:
     """Group the unfinished runs; all runs of a group can be trained at once.
 
-    They differ in their seeds alone, and have equally many epochs done. A kill between
-    two checkpoints leaves some of them an epoch behind the others.
-
-    Args:
-        runs: in their order.
-        at_once: how many runs a group may have.
+    They are `at_once` or fewer, differ in their seeds alone, and have equally many
+    epochs done. A kill between two checkpoints leaves some an epoch behind the others.
     """
     seeds = list(dict.fromkeys(run.config.seed for run in runs))
     groups: dict[tuple[Any, ...], list[Run]] = {}
@@ -122,15 +115,8 @@ def train(
 ) -> Iterator[tuple[Program, list[TrainState]]]:
     """Train groups of runs, and give the program and the states of each.
 
-    Each arm of a variant is compiled once.
-
-    Args:
-        groups: as of `unfinished`.
-        datasets: by variant.
-        stopping: whether to stop after the epoch that runs.
-
-    Raises:
-        Preempted: if it is to stop.
+    Each arm of a variant is compiled once; the datasets are by variant. Raise
+    `Preempted` once `stopping()` is true.
     """
     trainers: dict[tuple[str, str], Trainer] = {}
     total = sum(run.config.epochs - run.done() for group in groups for run in group)
@@ -170,7 +156,9 @@ class Trainer:
         self._config, self._arm, self._dataset = config, arm, dataset
         self._brief = brief
         self.program = (make or make_program)(config, arm, dataset)
-        self._compiled: dict[int, Program] = {}  # By the number of runs at once.
+        rows = dataset.parts()["train"]
+        # By the number of runs at once.
+        self._compiled = functools.cache(lambda n: self.program.compiled(rows, n))
 
     def train(
         self,
@@ -186,12 +174,9 @@ class Trainer:
             runs: have equally many epochs done. Several are trained in one vectorized
                 program, and each is given the same share of the seconds.
             progress: counts the epochs of all runs.
-            stopping: whether to stop after the epoch that runs.
+            stopping: whether to raise `Preempted` after the epoch that runs.
             tested: epochs, counted from 1, after which the test rows are read; default:
                 all of them.
-
-        Raises:
-            Preempted: if it is to stop.
         """
         done, epochs, title = runs[0].done(), self._config.epochs, _title(runs)
         tested = range(epochs + 1) if tested is None else tested
@@ -201,7 +186,7 @@ class Trainer:
             if done == epochs:
                 return states
             progress.set_description(f"{title}: compiling")
-            program = self._compile(len(runs))
+            program = self._compiled(len(runs))
             progress.set_description(title)
             parts = jax.device_put(self._dataset.parts())
             saved, saved_at = done, time.monotonic()
@@ -299,12 +284,6 @@ class Trainer:
                 rows.append(own | row)
             append_lines(run.path / LAYERS, rows)
         return refreshed, seconds
-
-    def _compile(self, count: int) -> Program:
-        if count not in self._compiled:
-            rows = self._dataset.parts()["train"]
-            self._compiled[count] = self.program.compiled(rows, count)
-        return self._compiled[count]
 
 
 def label(path: str) -> str:

@@ -94,19 +94,13 @@ def digest(path: Path, size: int | None = None) -> str:
 def read_record(
     file: Path, own: Mapping[str, Any], *, resume: bool, **fields: type
 ) -> Row:
-    """Return what a directory says of the commands that have trained in it.
+    """Return the record of a directory, without commands if the directory is new.
 
     Args:
         file: the record; other files are next to it.
         own: what it must say.
         resume: whether the directory may have anything.
         fields: types of other fields.
-
-    Returns:
-        The record; without commands if the directory is new.
-
-    Raises:
-        UserError: if the directory has something else, or something damaged.
     """
     path = file.parent
     if path.exists() and not path.is_dir():

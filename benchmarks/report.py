@@ -170,7 +170,7 @@ def summarize(experiment: Experiment) -> dict[str, Any]:
             name: fields[name] for name in fields if name not in _LEFT_OUT
         }
         numbers[variant] = {
-            arm: dataclasses.asdict(settings(config, arm)) for arm in experiment.arms
+            arm: settings(config, arm)._asdict() for arm in experiment.arms
         }
     return {
         "name": experiment.name,
@@ -198,12 +198,7 @@ def portable(commands: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def section(summary: Summary, pictures: Sequence[str]) -> Iterator[str]:
-    """Give the parts of a comparison's section.
-
-    Args:
-        summary: what the runs came to.
-        pictures: links to its pictures.
-    """
+    """Give the parts of a comparison's section, with links to its pictures."""
     runs = pd.DataFrame(summary["runs"])
     devices = {_device(command): None for command in summary["commands"]}
     lengths = sorted({config["epochs"] for config in summary["configs"].values()})

@@ -17,8 +17,6 @@ from benchmarks.compilation import temporary_bytes
 from benchmarks.loop import TrainState, image_loss, training_step
 
 CLASSES = 100
-LEARNING_RATE = 0.01
-MOMENTUM = 0.9
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -95,40 +93,27 @@ class Runner:
 
     def move_to(self, count: int) -> None:
         """Let the next call be the update of this count."""
-        self.state = jax.block_until_ready(at_count(self.state, count))
+
+        def ours(node: Any) -> bool:
+            return isinstance(node, tb_optax.TempBalanceState)
+
+        def moved(node: Any) -> Any:
+            new = jnp.full((), count, jnp.int32)
+            return node._replace(count=new) if ours(node) else node
+
+        opt_state = jax.tree.map(moved, self.state.opt_state, is_leaf=ours)
+        self.state = jax.block_until_ready(self.state._replace(opt_state=opt_state))
 
 
 def optimizers(
     analyze: Callable[[Any], tb_optax.Analysis], interval: int
 ) -> dict[str, optax.GradientTransformation]:
     """Return SGD with momentum, without TempBalance and with each form of it."""
-
-    def balanced(**options: Any) -> optax.GradientTransformation:
-        return tb_optax.temp_balance(_sgd(), analyze, **options)
-
+    sgd = optax.sgd(0.01, 0.9)
+    balanced = functools.partial(tb_optax.temp_balance, sgd, analyze)
     return {
-        "without": _sgd(),
+        "without": sgd,
         "interval=None": balanced(interval=None),
         "plain": balanced(interval=interval),
         "spread": balanced(interval=interval, spread=True),
     }
-
-
-def at_count(state: TrainState, count: int) -> TrainState:
-    """Return the state as the transform sees it after so many updates."""
-
-    def moved(node: Any) -> Any:
-        if isinstance(node, tb_optax.TempBalanceState):
-            return node._replace(count=jnp.full((), count, jnp.int32))
-        return node
-
-    opt_state = jax.tree.map(
-        moved,
-        state.opt_state,
-        is_leaf=lambda node: isinstance(node, tb_optax.TempBalanceState),
-    )
-    return state._replace(opt_state=opt_state)
-
-
-def _sgd() -> optax.GradientTransformation:
-    return optax.sgd(LEARNING_RATE, MOMENTUM)

@@ -133,11 +133,7 @@ class Directory:
     def open(
         self, digest: str, program: str, arguments: Sequence[str], resume: bool = True
     ) -> None:
-        """Write down what trains now.
-
-        Raises:
-            UserError: if the directory has another study, or one of other data.
-        """
+        """Write down what trains now, unless another study or other data did before."""
         left_out = ("arms", "data_dir", "seed", "learning_rate")
         config = dataclasses.asdict(self.study.config)
         config = {name: config[name] for name in config if name not in left_out}
@@ -214,15 +210,9 @@ def measure(directory: Directory, dataset: Any, rounds: int) -> None:
 
 
 def train(directory: Directory, dataset: Any, stopping: Callable[[], bool]) -> None:
-    """Do all trials of a study, one after the other, each arm compiled once.
+    """Do all trials of a study that has been opened, each arm compiled once.
 
-    Args:
-        directory: of the study; has been opened.
-        dataset: what it trains on.
-        stopping: whether to stop after the epoch that runs.
-
-    Raises:
-        Preempted: if it is to stop.
+    Raise `Preempted` once `stopping()` is true.
     """
     study, epochs = directory.study, directory.study.config.epochs
 

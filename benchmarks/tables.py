@@ -55,8 +55,7 @@ def _run(arguments: Sequence[str] | None) -> None:
         if not options.check:
             path.write_text(text, encoding="utf-8")
         elif path.read_text(encoding="utf-8") != text:
-            msg = f"{path} is out of date; run {_COMMAND}"
-            raise UserError(msg)
+            raise UserError(f"{path} is out of date; run {_COMMAND}")
     print(options.out)
 
 

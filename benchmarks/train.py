@@ -22,10 +22,10 @@ import tyro
 
 import tb_optax
 from benchmarks import data, report
+from benchmarks.commandline import resumable
 from benchmarks.configs import RECIPES, Config, DatasetName
 from benchmarks.experiments import Experiment, label, train, unfinished
 from benchmarks.files import write_text
-from benchmarks.preemption import resumable
 
 _PROGRAM = "python -m benchmarks.train"
 
