@@ -183,6 +183,16 @@ def test_a_study_ends_with_a_report(finished, capsys, text):
     capsys.readouterr()
 
 
+def test_a_study_without_a_finished_trial_has_a_report(tiny, tmp_path):
+    directory = studies.Directory(tmp_path / "out", "tiny")
+    directory.open("0", "benchmarks.compare", [])
+    findings.write(directory)
+    missing = len(tiny.rates) * len(tiny.swept)
+    report = (directory.path / findings.REPORT).read_text()
+    assert f"Not finished: {missing} trials of the sweep are missing." in report
+    assert "Nothing is finished yet" in (directory.path / findings.PAGE).read_text()
+
+
 def test_differences_in_the_report_are_those_of_the_lines(finished):
     rows = read_lines(finished / "evaluations.jsonl")
     loss = {(r["arm"], r["seed"]): r["test_loss"] for r in rows if "test_loss" in r}
