@@ -165,10 +165,9 @@ def summarize(experiment: Experiment) -> dict[str, Any]:
             own |= outcome(epochs, run.train_rows() // batch * batch)
         runs.append(own)
     for variant, config in experiment.configs.items():
-        fields = dataclasses.asdict(config)
-        configs[variant] = {
-            name: fields[name] for name in fields if name not in _LEFT_OUT
-        }
+        configs[variant] = dataclasses.asdict(config)
+        for name in ("arms", "seed", "data_dir"):
+            del configs[variant][name]
         numbers[variant] = {
             arm: settings(config, arm)._asdict() for arm in experiment.arms
         }
@@ -181,9 +180,6 @@ def summarize(experiment: Experiment) -> dict[str, Any]:
         "seeds": list(experiment.seeds),
         "runs": runs,
     }
-
-
-_LEFT_OUT = ("arms", "seed", "data_dir")
 
 
 def portable(commands: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -309,13 +305,11 @@ def _paired(
     summary: Summary, values: pd.DataFrame, place: Place, what: str, form: str
 ) -> Row:
     """Compare a place with the first arm and with the first variant, seed by seed."""
-    (variant, arm), row = place, {}
-    first_arm, first_variant = summary["arms"][0], next(iter(summary["configs"]))
-    others = {}
-    if len(summary["arms"]) > 1:
-        others[first_arm] = variant, first_arm
-    if len(summary["configs"]) > 1:
-        others[first_variant] = first_variant, arm
+    (variant, arm), row, others = place, {}, {}
+    if len(arms := summary["arms"]) > 1:
+        others[arms[0]] = variant, arms[0]
+    if len(variants := list(summary["configs"])) > 1:
+        others[variants[0]] = variants[0], arm
     for name, other in others.items():
         cell = paired(values[place], values[other], form, ratio=what == "ratio")
         row[f"{what} to {name}"] = "" if other == place else cell
