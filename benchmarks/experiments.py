@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from tqdm import tqdm
 
@@ -175,11 +174,9 @@ class Trainer:
                 program, and each is given the same share of the seconds.
             progress: counts the epochs of all runs.
             stopping: whether to raise `Preempted` after the epoch that runs.
-            tested: epochs, counted from 1, after which the test rows are read; default:
-                all of them.
+            tested: epochs, from 1 on, after which the test rows are read; default: all.
         """
         done, epochs, title = runs[0].done(), self._config.epochs, _title(runs)
-        tested = range(epochs + 1) if tested is None else tested
         with contextlib.ExitStack() as stack:
             opened = [stack.enter_context(run.states(self.program)) for run in runs]
             states, saves = [pair[0] for pair in opened], [pair[1] for pair in opened]
@@ -189,6 +186,7 @@ class Trainer:
             program = self._compiled(len(runs))
             progress.set_description(title)
             parts = jax.device_put(self._dataset.parts())
+            untested = {name: parts[name] for name in parts if name != "test"}
             saved, saved_at = done, time.monotonic()
 
             def save(epochs: int) -> None:
@@ -199,24 +197,14 @@ class Trainer:
                 if stopping():
                     if saved < epoch:
                         save(epoch)
-                    raise Preempted(
-                        f"{title} is saved after {epoch} of {epochs} epochs"
-                    )
-                read = {
-                    name: rows
-                    for name, rows in parts.items()
-                    if name != "test" or epoch + 1 in tested
-                }
-                states, rows = self._epoch(program, runs, states, read, epoch)
-                last = epoch + 1 == epochs
-                if last and not self._brief:
-                    states, _ = self._analyze(program, runs, states, epochs)
-                for run, row in zip(runs, rows, strict=True):
-                    append_lines(run.path / METRICS, [{"epoch": epoch + 1, **row}])
-                if last or not self._brief or time.monotonic() - saved_at > _PAUSE:
+                    where = f"{epoch} of {epochs} epochs"
+                    raise Preempted(f"{title} is saved after {where}")
+                read = parts if tested is None or epoch + 1 in tested else untested
+                states, loss = self._epoch(program, runs, states, read, epoch)
+                late = time.monotonic() - saved_at > _PAUSE
+                if epoch + 1 == epochs or late or not self._brief:
                     save(epoch + 1)
                     saved, saved_at = epoch + 1, time.monotonic()
-                loss = np.mean([row["train_loss"] for row in rows])
                 progress.set_postfix_str(f"training loss {loss:.3f}")
                 progress.update(len(runs))
             return states
@@ -228,8 +216,8 @@ class Trainer:
         states: list[TrainState],
         parts: Mapping[str, tuple[Array, Array]],
         epoch: int,
-    ) -> tuple[list[TrainState], list[Row]]:
-        """Train all runs for an epoch; return the new states and a row of each."""
+    ) -> tuple[list[TrainState], float]:
+        """Train and write down an epoch of all runs; return states and mean loss."""
         analysis_seconds = [0.0] * len(runs)
         due = epoch % self._config.interval == 0 and not (epoch and self._arm.once)
         if due and (self._arm.balanced or not self._brief):
@@ -245,17 +233,20 @@ class Trainer:
             else program.evaluate(tuple(states), *rows)
             for part, rows in parts.items()
         }
-        rows = []
+        if epoch + 1 == self._config.epochs and not self._brief:
+            states, _ = self._analyze(program, runs, states, epoch + 1)
         for place, run in enumerate(runs):
             schedule = self._arm.schedule(self._config, 1, run.rate)
-            row: Row = {"learning_rate": float(jnp.asarray(schedule(epoch)))}
+            rate = float(jnp.asarray(schedule(epoch)))
+            row: Row = {"epoch": epoch + 1, "learning_rate": rate}
             for part in parts:
                 row[f"{part}_loss"] = float(scores[part][place].loss)
                 row[f"{part}_accuracy"] = float(scores[part][place].accuracy)
             row["train_seconds"] = seconds
             row["analysis_seconds"] = analysis_seconds[place]
-            rows.append(row)
-        return states, rows
+            append_lines(run.path / METRICS, [row])
+        losses = [float(own.loss) for own in scores["train"]]
+        return states, sum(losses) / len(losses)
 
     def _analyze(
         self,

@@ -82,7 +82,7 @@ class Program:
 def make_program(config: Config, arm: Arm, data: Dataset) -> Program:
     """Put together the functions of an arm; nothing is computed yet."""
     sizes = data.num_classes, config.width, data.train_images.shape[-1]
-    shape = _Shape(config.model, *sizes, config.init, config.compute)
+    shape = Shape(config.model, *sizes, config.init, config.compute)
     # Evaluation is in full precision, whatever the training computes in.
     plain = nnx.eval_shape(lambda: shape._replace(compute="float32").build(0))
     model = nnx.eval_shape(lambda: shape.build(0))
@@ -97,7 +97,7 @@ def make_program(config: Config, arm: Arm, data: Dataset) -> Program:
 
     def start(seed: Seed, rate: float | Array) -> TrainState:
         seed, rate = jnp.uint32(seed), jnp.float32(rate)
-        params, batch_stats = _initial(shape, seed)
+        params, batch_stats = initial(shape, seed)
         opt_state = optimizer(seed, rate).init(params)
         return TrainState(seed, rate, params, batch_stats, opt_state)
 
@@ -187,7 +187,7 @@ def image_loss(graph: nnx.GraphDef, smoothing: float = 0.0) -> LossFn:
     return loss_fn
 
 
-class _Shape(NamedTuple):
+class Shape(NamedTuple):
     """The arguments of `models.build` without the random numbers."""
 
     name: str
@@ -198,11 +198,12 @@ class _Shape(NamedTuple):
     compute: str
 
     def build(self, seed: Seed) -> models.Model:
+        """Build the model of a seed."""
         return models.build(**self._asdict(), rngs=nnx.Rngs(keys(seed)[0]))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _initial(shape: _Shape, seed: Array) -> tuple[Any, Any]:
+def initial(shape: Shape, seed: Array) -> tuple[Any, Any]:
     """Return parameters and running averages; compiled once for all arms and seeds."""
     _, params, stats = nnx.split(shape.build(seed), nnx.Param, nnx.BatchStat)
     return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)

@@ -12,9 +12,8 @@ import optax
 from flax import nnx
 
 import tb_optax
-from benchmarks import models
+from benchmarks import loop, models
 from benchmarks.compilation import temporary_bytes
-from benchmarks.loop import TrainState, image_loss, training_step
 
 CLASSES = 100
 
@@ -29,19 +28,14 @@ class Task:
     side: int
     dtype: str
 
-    def build(self) -> models.Model:
-        """Build the model."""
-        return models.build(
-            self.model,
-            num_classes=CLASSES,
-            width=self.width,
-            compute=self.dtype,
-            rngs=nnx.Rngs(0),
-        )
+    @property
+    def shape(self) -> loop.Shape:
+        """What the model is built from."""
+        return loop.Shape(self.model, CLASSES, self.width, 3, "flax", self.dtype)
 
     def analyze(self) -> Callable[[Any], tb_optax.Analysis]:
         """Return the analysis: without the first and the last layer, as published."""
-        model = nnx.eval_shape(self.build)
+        model = nnx.eval_shape(lambda: self.shape.build(0))
         return tb_optax.layer_analysis(models.layers_in_order(model)[1:-1])
 
     def examples(self) -> tuple[jax.Array, jax.Array]:
@@ -51,27 +45,17 @@ class Task:
         images = jnp.asarray(rng.standard_normal(shape, np.float32), self.dtype)
         return images, jnp.asarray(rng.integers(0, CLASSES, self.batch, np.int32))
 
-    @functools.cached_property
-    def _initial(self) -> tuple[Any, Any]:
-        """Parameters and running averages."""
-
-        @jax.jit
-        def initial() -> tuple[Any, Any]:
-            _, params, stats = nnx.split(self.build(), nnx.Param, nnx.BatchStat)
-            return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
-
-        return initial()
-
-    def start(self, optimizer: optax.GradientTransformation) -> TrainState:
+    def start(self, optimizer: optax.GradientTransformation) -> loop.TrainState:
         """Return the state before the first step, in arrays of its own."""
-        params, stats = jax.tree.map(jnp.copy, self._initial)
+        seed = jnp.uint32(0)
+        params, stats = loop.initial(self.shape, seed)
         opt_state = optimizer.init(params)
-        return TrainState(jnp.uint32(0), jnp.float32(0), params, stats, opt_state)
+        return loop.TrainState(seed, jnp.float32(0), params, stats, opt_state)
 
     def step(self, optimizer: optax.GradientTransformation) -> Any:
         """Return `(state, images, labels) -> state, scores`, jitted, which donates."""
-        graph = nnx.graphdef(nnx.eval_shape(self.build))
-        step = training_step(image_loss(graph), lambda *_: optimizer)
+        graph = nnx.graphdef(nnx.eval_shape(lambda: self.shape.build(0)))
+        step = loop.training_step(loop.image_loss(graph), lambda *_: optimizer)
         return jax.jit(step, donate_argnums=0)
 
 
