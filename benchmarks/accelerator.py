@@ -32,12 +32,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from tabulate import tabulate
 
 from benchmarks import candidates, commandline, machine, peers, recorded, steps
+from benchmarks.cells import table
 from benchmarks.errors import UserError
+from benchmarks.files import read_json, write_json
 from benchmarks.networks import Network, networks
-from benchmarks.preemption import Preempted
+from benchmarks.timing import ratios
 
 # The part that must have ended at this share of the time; what it saves, others get.
 PARTS = {"parity": 0.2, "candidates": 0.65, "analyses": 0.85, "training": 1.0}
@@ -67,13 +68,12 @@ class Report:
         self.path = path
         self.content: dict[str, Any] = {**head, "figures": {}}
         if resume and path.exists():
-            self.content = _read(path)
+            self.content = read_json(path, figures=dict)
             if self.content.get("hardware") != head["hardware"]:
-                msg = (
+                raise UserError(
                     f"{path} was measured on {self.content.get('hardware')}, this is "
                     f"{head['hardware']}; give another directory by --out"
                 )
-                raise UserError(msg)
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class Report:
     def add(self, name: str, figure: Any) -> None:
         """Keep a figure and write the file."""
         self.figures[name] = figure
-        commandline.write_results(self.path, self.content)
+        write_json(self.path, self.content)
         commandline.say(f"{self.path.stem}: {name}: {json.dumps(figure)[:160]}")
 
 
@@ -99,8 +99,8 @@ def _run(arguments: Sequence[str] | None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     existing = [name for name in PARTS if (options.out / f"{name}.json").exists()]
     if existing and not options.resume:
-        msg = f"{options.out} holds {', '.join(existing)}; --resume continues it"
-        raise UserError(msg)
+        there = ", ".join(existing)
+        raise UserError(f"{options.out} holds {there}; --resume continues it")
     given = sys.argv[1:] if arguments is None else list(arguments)
     head = machine.describe("benchmarks.accelerator", given)
     head["hardware"].pop("load_before", None)
@@ -137,7 +137,7 @@ def train_images(
     directory.open(dataset.digest(), "benchmarks.accelerator", given)
     try:
         studies.train(directory, dataset, lambda: time.monotonic() > deadline)
-    except Preempted as stopped:
+    except commandline.Preempted as stopped:
         commandline.say(f"{IMAGES}: the time is up; {stopped}")
     shutil.rmtree(path / studies.RUNNING, ignore_errors=True)
 
@@ -346,35 +346,27 @@ MEASURES: dict[str, Callable[[bool, Path], Figures]] = {
 }
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        content["figures"].keys()
-    except (ValueError, KeyError, AttributeError, TypeError):
-        msg = f"{path} is damaged: it holds no figures; delete it to measure again"
-        raise UserError(msg) from None
-    return content
-
-
 # --- tables -------------------------------------------------------------------------
+
+Rows = list[dict[str, Any]]
 
 
 def sections(directory: Path) -> Iterator[str]:
     """Yield the tables of what a directory holds, in Markdown."""
-    titled = False
-    for name, rows in _ROWS.items():
-        path = directory / f"{name}.json"
-        if not path.exists():
-            continue
-        content = _read(path)
-        if not titled:
-            titled = True
+    paths = {name: directory / f"{name}.json" for name in _TABLES}
+    found = {
+        name: read_json(path, figures=dict)
+        for name, path in paths.items()
+        if path.exists()
+    }
+    for number, (name, content) in enumerate(found.items()):
+        if number == 0:
             hardware, versions = content["hardware"], content["versions"]
             listed = ", ".join(f"{key} {value}" for key, value in versions.items())
             yield f"## On an accelerator: {hardware['device']}"
             yield f"{listed}.\n\n```bash\n{content['command']}\n```"
-        caption, table = rows(content["figures"])
-        yield f"{caption}\n\n{tabulate(table, headers='keys', tablefmt='github')}"
+        caption, rows = _TABLES[name]
+        yield f"{caption}:\n\n{table(rows(content['figures']))}"
 
 
 def _milliseconds(seconds: Sequence[float]) -> str:
@@ -382,26 +374,20 @@ def _milliseconds(seconds: Sequence[float]) -> str:
     return f"{1e3 * middle:.3g} [{1e3 * low:.3g}, {1e3 * high:.3g}]"
 
 
-def _parity_rows(figures: Mapping[str, Any]) -> tuple[str, list[dict[str, Any]]]:
-    caption = (
-        "Recorded networks in float32 against the published code in float64: "
-        "largest relative deviation of an alpha, its share of what rounding allows, "
-        "and largest deviation of a multiplier:"
-    )
-    columns = ("alpha", "alpha / allowed", "multiplier")
-    rows: list[dict[str, Any]] = []
+def _parity_rows(figures: Mapping[str, Any]) -> Rows:
+    rows = []
     for fit, compared in figures.items():
         layers = sum(figure["layers"] for figure in compared.values())
         row = {"fit": fit, "networks": len(compared), "layers": layers}
-        for column in columns:
+        for column in ("alpha", "alpha / allowed", "multiplier"):
             found = [figure.get(column) for figure in compared.values()]
             known = [value for value in found if value is not None]
-            row[column] = f"{max(known):.1e}" if known else ""
+            row[column] = f"{max(known):.2g}" if known else ""
         rows.append(row)
-    return caption, rows
+    return rows
 
 
-def _candidate_rows(figures: Mapping[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+def _candidate_rows(figures: Mapping[str, Any]) -> Rows:
     rows: dict[str, dict[str, Any]] = {}
     for key, figure in figures.items():
         case, _, way = key.rpartition(": ")
@@ -409,55 +395,61 @@ def _candidate_rows(figures: Mapping[str, Any]) -> tuple[str, list[dict[str, Any
         if "seconds" in figure:
             text = f"{_milliseconds(figure['seconds'])}, {figure['error']:.0e}"
         rows.setdefault(case, {"matrices": case})[way] = text
-    caption = (
-        "Milliseconds from matrices to the alpha of each, and the largest relative "
-        "error of an alpha against float64:"
-    )
-    return caption, list(rows.values())
+    return list(rows.values())
 
 
-def _analysis_rows(figures: Mapping[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+def _analysis_rows(figures: Mapping[str, Any]) -> Rows:
     rows = []
     for title, figure in figures.items():
         seconds = figure["seconds"]
         row = {"network": title}
         row |= {way: _milliseconds(samples) for way, samples in seconds.items()}
         if peers.TORCH in seconds:
-            pairs = zip(seconds["tb_optax"], seconds[peers.TORCH], strict=True)
-            ratio = statistics.median(ours / theirs for ours, theirs in pairs)
-            row["tb_optax / PyTorch"] = f"{ratio:.3g}"
+            pairs = ratios(seconds["tb_optax"], seconds[peers.TORCH])
+            row["tb_optax / PyTorch"] = f"{statistics.median(pairs):.3g}"
         rows.append(row)
-    return "Milliseconds from kernels to the alpha of every layer:", rows
+    return rows
 
 
-def _training_rows(figures: Mapping[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+def _training_rows(figures: Mapping[str, Any]) -> Rows:
     rows: dict[str, float] = {}
-    if "a step" in figures:
-        step = figures["a step"]
+    if step := figures.get("a step"):
         medians = {k: statistics.median(v) for k, v in step["seconds"].items()}
         for name, seconds in medians.items():
             rows[f"images per second, {name}"] = step["batch"] / seconds
         rows["a step, plain / without"] = medians["plain"] / medians["without"]
-        if "a step with a refresh" in figures:
-            refresh = figures["a step with a refresh"]
+        if refresh := figures.get("a step with a refresh"):
             extra = statistics.median(refresh["seconds"]) - medians["plain"]
             rows["milliseconds of a refresh"] = 1e3 * extra
             rows["refresh / epoch"] = extra / (refresh["interval"] * medians["plain"])
     for name in ("without", "plain", "spread"):
-        if f"the slowest step: {name}" in figures:
-            figure = figures[f"the slowest step: {name}"]
-            rows[f"slowest step / median, {name}"] = (
-                figure["slowest"] / figure["median"]
-            )
-    table = [{"what": what, "figure": f"{value:.4g}"} for what, value in rows.items()]
-    return "A training step of ResNet-18, with TempBalance and without:", table
+        if figure := figures.get(f"the slowest step: {name}"):
+            ratio = figure["slowest"] / figure["median"]
+            rows[f"slowest step / median, {name}"] = ratio
+    return [{"what": what, "figure": f"{value:.5g}"} for what, value in rows.items()]
 
 
-_ROWS = {
-    "parity": _parity_rows,
-    "candidates": _candidate_rows,
-    "analyses": _analysis_rows,
-    "training": _training_rows,
+# What each table shows, and its rows.
+_TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], Rows]]] = {
+    "parity": (
+        "Recorded networks in float32 against the published code in float64: "
+        "largest relative deviation of an alpha, its share of what rounding allows, "
+        "and largest deviation of a multiplier",
+        _parity_rows,
+    ),
+    "candidates": (
+        "Milliseconds from matrices to the alpha of each, and the largest relative "
+        "error of an alpha against float64",
+        _candidate_rows,
+    ),
+    "analyses": (
+        "Milliseconds from kernels to the alpha of every layer",
+        _analysis_rows,
+    ),
+    "training": (
+        "A training step of ResNet-18, with TempBalance and without",
+        _training_rows,
+    ),
 }
 
 if __name__ == "__main__":

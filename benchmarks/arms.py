@@ -55,25 +55,6 @@ def cosine_with_a_restart(rate: float | Array, epochs: int) -> optax.Schedule:
     return optax.join_schedules([cosine(rate, half) for half in halves], halves[:1])
 
 
-def changed(analyze: Analyze, control: Control, seed: Seed) -> Analyze:
-    """Return an analysis whose multipliers a control changes."""
-
-    def changing(params: optax.Params) -> tb_optax.Analysis:
-        analysis = analyze(params)
-        multipliers = control(analysis.multipliers, analysis.tuned, seed)
-        return dataclasses.replace(analysis, multipliers=multipliers)
-
-    return changing
-
-
-def scale_by_multipliers(analyze: Analyze) -> optax.GradientTransformation:
-    """Scale updates by the multipliers that the start of an epoch has set.
-
-    The refresh is a call of its own, so that its time is known.
-    """
-    return tb_optax.scale_by_temp_balance(analyze, interval=None)
-
-
 @dataclasses.dataclass(frozen=True)
 class Arm:
     """One way to train.
@@ -122,7 +103,15 @@ class Arm:
             "assign": tb_optax.linear(numbers.low, numbers.high),
         }
         analyze = tb_optax.layer_analysis(layers, **(options | dict(self.parts)))
-        return analyze if self.control is None else changed(analyze, self.control, seed)
+        if (control := self.control) is None:
+            return analyze
+
+        def controlled(params: optax.Params) -> tb_optax.Analysis:
+            analysis = analyze(params)
+            multipliers = control(analysis.multipliers, analysis.tuned, seed)
+            return dataclasses.replace(analysis, multipliers=multipliers)
+
+        return controlled
 
     def build(
         self,
@@ -138,7 +127,8 @@ class Arm:
         optimizer = self.optimizer(recipe)
         if not self.balanced:
             return optimizer
-        return optax.chain(optimizer, scale_by_multipliers(analyze))
+        # The refresh at the start of an epoch is a call of its own, which is timed.
+        return tb_optax.temp_balance(optimizer, analyze, interval=None)
 
 
 def _sgd(recipe: Recipe) -> optax.GradientTransformation:
@@ -186,14 +176,13 @@ _RELATIVE = {"metric": tb_optax.relative_alpha}
 _SIGMOID = {"fit": tb_optax.fit_median(1.5), "assign": tb_optax.sigmoid()}
 
 
-def _mean(name: ArmName, title: str, parts: Mapping[str, Any]) -> Arm:
-    """Return the mean-matched control of an arm with these parts."""
-    return Arm(name, title, _sgd, balanced=True, control=averaged, parts=parts)
+def _balanced(name: ArmName, title: str, **options: Any) -> Arm:
+    return Arm(name, title, _sgd, balanced=True, **options)
 
 
 _ALL = (
     Arm("cal", "cosine SGD", _sgd),
-    Arm("tb", "TempBalance", _sgd, balanced=True),
+    _balanced("tb", "TempBalance"),
     Arm("snr", "SNR", _snr),
     Arm("tb_snr", "TempBalance + SNR", _snr, balanced=True),
     Arm("sgdr", "SGDR", _sgd, by_epoch=cosine_with_a_restart),
@@ -203,18 +192,26 @@ _ALL = (
     Arm("sgdp", "SGDP", _sgdp),
     Arm("tb_sgdp", "TempBalance + SGDP", _sgdp, balanced=True),
     Arm("adamw", "AdamW", _adamw),
-    Arm("mean", "TempBalance, mean-matched", _sgd, balanced=True, control=averaged),
-    Arm("shuffled", "TempBalance, shuffled", _sgd, balanced=True, control=shuffled),
-    Arm(
-        "reversed", "TempBalance, reversed", _sgd, balanced=True, control=reversed_order
+    _balanced("mean", "TempBalance, mean-matched", control=averaged),
+    _balanced("shuffled", "TempBalance, shuffled", control=shuffled),
+    _balanced("reversed", "TempBalance, reversed", control=reversed_order),
+    _balanced("shape_only", "TempBalance, first alphas kept", once=True),
+    _balanced("farms", "FARMS", parts=_FARMS),
+    _balanced("farms_mean", "FARMS, mean-matched", control=averaged, parts=_FARMS),
+    _balanced("relative", "relative alpha", parts=_RELATIVE),
+    _balanced(
+        "relative_mean",
+        "relative alpha, mean-matched",
+        control=averaged,
+        parts=_RELATIVE,
     ),
-    Arm("shape_only", "TempBalance, first alphas kept", _sgd, balanced=True, once=True),
-    Arm("farms", "FARMS", _sgd, balanced=True, parts=_FARMS),
-    _mean("farms_mean", "FARMS, mean-matched", _FARMS),
-    Arm("relative", "relative alpha", _sgd, balanced=True, parts=_RELATIVE),
-    _mean("relative_mean", "relative alpha, mean-matched", _RELATIVE),
-    Arm("sigmoid", "Model Balancing by layers", _sgd, balanced=True, parts=_SIGMOID),
-    _mean("sigmoid_mean", "Model Balancing, mean-matched", _SIGMOID),
+    _balanced("sigmoid", "Model Balancing by layers", parts=_SIGMOID),
+    _balanced(
+        "sigmoid_mean",
+        "Model Balancing, mean-matched",
+        control=averaged,
+        parts=_SIGMOID,
+    ),
 )
 
 ARMS: dict[str, Arm] = {arm.name: arm for arm in _ALL}

@@ -1,9 +1,11 @@
 """Baselines that Optax does not have: SNR, SGDP, and Lookahead on plain parameters.
 
 Kernels have their outputs on the last axis, as in Flax. As a matrix, a kernel is
-(outputs, everything else).
+(outputs, everything else). The `update` of each transform needs the parameters.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,13 +13,18 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-_NEEDS_PARAMS = "update needs the parameters: update(updates, state, params)."
 
+def _transform(
+    init: Any, update: Callable[..., tuple[Any, Any]]
+) -> optax.GradientTransformation:
+    """Return a transform whose `update` raises `ValueError` without parameters."""
 
-class SpectralNormState(NamedTuple):
-    """State of `add_spectral_norm_gradient`."""
+    def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if params is None:
+            raise ValueError("update needs the parameters as its third argument.")
+        return update(updates, state, params)
 
-    count: Array  # shape (), dtype int32: updates so far
+    return optax.GradientTransformation(init, update_fn)
 
 
 def add_spectral_norm_gradient(
@@ -32,53 +39,32 @@ def add_spectral_norm_gradient(
 
     which is the gradient of coefficient / 2 * sigma(W)^2. The three come from a few
     power iterations, which start from a new Gaussian vector at each update. Leaves of
-    rank 0 and 1 are left alone.
-
-    Args:
-        coefficient: strength of the penalty.
-        iterations: power iterations of an update.
-        seed: seed of the starting vectors.
-
-    Returns:
-        A transform whose `update` needs `params`; it belongs before momentum.
-
-    Raises:
-        ValueError: in `update`, if params is None.
+    rank 0 and 1 are left alone. The transform belongs before momentum; its state is the
+    number of updates so far.
 
     References:
         Yoshida & Miyato, `Spectral Norm Regularization for Improving the
         Generalizability of Deep Learning <https://arxiv.org/abs/1705.10941>`_, 2017
     """
 
-    def init_fn(params: optax.Params) -> SpectralNormState:
-        del params
-        return SpectralNormState(jnp.zeros((), jnp.int32))
+    def regularized(gradient: Array, kernel: Array, key: Array) -> Array:
+        if kernel.ndim < 2:
+            return gradient
+        matrix = kernel.reshape(-1, kernel.shape[-1]).T
+        start = jax.random.normal(key, matrix.shape[:1], matrix.dtype)
+        sigma, u, v = power_iteration(matrix, start, iterations)
+        term = (coefficient * sigma * jnp.outer(v, u)).reshape(kernel.shape)
+        return gradient + term.astype(gradient.dtype)
 
-    def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, SpectralNormState]:
-        if params is None:
-            raise ValueError(_NEEDS_PARAMS)
+    def update(updates: Any, count: Array, params: Any) -> tuple[Any, Any]:
         gradients, tree = jax.tree.flatten(updates)
-        key = jax.random.fold_in(jax.random.key(seed), state.count)
+        key = jax.random.fold_in(jax.random.key(seed), count)
         keys = jax.random.split(key, len(gradients))
-
-        def regularized(gradient: Array, kernel: Array, key: Array) -> Array:
-            if kernel.ndim < 2:
-                return gradient
-            matrix = kernel.reshape(-1, kernel.shape[-1]).T
-            start = jax.random.normal(key, matrix.shape[:1], matrix.dtype)
-            sigma, u, v = power_iteration(matrix, start, iterations)
-            term = (coefficient * sigma * jnp.outer(v, u)).reshape(kernel.shape)
-            return gradient + term.astype(gradient.dtype)
-
         rows = zip(gradients, tree.flatten_up_to(params), keys, strict=True)
-        count = jnp.asarray(optax.safe_increment(state.count))
-        return tree.unflatten([regularized(*row) for row in rows]), SpectralNormState(
-            count
-        )
+        updates = tree.unflatten([regularized(*row) for row in rows])
+        return updates, optax.safe_increment(count)
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return _transform(lambda _: jnp.zeros((), jnp.int32), update)
 
 
 def power_iteration(
@@ -90,19 +76,12 @@ def power_iteration(
 
         v <- W^T u / |W^T u|,    u <- W v / |W v|,    and then sigma = u^T W v.
 
-    Args:
-        matrix: W, of shape (rows, columns).
-        start: a vector of shape (rows,).
-        iterations: number of repetitions, at least 1.
-
-    Returns:
-        sigma, u, and v; all of them are 0 for a matrix of zeros.
+    All of sigma, u, and v are 0 for a matrix of zeros.
     """
     precise = jax.lax.Precision.HIGHEST
 
     def iterate(_: Any, vectors: tuple[Array, Array]) -> tuple[Array, Array]:
-        u, _v = vectors
-        v = _unit(jnp.matmul(u, matrix, precision=precise))
+        v = _unit(jnp.matmul(vectors[0], matrix, precision=precise))
         return _unit(jnp.matmul(matrix, v, precision=precise)), v
 
     vectors = _unit(start), jnp.zeros(matrix.shape[1:], matrix.dtype)
@@ -135,7 +114,7 @@ def scale_by_sgdp(
         u = d - (w / |w|) <w / |w|, d> + decay_ratio * decay * w,
 
     else u = d + decay * w, where decay = weight_decay / (1 - momentum). Leaves of rank
-    0 and 1 have u = d + decay * w.
+    0 and 1 have u = d + decay * w. The learning rate comes after the transform.
 
     Args:
         momentum: decay of d, below 1, without Nesterov's correction.
@@ -144,73 +123,49 @@ def scale_by_sgdp(
         decay_ratio: factor on the decay of a projected kernel.
         eps: smallest product of norms, and the addend to the norm of w.
 
-    Returns:
-        A transform whose `update` needs `params`; the learning rate comes after it.
-
-    Raises:
-        ValueError: in `update`, if params is None.
-
     References:
         Heo et al, `AdamP: Slowing Down the Slowdown for Momentum Optimizers on
         Scale-invariant Weights <https://arxiv.org/abs/2006.08217>`_, 2020
     """
     trace = optax.trace(momentum)
     decay = weight_decay / (1 - momentum)
+    numbers = {"decay": decay, "delta": delta, "ratio": decay_ratio, "eps": eps}
+    moved = functools.partial(_without_radial_part, **numbers)
 
-    def moved(step: Array, gradient: Array, weight: Array) -> Array:
-        if weight.ndim < 2:
-            return step + decay * weight
-        channel, whole = tuple(range(weight.ndim - 1)), tuple(range(weight.ndim))
-        by_channel = _nearly_orthogonal(gradient, weight, channel, delta, eps)
-        by_whole = _nearly_orthogonal(gradient, weight, whole, delta, eps)
-        projected = jnp.where(
-            by_channel,
-            _without_part_along(weight, step, channel, eps),
-            _without_part_along(weight, step, whole, eps),
-        )
-        projects = by_channel | by_whole
-        ratio = jnp.where(projects, decay_ratio, 1.0)
-        return jnp.where(projects, projected, step) + decay * ratio * weight
-
-    def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, Any]:
-        if params is None:
-            raise ValueError(_NEEDS_PARAMS)
+    def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
         steps, state = trace.update(updates, state)
         return jax.tree.map(moved, steps, updates, params), state
 
-    return optax.GradientTransformation(trace.init, update_fn)
+    return _transform(trace.init, update)
 
 
-def _nearly_orthogonal(
-    gradient: Array, weight: Array, axes: tuple[int, ...], delta: float, eps: float
+def _without_radial_part(
+    step: Array,
+    gradient: Array,
+    weight: Array,
+    *,
+    decay: float,
+    delta: float,
+    ratio: float,
+    eps: float,
 ) -> Array:
-    product = jnp.sum(gradient * weight, axes, keepdims=True)
-    norms = _norm(gradient, axes) * _norm(weight, axes)
-    entries = weight.size // product.size
-    cosine = jnp.abs(product) / jnp.maximum(norms, eps)
-    return cosine.max() < delta / entries**0.5
-
-
-def _without_part_along(
-    weight: Array, step: Array, axes: tuple[int, ...], eps: float
-) -> Array:
-    direction = weight / (_norm(weight, axes) + eps)
-    return step - direction * jnp.sum(direction * step, axes, keepdims=True)
-
-
-def _norm(array: Array, axes: tuple[int, ...]) -> Array:
-    return jnp.sqrt(jnp.sum(array**2, axes, keepdims=True))
+    """Return the update of one leaf; see `scale_by_sgdp`."""
+    update, axes = step + decay * weight, tuple(range(weight.ndim))
+    # By channel comes last: it takes precedence.
+    for view in (axes, axes[:-1]) if weight.ndim > 1 else ():
+        norm = jnp.sqrt(jnp.sum(weight**2, view, keepdims=True))
+        norms = norm * jnp.sqrt(jnp.sum(gradient**2, view, keepdims=True))
+        product = jnp.sum(gradient * weight, view, keepdims=True)
+        cosine = (jnp.abs(product) / jnp.maximum(norms, eps)).max()
+        unit = weight / (norm + eps)
+        across = step - unit * jnp.sum(unit * step, view, keepdims=True)
+        orthogonal = cosine < delta / (weight.size // product.size) ** 0.5
+        update = jnp.where(orthogonal, across + decay * ratio * weight, update)
+    return update
 
 
 class LookaheadState(NamedTuple):
-    """State of `lookahead`.
-
-    Attributes:
-        slow: the slow parameters.
-        fast: the state of `optax.lookahead`.
-    """
+    """The slow parameters, and the state of `optax.lookahead`."""
 
     slow: Any
     fast: Any
@@ -226,16 +181,7 @@ def lookahead(
 
         slow <- slow + step_size * (fast - slow),    fast <- slow.
 
-    Args:
-        optimizer: moves the fast parameters.
-        period: updates from one pull to the next.
-        step_size: 1 leaves the optimizer as it is.
-
-    Returns:
-        A transform whose `update` needs `params`; nothing may follow it in a chain.
-
-    Raises:
-        ValueError: in `update`, if params is None.
+    Nothing may follow the transform in a chain.
 
     References:
         Zhang et al, `Lookahead Optimizer: k steps forward, 1 step back
@@ -243,18 +189,14 @@ def lookahead(
     """
     pairwise: Any = optax.lookahead(optimizer, period, step_size)
 
-    def init_fn(params: optax.Params) -> LookaheadState:
+    def init(params: Any) -> LookaheadState:
         slow = jax.tree.map(jnp.copy, params)  # Distinct arrays can both be donated.
         return LookaheadState(slow, pairwise.init(optax.LookaheadParams(params, slow)))
 
-    def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, LookaheadState]:
-        if params is None:
-            raise ValueError(_NEEDS_PARAMS)
+    def update(updates: Any, state: Any, params: Any) -> tuple[Any, LookaheadState]:
         pair = optax.LookaheadParams(params, state.slow)
         moves, fast = pairwise.update(updates, state.fast, pair)
         slow = optax.apply_updates(state.slow, moves.slow)
         return moves.fast, LookaheadState(slow, fast)
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return _transform(init, update)

@@ -134,12 +134,7 @@ def _bisect(diagonal: Array, beside: Array) -> Array:
 
 
 def torch_way(w: Array) -> Callable[[], np.ndarray]:
-    """Return PyTorch's batched singular values with the same fit, on its own copy.
-
-    Raises:
-        ModuleNotFoundError: if PyTorch is not installed.
-        UserError: if it does not see the device that JAX uses.
-    """
+    """Return PyTorch's batched singular values with the same fit, on its own copy."""
     torch, device = torch_on_same_device()
     matrices = torch.from_numpy(np.array(w)).to(device)
 

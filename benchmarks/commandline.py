@@ -1,18 +1,23 @@
-"""What the commands share: arguments, output files, faults in one line."""
+"""What the commands share: arguments, output files, faults in one line, SIGTERM."""
 
 import argparse
-import json
-import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from benchmarks import machine
 from benchmarks.errors import UserError, first_line
+from benchmarks.files import write_json
 
 # Where the figures of this directory's README come from.
 RESULTS = Path(__file__).parent / "results"
+
+
+class Preempted(Exception):
+    """Training has stopped early; what it did is saved."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,71 +36,110 @@ def guarded(
 ) -> int:
     """Run a command; return its exit code, 2 with one line for a fault of the user.
 
-    Args:
-        run: the command.
-        extras: of this package, which it needs.
-        remedy: what to tell who interrupts it.
+    It needs these extras of this package; the remedy is for who interrupts it.
     """
     try:
         run()
+        return 0
     except UserError as error:
-        return _fail(str(error))
+        message = str(error)
     except ModuleNotFoundError as error:
         install = f'pip install ".[{extras}]"'
-        return _fail(f"the package {error.name} is not installed; {install}")
+        message = f"the package {error.name} is not installed; {install}"
     except OSError as error:
         place = "" if error.filename is None else f"{error.filename}: "
-        return _fail(place + (error.strerror or first_line(error)))
+        message = place + (error.strerror or first_line(error))
     except KeyboardInterrupt:
-        print(f"interrupted; {remedy}", file=sys.stderr)
+        say(f"interrupted; {remedy}")
         return 130
-    return 0
+    say(f"error: {message}")
+    return 2
 
 
-def add_output(parser: argparse.ArgumentParser, name: str) -> None:
-    """Add the options that say where results go, and on how many cores they arise."""
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=RESULTS / name,
-        metavar="FILE",
-        help=f"JSON file; default: benchmarks/results/{name}",
+def resumable(run: Callable[[Callable[[], bool]], None]) -> int:
+    """Run a command that SIGTERM stops early and `--resume` continues.
+
+    Schedulers send SIGTERM before they kill. The command is given a function that says
+    whether it has come; the exit code is 0 then, too.
+    """
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
+    remedy = "continue with --resume"
+    try:
+        return guarded(
+            lambda: run(lambda: bool(received)), extras="train,plot", remedy=remedy
+        )
+    except Preempted as stopped:
+        print(f"stopped by SIGTERM: {stopped}; {remedy}")
+        return 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def measured(
+    name: str,
+    description: str,
+    add_options: Callable[[argparse.ArgumentParser], None],
+    measure: Callable[[argparse.Namespace], Iterator[Mapping[str, Any]]],
+    arguments: Sequence[str] | None,
+) -> int:
+    """Run a command that measures, and writes its results part by part.
+
+    Args:
+        name: of its module and of its file of results.
+        description: what it does.
+        add_options: adds its options to a parser, which has `--out`, `--force` and
+            `--cores` too.
+        measure: checks the options, and returns an iterator of parts of the results.
+            The cores are bound by then.
+        arguments: the command line; None reads that of the process.
+    """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    parser = Parser(
+        prog=f"python -m benchmarks.{name}", description=description, allow_abbrev=False
     )
-    parser.add_argument("--force", action="store_true", help="overwrite that file")
-    parser.add_argument(
-        "--cores",
-        type=whole_number,
-        metavar="N",
-        help="cores to use; default: all there are",
-    )
+    add_options(parser)
+    add, file = parser.add_argument, f"{name}.json"
+    what = f"JSON file; default: benchmarks/results/{file}"
+    add("--out", type=Path, default=RESULTS / file, metavar="FILE", help=what)
+    add("--force", action="store_true", help="overwrite that file")
+    what = "cores to use; default: all there are"
+    add("--cores", type=whole_number, metavar="N", help=what)
+
+    def run() -> None:
+        options = parser.parse_args(given)
+        check_output(options.out, force=options.force)
+        machine.bind_cores(options.cores)
+        parts = measure(options)
+        results = machine.describe(f"benchmarks.{name}", given)
+        for part in parts:
+            results |= part
+            write_json(options.out, results)
+        print(options.out)
+
+    return guarded(run)
 
 
 def whole_number(text: str) -> int:
     """Read a whole number, at least 1."""
-    number = int(text)
-    if number < 1:
-        msg = f"{text} is below 1"
-        raise argparse.ArgumentTypeError(msg)
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
     return number
 
 
 def positive_number(text: str) -> float:
     """Read a finite number above 0."""
-    number = float(text)
-    if not 0 < number < float("inf"):
-        msg = f"{text} is not a finite number above 0"
-        raise argparse.ArgumentTypeError(msg)
+    if not 0 < (number := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
     return number
 
 
 def check_output(out: Path, *, force: bool) -> None:
     """Raise `UserError` if the file cannot be written, or is there already."""
     if out.is_dir():
-        msg = f"{out} is a directory; give a file as --out"
-        raise UserError(msg)
+        raise UserError(f"{out} is a directory; give a file as --out")
     if out.exists() and not force:
-        msg = f"{out} exists; give --force or another --out"
-        raise UserError(msg)
+        raise UserError(f"{out} exists; give --force or another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
 
 
@@ -103,19 +147,9 @@ def check_names(option: str, names: Sequence[str], allowed: Sequence[str]) -> No
     """Raise `UserError` if a name is not allowed, or stands twice."""
     for name in names:
         if name not in allowed:
-            msg = f"{option} is {name!r}; allowed: {', '.join(allowed)}"
-            raise UserError(msg)
+            raise UserError(f"{option} is {name!r}; allowed: {', '.join(allowed)}")
     if len(set(names)) < len(names):
-        msg = f"{option} names one twice: {' '.join(names)}"
-        raise UserError(msg)
-
-
-def write_results(out: Path, results: Mapping[str, Any]) -> None:
-    """Write a JSON file so that a kill leaves either the old one or the new one."""
-    temporary = out.with_name(out.name + ".tmp")
-    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, out)
+        raise UserError(f"{option} names one twice: {' '.join(names)}")
 
 
 def without_places(command: str, *options: str) -> str:
@@ -125,10 +159,5 @@ def without_places(command: str, *options: str) -> str:
 
 
 def say(message: str) -> None:
-    """Tell the person at the terminal how far the command is."""
+    """Tell the person at the terminal how far the command is, or what is wrong."""
     print(message, file=sys.stderr, flush=True)
-
-
-def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 2

@@ -20,6 +20,8 @@ accelerator, that is, for small networks; on a CPU it is slower than one at a ti
 A comparison becomes a section of `benchmarks/README.md` once its files are copied to
 `compare_NAME.json` and `compare_NAME_*.png` in `benchmarks/results`.
 
+A name of `benchmarks.studies` runs that study instead; see `benchmarks.protocol`.
+
 Faults of arguments, data, or directory end with exit code 2.
 """
 
@@ -27,24 +29,24 @@ import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tyro
-from tqdm import tqdm
 
-from benchmarks import data, machine, report, studies
-from benchmarks.arms import ARMS
-from benchmarks.commandline import check_names
+from benchmarks import data, experiments, machine, report, studies
+from benchmarks.commandline import check_names, resumable
 from benchmarks.configs import ArmName
 from benchmarks.errors import UserError
-from benchmarks.experiments import Experiment, Trainer, unfinished
+from benchmarks.experiments import Experiment
 from benchmarks.grids import GRIDS
 from benchmarks.models import Compute
-from benchmarks.preemption import resumable
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command line. Numbers that are not given come from the grid.
+    """Train a grid of experiments from several seeds.
+
+    Numbers that are not given come from the grid.
 
     Attributes:
         config: name in benchmarks/grids.py.
@@ -76,8 +78,7 @@ class Command:
         check_names("CONFIG", [self.config], list(GRIDS))
         for name, value in (("--seeds", self.seeds), ("--at-once", self.at_once)):
             if value < 1:
-                msg = f"{name} is {value}; allowed: at least 1"
-                raise UserError(msg)
+                raise UserError(f"{name} is {value}; allowed: at least 1")
 
     def experiment(self) -> Experiment:
         """Return what is asked for."""
@@ -89,22 +90,18 @@ class Command:
             variant: dataclasses.replace(config, **given)
             for variant, config in grid.configs().items()
         }
-        first = grid.base.seed
-        return Experiment(
-            self.out or Path("runs", self.config),
-            self.config,
-            configs,
-            given.get("arms", grid.base.arms),
-            tuple(range(first, first + self.seeds)),
-        )
+        out, first = self.out or Path("runs", self.config), grid.base.seed
+        seeds = tuple(range(first, first + self.seeds))
+        arms = given.get("arms", grid.base.arms)
+        return Experiment(out, self.config, configs, arms, seeds)
 
 
 @dataclasses.dataclass(frozen=True)
 class StudyCommand:
-    """A command line for a study, whose seeds and arms are part of the protocol.
+    """Tune the rate of each arm, and compare fresh seeds.
 
     Attributes:
-        study: name in benchmarks/studies.py.
+        study: name in benchmarks/studies.py, which says what arms and seeds it has.
         data_dir: where the data are; default: the standard library, or the hub.
         out: directory; default: runs/STUDY.
         resume: continue what is in the directory.
@@ -125,26 +122,26 @@ class StudyCommand:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    run = _run_study if given and given[0] in studies.STUDIES else _run
-    return resumable(lambda stopping: run(given, stopping))
+    kind, run = Command, _run
+    if given and given[0] in studies.STUDIES:
+        kind, run = StudyCommand, _run_study
+
+    def parsed(stopping: Callable[[], bool]) -> None:
+        command: Any = tyro.cli(kind, prog="python -m benchmarks.compare", args=given)
+        run(command, given, stopping)
+
+    return resumable(parsed)
 
 
-def _run_study(arguments: Sequence[str], stopping: Callable[[], bool]) -> None:
-    command = tyro.cli(
-        StudyCommand,
-        prog="python -m benchmarks.compare",
-        description="Tune the rate of each arm, and compare fresh seeds.",
-        args=arguments,
-    )
+def _run_study(
+    command: StudyCommand, arguments: Sequence[str], stopping: Callable[[], bool]
+) -> None:
     machine.bind_cores(command.cores)
     out = command.out or Path("runs", command.study)
     directory = studies.Directory(out, command.study)
-    if directory.commands() and not command.resume:
-        msg = f"{out} is not empty; give --resume or another --out"
-        raise UserError(msg)
-    study = directory.study
-    dataset = study.load(study.config, command.data_dir)
-    directory.open(dataset.digest(), "benchmarks.compare", arguments)
+    dataset = directory.study.load(directory.study.config, command.data_dir)
+    program = "benchmarks.compare"
+    directory.open(dataset.digest(), program, arguments, command.resume)
     try:
         studies.train(directory, dataset, stopping)
         if command.timing:
@@ -158,33 +155,18 @@ def _run_study(arguments: Sequence[str], stopping: Callable[[], bool]) -> None:
     print(out)
 
 
-def _run(arguments: Sequence[str], stopping: Callable[[], bool]) -> None:
-    command = tyro.cli(
-        Command,
-        prog="python -m benchmarks.compare",
-        description="Train a grid of experiments from several seeds.",
-        args=arguments,
-    )
+def _run(
+    command: Command, arguments: Sequence[str], stopping: Callable[[], bool]
+) -> None:
     asked = command.experiment()
-    known, runs = asked.joined(resume=command.resume), asked.runs()
-    groups = unfinished(runs, command.at_once)
+    known = asked.joined(resume=command.resume)
+    groups = experiments.unfinished(asked.runs(), command.at_once)
     datasets = data.load_all([run for group in groups for run in group])
     if groups:
         known = known.save("benchmarks.compare", arguments)
-    trainers = {}
-    done = sum(run.done() for run in runs)
-    total = sum(run.config.epochs for run in runs)
-    with tqdm(total=total, initial=done, unit="epoch") as progress:
-        for group in groups:
-            first = group[0]
-            dataset, place = datasets[first.variant], (first.variant, first.arm)
-            for run in group:
-                run.open(dataset)
-            if place not in trainers:
-                trainers[place] = Trainer(first.config, ARMS[first.arm], dataset)
-            trainers[place].train(group, progress, stopping)
+        for _ in experiments.train(groups, datasets, stopping):
             _report(known, plots=command.plots)
-    if not groups:
+    else:
         _report(known, plots=command.plots)
     print((known.path / report.REPORT).read_text(encoding="utf-8"))
     print(known.path)

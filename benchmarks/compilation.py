@@ -26,8 +26,8 @@ def temporary_bytes(compiled: jax.stages.Compiled) -> int:
     """Return what a program allocates besides its arguments and results."""
     memory = compiled.memory_analysis()
     if memory is None:
-        msg = f"{jax.default_backend()} does not tell what memory a program takes"
-        raise RuntimeError(msg)
+        backend = jax.default_backend()
+        raise RuntimeError(f"{backend} does not tell what memory a program takes")
     return memory.temp_size_in_bytes
 
 

@@ -128,8 +128,7 @@ class Config:
         for name, (allowed, holds) in _LIMITS.items():
             value = getattr(self, name)
             if value is not None and not holds(value):
-                msg = f"{option(name)} is {value!r}; allowed: {allowed}"
-                raise UserError(msg)
+                raise UserError(f"{option(name)} is {value!r}; allowed: {allowed}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +167,11 @@ class LanguageConfig:
     refresh: int = 30
     interval: int = 6
     seed: int = 1
+
+    @property
+    def updates(self) -> int:
+        """Number of updates of a run."""
+        return self.epochs * self.steps
 
 
 DIGITS = Config(

@@ -55,14 +55,11 @@ def controlled(
     """Apply a method whose multipliers a control changes at every update.
 
     Args:
-        method: refreshes its multipliers by itself. Layers that it has fitted count as
-            tuned: none may be too small.
+        method: refreshes its multipliers by itself, and has the state. Layers that it
+            has fitted count as tuned: none may be too small.
         hold: has the same layers and target, and refreshes nothing.
         control: what is done to the multipliers.
         seed: for the control.
-
-    Returns:
-        A transform with the state of the method.
     """
 
     def update_fn(

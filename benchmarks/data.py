@@ -2,19 +2,18 @@
 
 A data set of the hub is read from there or from a directory with its parquet files. An
 image is a struct of `bytes` (a PNG or JPEG file, gray or in color) and `path`; a label
-is an integer. Local files are read batch by batch: nothing is cached, so a changed file
-is never mistaken for an older one, and nothing is written next to the data.
+is an integer. Local files are never cached, so a changed file is not mistaken for an
+older one, and nothing is written next to the data.
 
 The hub must have exactly the published rows. A directory may have fewer, as a part of a
 data set is one too; more are a mistake, such as two downloads in one place.
 """
 
-import contextlib
 import dataclasses
 import io
 import itertools
 import logging
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +29,7 @@ from benchmarks.images import Dataset, Preparation
 from benchmarks.runs import Run
 
 Rows = tuple[np.ndarray, np.ndarray]
+Pairs = Iterator[tuple[Any, Any]]  # Of an image and a label, as they are stored.
 
 
 class Split(NamedTuple):
@@ -43,9 +43,6 @@ class Split(NamedTuple):
 class Source:
     """Where images and labels are, and what they must be.
 
-    The augmentation is that of the published experiments, which mirror the digits of
-    SVHN as they mirror everything else.
-
     Attributes:
         repository: name on the hub.
         image: column of the images, a struct of `bytes` and `path`.
@@ -55,8 +52,6 @@ class Source:
         config: name of the repository's part; None where there is only one.
         size: height and width of every image.
         num_classes: number of labels.
-        pad: black pixels added on every side before a random crop.
-        flip: whether half of the training images are mirrored.
     """
 
     repository: str
@@ -67,11 +62,12 @@ class Source:
     config: str | None = None
     size: int = 32
     num_classes: int = 10
-    pad: int = 4
-    flip: bool = True
 
 
 _CIFAR = Split("train", 50_000), Split("test", 10_000)
+_SVHN = Split("train", 73_257), Split("test", 26_032)
+# The test images of TinyImageNet have no labels; the published accuracies are of these.
+_TINY = Split("train", 100_000), Split("valid", 10_000)
 
 SOURCES = {
     "cifar10": Source("uoft-cs/cifar10", "img", "label", *_CIFAR),
@@ -79,22 +75,10 @@ SOURCES = {
         "uoft-cs/cifar100", "img", "fine_label", *_CIFAR, num_classes=100
     ),
     "svhn": Source(
-        "ufldl-stanford/svhn",
-        "image",
-        "label",
-        Split("train", 73_257),
-        Split("test", 26_032),
-        config="cropped_digits",
+        "ufldl-stanford/svhn", "image", "label", *_SVHN, config="cropped_digits"
     ),
     "tiny_imagenet": Source(
-        "zh-plus/tiny-imagenet",
-        "image",
-        "label",
-        Split("train", 100_000),
-        # The test images have no labels; the published accuracies are of these.
-        Split("valid", 10_000),
-        size=64,
-        num_classes=200,
+        "zh-plus/tiny-imagenet", "image", "label", *_TINY, size=64, num_classes=200
     ),
 }
 
@@ -103,17 +87,18 @@ def load(config: Config) -> Dataset:
     """Read the data set of an experiment, and check that it has enough rows.
 
     `config.data_dir` holds `SPLIT-*.parquet`, with the splits of `SOURCES`; without it,
-    the hub is read. The digits need neither.
+    the hub is read. The digits need neither. The augmentation is that of the published
+    experiments, which mirror the digits of SVHN as they mirror everything else.
     """
     if config.dataset == "digits":
         pad, flip, num_classes = 1, False, 10
         if config.data_dir is not None:
-            msg = f"--data-dir is {config.data_dir!r}, but digits read no directory"
-            raise UserError(msg)
+            given = f"--data-dir is {config.data_dir!r}"
+            raise UserError(f"{given}, but digits read no directory")
         (images, labels), test = _digits()
     else:
         source = SOURCES[config.dataset]
-        pad, flip, num_classes = source.pad, source.flip, source.num_classes
+        pad, flip, num_classes = 4, True, source.num_classes
         data_dir = None if config.data_dir is None else Path(config.data_dir)
         # Validation rows come after the subset: then all rows are read.
         rows = config.subset if config.validation is None else None
@@ -127,20 +112,15 @@ def load(config: Config) -> Dataset:
 
 
 def load_all(runs: Sequence[Run]) -> dict[str, Dataset]:
-    """Return the data of each variant, read once where they are the same.
-
-    Raises:
-        UserError: if a run has been opened with other data.
-    """
+    """Return the data of each variant, read once where they are the same."""
     fields = ("dataset", "data_dir", "subset", "validation", "batch_size")
     loaded, found = {}, {}
     for run in runs:
         what = tuple(getattr(run.config, field) for field in fields)
         if what not in loaded:
-            dataset = load(run.config)
-            loaded[what] = dataset, dataset.digest()
-        found[run.variant], digest = loaded[what]
-        run.check_data(digest)
+            loaded[what] = load(run.config)
+        found[run.variant] = loaded[what]
+        run.check(loaded[what].digest())
     return found
 
 
@@ -150,28 +130,20 @@ def partition(rows: int, config: Config) -> Rows:
     A subset is the first rows, whatever is held out: that comes after them. The rows
     that are held out depend on no seed of a run, and more of them include fewer.
     """
-    subset, validation = config.subset, config.validation or 0
-    if subset is not None and subset > rows:
-        msg = f"--subset is {subset}; allowed: at most the {rows} training rows"
-        raise UserError(msg)
-    if config.batch_size > (subset or rows):
-        msg = (
-            f"--batch-size is {config.batch_size}; "
-            f"allowed: at most the {subset or rows} rows"
-        )
-        raise UserError(msg)
+    subset, validation = config.subset or 0, config.validation or 0
+    usable = subset or rows
     most = rows - (subset or config.batch_size)
-    if validation > most:
-        left = "--subset" if subset else "--batch-size"
-        msg = (
-            f"--validation is {validation}; allowed: at most {most}, "
-            f"the {rows} training rows less {left}"
-        )
-        raise UserError(msg)
-    first = subset or 0
-    order = first + np.random.default_rng(0).permutation(rows - first)
+    left = "--subset" if subset else "--batch-size"
+    for option, value, limit, words in (
+        ("--subset", subset, rows, f"the {rows} training rows"),
+        ("--batch-size", config.batch_size, usable, f"the {usable} rows"),
+        ("--validation", validation, most, f"{most}, the {rows} rows less {left}"),
+    ):
+        if value > limit:
+            raise UserError(f"{option} is {value}; allowed: at most {words}")
+    order = subset + np.random.default_rng(0).permutation(rows - subset)
     held_out = np.sort(order[:validation])
-    train = np.delete(np.arange(rows), held_out)[:subset]
+    train = np.delete(np.arange(rows), held_out)[: subset or None]
     return train, held_out
 
 
@@ -192,118 +164,101 @@ def _digits() -> tuple[Rows, Rows]:
 def read(
     source: Source, split: Split, data_dir: Path | None, *, rows: int | None = None
 ) -> Rows:
-    """Read one split.
-
-    Args:
-        source: the data set.
-        split: `source.train` or `source.test`; its files are `SPLIT-*.parquet`.
-        data_dir: a local directory; None reads the hub.
-        rows: stop after this many rows; None reads all.
+    """Read a split, from `SPLIT-*.parquet` in a directory or from the hub.
 
     Returns:
-        Images (N, size, size, 3) in uint8 and labels (N,) in int32.
+        Images (N, size, size, 3) in uint8 and labels (N,) in int32, of the first rows.
     """
     place = source.repository if data_dir is None else str(data_dir)
     found = _hub(source, split) if data_dir is None else _local(source, split, data_dir)
     images, labels = [], []
-    with contextlib.closing(found):
-        for number, row in enumerate(itertools.islice(found, rows)):
-            where = f"{place}: {split.name} row {number}"
-            if number == split.rows:
-                msg = f"{where} is one too many; published: {split.rows} rows"
-                raise UserError(msg)
-            images.append(_pixels(row[source.image], source, where))
-            labels.append(_label(row[source.label], source, where))
+    for number, (image, label) in enumerate(itertools.islice(found, rows)):
+        where = f"{place}: {split.name} row {number}"
+        if number == split.rows:
+            raise UserError(f"{where} is one too many; published: {split.rows} rows")
+        images.append(_pixels(image, source, where))
+        labels.append(_label(label, source, where))
     if not images:
-        msg = f"{place}: the {split.name} split has no rows"
-        raise UserError(msg)
+        raise UserError(f"{place}: the {split.name} split has no rows")
     return np.stack(images), np.array(labels, np.int32)
 
 
-def _hub(source: Source, split: Split) -> Generator[dict[str, Any], None, None]:
-    """Yield rows from the hub, through its own cache."""
+def _hub(source: Source, split: Split) -> Pairs:
+    """Read rows from the hub, through its own cache."""
     import datasets  # Not needed, and often not there, where the files are local.
 
     for reader in ("datasets", "huggingface_hub"):  # What goes wrong is raised, too.
         logging.getLogger(reader).setLevel(logging.CRITICAL)
-    name = source.repository
+    name = f"the hub's {source.repository}"
     try:
         rows = datasets.load_dataset(
-            name, source.config, split=split.name, verification_mode="basic_checks"
+            source.repository,
+            source.config,
+            split=split.name,
+            verification_mode="basic_checks",
         )
-        if len(rows) != split.rows:
-            msg = (
-                f"the hub's {name} has {len(rows)} rows in {split.name}; "
-                f"published: {split.rows}; give --data-dir"
-            )
-            raise UserError(msg)
+        _check_columns(rows.column_names, source, name)
         rows = rows.cast_column(source.image, datasets.Image(decode=False))
-        yield from _rows(rows, source, name)
     except UserError:
         raise
     except Exception as error:  # Whatever the network and the hub's client raise.
         files = f"{source.train.name}-*.parquet and {source.test.name}-*.parquet"
-        msg = (
-            f"the hub's {name} cannot be read ({first_line(error)}); "
-            f"give --data-dir with {files}"
+        why = f"({first_line(error)}); give --data-dir with {files}"
+        raise UserError(f"{name} cannot be read {why}") from error
+    if len(rows) != split.rows:
+        raise UserError(
+            f"{name} has {len(rows)} rows in {split.name}; published: {split.rows}; "
+            "give --data-dir"
         )
-        raise UserError(msg) from error
+    return ((row[source.image], row[source.label]) for row in rows)
 
 
-def _local(
-    source: Source, split: Split, data_dir: Path
-) -> Generator[dict[str, Any], None, None]:
+def _local(source: Source, split: Split, data_dir: Path) -> Pairs:
     """Yield rows from the parquet files of a directory."""
     if not data_dir.is_dir():
-        msg = f"--data-dir is {str(data_dir)!r}, which is not a directory"
-        raise UserError(msg)
+        given = f"--data-dir is {str(data_dir)!r}"
+        raise UserError(f"{given}, which is not a directory")
     files = sorted(map(str, data_dir.glob(f"{split.name}-*.parquet")))
     if not files:
-        msg = f"{data_dir}: no file {split.name}-*.parquet"
-        raise UserError(msg)
+        raise UserError(f"{data_dir}: no file {split.name}-*.parquet")
     for file in files:
         try:
             with parquet.ParquetFile(file) as content:
-                for batch in content.iter_batches(batch_size=1000):
-                    yield from _rows(batch.to_pylist(), source, file)
+                table = content.read()
+            _check_columns(table.column_names, source, file)
+            columns = [table[k].to_pylist() for k in (source.image, source.label)]
         except (pyarrow.ArrowException, OSError) as error:
-            msg = f"{file} cannot be read as parquet ({first_line(error)})"
-            raise UserError(msg) from error
+            why = first_line(error)
+            raise UserError(f"{file} cannot be read as parquet ({why})") from error
+        yield from zip(*columns, strict=True)
 
 
-def _rows(rows: Any, source: Source, place: str) -> Iterator[dict[str, Any]]:
-    for row in rows:
-        if missing := {source.image, source.label} - set(row):
-            msg = (
-                f"{place}: no column {', '.join(sorted(missing))}; "
-                f"it has {', '.join(sorted(row))}"
-            )
-            raise UserError(msg)
-        yield row
+def _check_columns(names: Sequence[str], source: Source, place: str) -> None:
+    if missing := {source.image, source.label} - set(names):
+        there = f"it has {', '.join(sorted(names))}"
+        raise UserError(f"{place}: no column {', '.join(sorted(missing))}; {there}")
 
 
 def _pixels(image: Any, source: Source, where: str) -> np.ndarray:
     content = image.get("bytes") if isinstance(image, dict) else None
     if not isinstance(content, bytes):
-        msg = f"{where}: {source.image} holds no image bytes"
-        raise UserError(msg)
+        raise UserError(f"{where}: {source.image} holds no image bytes")
     try:
         with Image.open(io.BytesIO(content)) as picture:
             pixels = np.asarray(picture.convert("RGB"))
     except Exception as error:  # Pillow's decoders raise many types on damaged files.
-        msg = f"{where}: the image cannot be decoded ({first_line(error)})"
-        raise UserError(msg) from error
+        why = first_line(error)
+        raise UserError(f"{where}: the image cannot be decoded ({why})") from error
     height, width, _ = pixels.shape
     if (height, width) != (source.size, source.size):
         allowed = f"{source.size}x{source.size}"
-        msg = f"{where}: the image is {width}x{height}; allowed: {allowed}"
-        raise UserError(msg)
+        raise UserError(f"{where}: the image is {width}x{height}; allowed: {allowed}")
     return pixels
 
 
 def _label(label: Any, source: Source, where: str) -> int:
     last = source.num_classes - 1
     if not isinstance(label, int) or not 0 <= label <= last:
-        msg = f"{where}: {source.label} is {label!r}; allowed: 0 to {last}"
-        raise UserError(msg)
+        allowed = f"allowed: 0 to {last}"
+        raise UserError(f"{where}: {source.label} is {label!r}; {allowed}")
     return label

@@ -5,23 +5,22 @@ No arm depends on another and no seed on another, so both may be added later.
 
 import contextlib
 import dataclasses
+import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from tqdm import tqdm
 
-from benchmarks import machine
+from benchmarks.arms import ARMS
+from benchmarks.commandline import Preempted
 from benchmarks.configs import Config
-from benchmarks.errors import UserError
-from benchmarks.files import Row, append_lines, is_empty, read_json, write_json
+from benchmarks.files import Row, append_lines, read_record, write_record
 from benchmarks.loop import Program, TrainState, make_program
-from benchmarks.preemption import Preempted
 from benchmarks.runs import LAYERS, METRICS, Run
 
 _RECORD = "experiment.json"
@@ -34,14 +33,14 @@ MakeProgram = Callable[[Any, Any, Any], Program]
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A directory of runs, and a record of what is in it.
+    """A directory of runs: every arm of every variant, from every seed.
 
     Attributes:
         path: the directory.
         name: name in `benchmarks.grids`, or that of a command.
         configs: the experiment of each variant.
         arms: names in `benchmarks.arms`; the others are compared with the first.
-        seeds: every arm of every variant is trained from each of them.
+        seeds: seeds of the runs.
         flat: whether a run is in `ARM` instead of `VARIANT/seedSEED/ARM`.
         commands: what has trained here: commands, machines, versions.
     """
@@ -71,36 +70,15 @@ class Experiment:
     def joined(self, *, resume: bool) -> "Experiment":
         """Return this experiment together with what its directory already has.
 
-        Args:
-            resume: whether it may have something.
-
-        Raises:
-            UserError: if it has something else, or something damaged.
+        Raise `UserError` if that is something else, or damaged.
         """
-        if self.path.exists() and not self.path.is_dir():
-            msg = f"{self.path} is no directory; give another --out"
-            raise UserError(msg)
-        if is_empty(self.path):
-            return self
-        if not resume:
-            msg = f"{self.path} is not empty; give --resume or another --out"
-            raise UserError(msg)
-        file = self.path / _RECORD
-        if not file.exists():
-            msg = f"{self.path} holds no run: no {_RECORD}; give another --out"
-            raise UserError(msg)
-        content = read_json(file, name=str, arms=list, seeds=list, commands=list)
-        if content["name"] != self.name:
-            msg = (
-                f"{self.path} has the experiment {content['name']!r}, not "
-                f"{self.name!r}; give that, or another --out"
-            )
-            raise UserError(msg)
+        file, own = self.path / _RECORD, {"name": self.name}
+        there = read_record(file, own, resume=resume, arms=list, seeds=list)
         both = dataclasses.replace(
             self,
-            arms=tuple(dict.fromkeys([*content["arms"], *self.arms])),
-            seeds=tuple(sorted({*content["seeds"], *self.seeds})),
-            commands=tuple(content["commands"]),
+            arms=tuple(dict.fromkeys([*there.get("arms", ()), *self.arms])),
+            seeds=tuple(sorted({*there.get("seeds", ()), *self.seeds})),
+            commands=tuple(there["commands"]),
         )
         for run in both.runs():
             run.check()
@@ -108,31 +86,17 @@ class Experiment:
 
     def save(self, program: str, arguments: Sequence[str]) -> "Experiment":
         """Write down what is trained; return it with the command that trains now."""
-        command = machine.describe(program, arguments)
-        del command["hardware"]["load_before"]  # Training takes too long for it.
-        commands = self.commands
-        if command not in commands:
-            commands = (*commands, command)
-        content = {
-            "name": self.name,
-            "arms": self.arms,
-            "seeds": self.seeds,
-            "commands": commands,
-        }
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / _RECORD, content)
-        return dataclasses.replace(self, commands=commands)
+        fields = ("name", "arms", "seeds", "commands")
+        content = {name: getattr(self, name) for name in fields}
+        there = write_record(self.path / _RECORD, content, program, arguments)
+        return dataclasses.replace(self, commands=tuple(there["commands"]))
 
 
 def unfinished(runs: Sequence[Run], at_once: int = 1) -> list[tuple[Run, ...]]:
     """Group the unfinished runs; all runs of a group can be trained at once.
 
-    They differ in their seeds alone, and have equally many epochs done. A kill between
-    two checkpoints leaves some of them an epoch behind the others.
-
-    Args:
-        runs: in their order.
-        at_once: how many runs a group may have.
+    They are `at_once` or fewer, differ in their seeds alone, and have equally many
+    epochs done. A kill between two checkpoints leaves some an epoch behind the others.
     """
     seeds = list(dict.fromkeys(run.config.seed for run in runs))
     groups: dict[tuple[Any, ...], list[Run]] = {}
@@ -141,6 +105,30 @@ def unfinished(runs: Sequence[Run], at_once: int = 1) -> list[tuple[Run, ...]]:
         if done < run.config.epochs:
             groups.setdefault((part, run.variant, run.arm, done), []).append(run)
     return list(map(tuple, groups.values()))
+
+
+def train(
+    groups: Sequence[Sequence[Run]],
+    datasets: Mapping[str, Any],
+    stopping: Callable[[], bool],
+) -> Iterator[tuple[Program, list[TrainState]]]:
+    """Train groups of runs, and give the program and the states of each.
+
+    Each arm of a variant is compiled once; the datasets are by variant. Raise
+    `Preempted` once `stopping()` is true.
+    """
+    trainers: dict[tuple[str, str], Trainer] = {}
+    total = sum(run.config.epochs - run.done() for group in groups for run in group)
+    with tqdm(total=total, unit="epoch") as progress:
+        for group in groups:
+            first = group[0]
+            dataset, place = datasets[first.variant], (first.variant, first.arm)
+            for run in group:
+                run.open(dataset)
+            if place not in trainers:
+                trainers[place] = Trainer(first.config, ARMS[first.arm], dataset)
+            states = trainers[place].train(group, progress, stopping)
+            yield trainers[place].program, states
 
 
 class Trainer:
@@ -167,7 +155,9 @@ class Trainer:
         self._config, self._arm, self._dataset = config, arm, dataset
         self._brief = brief
         self.program = (make or make_program)(config, arm, dataset)
-        self._compiled: dict[int, Program] = {}  # By the number of runs at once.
+        rows = dataset.parts()["train"]
+        # By the number of runs at once.
+        self._compiled = functools.cache(lambda n: self.program.compiled(rows, n))
 
     def train(
         self,
@@ -175,7 +165,7 @@ class Trainer:
         progress: tqdm,
         stopping: Callable[[], bool],
         *,
-        test: Callable[[int], bool] | None = None,
+        tested: Container[int] | None = None,
     ) -> list[TrainState]:
         """Train to the last epoch; return the states.
 
@@ -183,12 +173,8 @@ class Trainer:
             runs: have equally many epochs done. Several are trained in one vectorized
                 program, and each is given the same share of the seconds.
             progress: counts the epochs of all runs.
-            stopping: whether to stop after the epoch that runs.
-            test: whether the test rows are read after an epoch, counted from 1; None
-                reads them after each.
-
-        Raises:
-            Preempted: if it is to stop.
+            stopping: whether to raise `Preempted` after the epoch that runs.
+            tested: epochs, from 1 on, after which the test rows are read; default: all.
         """
         done, epochs, title = runs[0].done(), self._config.epochs, _title(runs)
         with contextlib.ExitStack() as stack:
@@ -197,31 +183,28 @@ class Trainer:
             if done == epochs:
                 return states
             progress.set_description(f"{title}: compiling")
-            program = self._compile(len(runs))
+            program = self._compiled(len(runs))
             progress.set_description(title)
             parts = jax.device_put(self._dataset.parts())
+            untested = {name: parts[name] for name in parts if name != "test"}
             saved, saved_at = done, time.monotonic()
+
+            def save(epochs: int) -> None:
+                for run_save, state in zip(saves, states, strict=True):
+                    run_save(epochs, state)
+
             for epoch in range(done, epochs):
                 if stopping():
                     if saved < epoch:
-                        _save(saves, states, epoch)
-                    msg = f"{title} is saved after {epoch} of {epochs} epochs"
-                    raise Preempted(msg)
-                read = {
-                    name: rows
-                    for name, rows in parts.items()
-                    if name != "test" or test is None or test(epoch + 1)
-                }
-                states, rows = self._epoch(program, runs, states, read, epoch)
-                last = epoch + 1 == epochs
-                if last and not self._brief:
-                    states, _ = self._analyze(program, runs, states, epochs)
-                for run, row in zip(runs, rows, strict=True):
-                    append_lines(run.path / METRICS, [{"epoch": epoch + 1, **row}])
-                if last or not self._brief or time.monotonic() - saved_at > _PAUSE:
-                    _save(saves, states, epoch + 1)
+                        save(epoch)
+                    where = f"{epoch} of {epochs} epochs"
+                    raise Preempted(f"{title} is saved after {where}")
+                read = parts if tested is None or epoch + 1 in tested else untested
+                states, loss = self._epoch(program, runs, states, read, epoch)
+                late = time.monotonic() - saved_at > _PAUSE
+                if epoch + 1 == epochs or late or not self._brief:
+                    save(epoch + 1)
                     saved, saved_at = epoch + 1, time.monotonic()
-                loss = np.mean([row["train_loss"] for row in rows])
                 progress.set_postfix_str(f"training loss {loss:.3f}")
                 progress.update(len(runs))
             return states
@@ -233,8 +216,8 @@ class Trainer:
         states: list[TrainState],
         parts: Mapping[str, tuple[Array, Array]],
         epoch: int,
-    ) -> tuple[list[TrainState], list[Row]]:
-        """Train all runs for an epoch; return the new states and a row of each."""
+    ) -> tuple[list[TrainState], float]:
+        """Train and write down an epoch of all runs; return states and mean loss."""
         analysis_seconds = [0.0] * len(runs)
         due = epoch % self._config.interval == 0 and not (epoch and self._arm.once)
         if due and (self._arm.balanced or not self._brief):
@@ -250,17 +233,20 @@ class Trainer:
             else program.evaluate(tuple(states), *rows)
             for part, rows in parts.items()
         }
-        rows = []
+        if epoch + 1 == self._config.epochs and not self._brief:
+            states, _ = self._analyze(program, runs, states, epoch + 1)
         for place, run in enumerate(runs):
             schedule = self._arm.schedule(self._config, 1, run.rate)
-            row: Row = {"learning_rate": float(jnp.asarray(schedule(epoch)))}
+            rate = float(jnp.asarray(schedule(epoch)))
+            row: Row = {"epoch": epoch + 1, "learning_rate": rate}
             for part in parts:
                 row[f"{part}_loss"] = float(scores[part][place].loss)
                 row[f"{part}_accuracy"] = float(scores[part][place].accuracy)
             row["train_seconds"] = seconds
             row["analysis_seconds"] = analysis_seconds[place]
-            rows.append(row)
-        return states, rows
+            append_lines(run.path / METRICS, [row])
+        losses = [float(own.loss) for own in scores["train"]]
+        return states, sum(losses) / len(losses)
 
     def _analyze(
         self,
@@ -280,36 +266,20 @@ class Trainer:
             refreshed.append(state)
             if self._brief:
                 continue
-            rows = [{"epoch": epochs, **self._layer(row)} for row in analysis.rows()]
+            rows = []
+            for row in analysis.rows():
+                own: Row = {"epoch": epochs, "layer": label(row.pop("layer"))}
+                own["multiplier"] = row.pop("multipliers")
+                if not self._arm.balanced:
+                    own["multiplier"] = 1.0
+                rows.append(own | row)
             append_lines(run.path / LAYERS, rows)
         return refreshed, seconds
-
-    def _layer(self, row: Mapping[str, Any]) -> Row:
-        columns = dict(row)
-        layer, multiplier = label(columns.pop("layer")), columns.pop("multipliers")
-        if not self._arm.balanced:
-            multiplier = 1.0
-        return {"layer": layer, "multiplier": multiplier, **columns}
-
-    def _compile(self, count: int) -> Program:
-        if count not in self._compiled:
-            rows = self._dataset.parts()["train"]
-            self._compiled[count] = self.program.compiled(rows, count)
-        return self._compiled[count]
 
 
 def label(path: str) -> str:
     """Name a layer in tables and pictures: its path without `/kernel`."""
     return path.removesuffix("/kernel")
-
-
-def _save(
-    saves: Sequence[Callable[[int, TrainState], None]],
-    states: Sequence[TrainState],
-    epochs: int,
-) -> None:
-    for save, state in zip(saves, states, strict=True):
-        save(epochs, state)
 
 
 def _title(runs: Sequence[Run]) -> str:

@@ -1,13 +1,14 @@
-"""JSON objects, replaced at once, and files with a row of JSON per line."""
+"""JSON objects, replaced at once; rows of JSON, one a line; records of directories."""
 
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import machine
 from benchmarks.errors import UserError, first_line
 
 Row = dict[str, Any]
@@ -39,11 +40,10 @@ def read_json(path: Path, **fields: type) -> Row:
         content = json.loads(path.read_bytes())
         for name, kind in fields.items():
             if not isinstance(content[name], kind):
-                msg = f"{name} is no {kind.__name__}"
-                raise TypeError(msg)
+                raise TypeError(f"{name} is no {kind.__name__}")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        msg = f"{path} is damaged ({first_line(error)}); restore it, or start elsewhere"
-        raise UserError(msg) from error
+        why = f"({first_line(error)}); restore it, or start elsewhere"
+        raise UserError(f"{path} is damaged {why}") from error
     return content
 
 
@@ -75,11 +75,10 @@ def read_lines(path: Path) -> list[Row]:
         try:
             rows.append(json.loads(line))
             if not isinstance(rows[-1], dict):
-                msg = "no object"
-                raise TypeError(msg)
+                raise TypeError("no object")
         except (ValueError, TypeError) as error:
-            msg = f"{path} is damaged in line {number} ({first_line(error)})"
-            raise UserError(msg) from error
+            why = first_line(error)
+            raise UserError(f"{path} is damaged in line {number} ({why})") from error
     return rows
 
 
@@ -90,3 +89,46 @@ def digest(path: Path, size: int | None = None) -> str:
     files = sorted(file for file in path.rglob("*") if file.is_file())
     named = [f"{file.relative_to(path)} {digest(file)}" for file in files]
     return hashlib.sha256("\n".join(named).encode()).hexdigest()
+
+
+def read_record(
+    file: Path, own: Mapping[str, Any], *, resume: bool, **fields: type
+) -> Row:
+    """Return the record of a directory, without commands if the directory is new.
+
+    Args:
+        file: the record; other files are next to it.
+        own: what it must say.
+        resume: whether the directory may have anything.
+        fields: types of other fields.
+    """
+    path = file.parent
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is no directory; give another --out")
+    if is_empty(path):
+        return {"commands": []}
+    if not resume:
+        raise UserError(f"{path} is not empty; give --resume or another --out")
+    if not file.exists():
+        raise UserError(f"{path} holds no run: no {file.name}; give another --out")
+    content = read_json(file, commands=list, **fields)
+    for name, value in own.items():
+        if content.get(name) != value:
+            raise UserError(
+                f"{path} has the {name} {content.get(name)!r}, not {value!r}; give "
+                "that, or another --out"
+            )
+    return content
+
+
+def write_record(
+    file: Path, content: Row, program: str, arguments: Sequence[str]
+) -> Row:
+    """Add the command that trains now to a record, write it, and return it."""
+    command = machine.describe(program, arguments)
+    del command["hardware"]["load_before"]  # Training takes too long for it.
+    if command not in content["commands"]:
+        content = content | {"commands": [*content["commands"], command]}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, content)
+    return content

@@ -1,23 +1,20 @@
 """What a study came to: tables, pictures and a page, from its evaluations."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from benchmarks.cells import Row, table
+from benchmarks.cells import Row, interval, mean_cell, page, paired, table
 from benchmarks.files import write_text
-from benchmarks.page import page
 from benchmarks.protocol import Study, chosen, grid
-from benchmarks.report import interval, machines, mean_cell, paired, portable
+from benchmarks.report import machines, portable
 from benchmarks.studies import Directory
 
 REPORT, PAGE = "report.md", "report.html"
-RATES, DIFFERENCES = "rates.png", "differences.png"
 
 _HELD = (
     "A difference is paired by seed, with the 95 % interval of its mean by Student's "
@@ -33,24 +30,32 @@ def write(directory: Directory) -> None:
         figure.savefig(pictures[-1], dpi=120)
     links = [picture.name for picture in pictures]
     write_text(directory.path / REPORT, "\n\n".join(section(directory, links)) + "\n")
-    headings = [(words, rows) for words, rows in tables(directory) if rows]
     about = " ".join([_HELD, *_state(directory)])
-    text = page(f"Study {directory.name}", about, headings, pictures)
+    text = page(f"Study {directory.name}", about, tables(directory), pictures)
     write_text(directory.path / PAGE, text)
 
 
 def section(directory: Directory, pictures: Sequence[str]) -> Iterator[str]:
     """Give the parts of a study's section in Markdown."""
-    devices = {command["hardware"]["device"]: None for command in directory.commands()}
+    study, recorded = directory.study, directory.recorded()
+    config, commands = recorded["config"], recorded["commands"]
+    devices = {command["hardware"]["device"]: None for command in commands}
     yield f"## Study {directory.name}: {', '.join(devices)}"
     yield " ".join([_HELD, *_state(directory)])
     for words, rows in tables(directory):
-        if rows:
-            yield f"{words}:"
-            yield table(rows)
+        yield f"{words}:"
+        yield table(rows)
     for picture in pictures:
         yield f"![{Path(picture).stem}]({picture})"
-    yield from _setting(directory)
+    listed = [f"{name} {value}" for name, value in config.items() if value is not None]
+    sweep, fresh = (
+        ", ".join(map(str, seeds)) for seeds in (study.sweep_seeds, study.fresh_seeds)
+    )
+    yield (
+        f"Seeds of the sweep: {sweep}; fresh ones: {fresh}. "
+        f"Setting: {', '.join(listed)}."
+    )
+    yield from machines(portable(commands))
 
 
 def brief(directory: Directory) -> str:
@@ -59,9 +64,8 @@ def brief(directory: Directory) -> str:
     first = study.arms[study.swept[0]].title
     matched = {_control(study, arm) for arm in study.swept}
     left_out = {study.arms[name].title for name in matched if name is not None}
-    found = _fresh_rows(directory)
-    counts = sorted({int(row["seeds"]) for row in found})
-    seeds = " or ".join(map(str, counts))
+    found = list(_fresh_rows(directory))
+    seeds = " or ".join(map(str, sorted({int(row["seeds"]) for row in found})))
     rows = [
         {
             "arm": row["arm"],
@@ -82,65 +86,65 @@ def brief(directory: Directory) -> str:
 
 
 def tables(directory: Directory) -> list[tuple[str, list[Row]]]:
-    """Return the tables: fresh seeds, equal seconds, the sweep."""
-    return [
-        ("Loss of fresh seeds after equally many steps", _fresh_rows(directory)),
-        (
-            "Validation loss of fresh seeds after equally many seconds",
-            _seconds_rows(directory),
+    """Return the tables that have rows: fresh seeds, equal seconds, the sweep."""
+    found = {
+        "Loss of fresh seeds after equally many steps": _fresh_rows,
+        "Validation loss of fresh seeds after equally many seconds": _seconds_rows,
+        "Sweep: mean validation loss by learning rate; the chosen one is in bold": (
+            _sweep_rows
         ),
-        (
-            "Sweep: mean validation loss by learning rate; the chosen one is in bold",
-            _sweep_rows(directory),
-        ),
-    ]
+    }
+    listed = [(words, list(rows(directory))) for words, rows in found.items()]
+    return [(words, rows) for words, rows in listed if rows]
 
 
 def _frame(directory: Directory, phase: str) -> pd.DataFrame:
     """Return the evaluations of a phase; a loss that is not finite is NaN."""
-    rows = [
-        row
-        for trial, rows in directory.evaluations().items()
-        for row in rows
-        if trial.phase == phase
-    ]
-    frame = pd.DataFrame(rows)
+    rows = [row for rows in directory.evaluations().values() for row in rows]
+    frame = pd.DataFrame([row for row in rows if row["phase"] == phase])
     return frame.astype({name: float for name in frame if str(name).endswith("loss")})
 
 
-def _last(frame: pd.DataFrame, column: str) -> pd.DataFrame:
+def _last(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows after the last update."""
+    return frame[frame["epoch"] == frame["epoch"].max()]
+
+
+def _by_seed(frame: pd.DataFrame, column: str) -> pd.DataFrame:
     """Return a number after the last update: a line per seed, a column per arm."""
-    last = frame[frame["epoch"] == frame["epoch"].max()]
-    return last.pivot(index="seed", columns="arm", values=column)
+    return _last(frame).pivot(index="seed", columns="arm", values=column)
 
 
-def _fresh_rows(directory: Directory) -> list[Row]:
+def _sweep_means(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean loss after the last update, a line per arm, by rate."""
+    last = _last(frame)
+    return last.pivot_table(index="arm", columns="rate", values="validation_loss")
+
+
+def _fresh_rows(directory: Directory) -> Iterator[Row]:
     frame, study = _frame(directory, "fresh"), directory.study
     if frame.empty:
-        return []
-    validation, test = _last(frame, "validation_loss"), _last(frame, "test_loss")
-    accuracy = 100 * _last(frame, "test_accuracy")
+        return
+    validation, test = _by_seed(frame, "validation_loss"), _by_seed(frame, "test_loss")
+    accuracy = 100 * _by_seed(frame, "test_accuracy")
+    rates = frame.groupby("arm")["rate"].first()
     first = study.swept[0]
-    rows = []
     for arm in (arm for arm in study.arms if arm in test):
-        row = {
+        # A method is compared with its mean-matched control, a control with its method.
+        other = study.parents.get(arm) or _control(study, arm)
+        to_first = paired(test[arm], test[first], "{:+.4f}")
+        yield {
             "arm": study.arms[arm].title,
-            "rate": f"{frame.loc[frame['arm'] == arm, 'rate'].iloc[0]:g}",
+            "rate": f"{rates[arm]:g}",
             "seeds": str(test[arm].count()),
             "validation loss": mean_cell(validation[arm], "{:.4f}"),
             "test loss": mean_cell(test[arm], "{:.4f}"),
             "test accuracy, %": mean_cell(accuracy[arm], "{:.2f}"),
+            f"to {study.arms[first].title}": "" if arm == first else to_first,
+            "to its control or method": (
+                paired(test[arm], test[other], "{:+.4f}") if other in test else ""
+            ),
         }
-        row[f"to {study.arms[first].title}"] = (
-            "" if arm == first else paired(test[arm], test[first], "{:+.4f}")
-        )
-        # A method is compared with its mean-matched control, a control with its method.
-        other = study.parents.get(arm) or _control(study, arm)
-        row["to its control or method"] = (
-            paired(test[arm], test[other], "{:+.4f}") if other in test else ""
-        )
-        rows.append(row)
-    return rows
 
 
 def _control(study: Study, arm: str) -> str | None:
@@ -148,7 +152,7 @@ def _control(study: Study, arm: str) -> str | None:
     return next((name for name, of in study.parents.items() if of == arm), None)
 
 
-def _seconds_rows(directory: Directory) -> list[Row]:
+def _seconds_rows(directory: Directory) -> Iterator[Row]:
     """Compare every arm at the seconds that the first one takes for all its steps.
 
     Seconds are those of `--timing`, all arms in turn; without it, those of the trials,
@@ -157,13 +161,12 @@ def _seconds_rows(directory: Directory) -> list[Row]:
     """
     fresh, study = _frame(directory, "fresh"), directory.study
     if fresh.empty:
-        return []
+        return
     fresh["seconds"] = fresh["train_seconds"] + fresh["analysis_seconds"]
     seconds = fresh.pivot(index=["seed", "epoch"], columns="arm", values="seconds")
     if timed := directory.seconds():
         seconds = pd.DataFrame(timed)
     first, last = study.swept[0], study.config.epochs
-    rows = []
     for arm in (arm for arm in study.arms if arm in seconds):
         ratio = float((seconds[arm] / seconds[first]).median())
         reached = last / max(1.0, ratio)
@@ -172,40 +175,29 @@ def _seconds_rows(directory: Directory) -> list[Row]:
         )
         places = curves.columns.to_numpy(float)
         losses = [np.interp(reached, places, curve) for curve in curves.to_numpy()]
-        rows.append(
-            {
-                "arm": study.arms[arm].title,
-                "seconds of a run": f"{last * seconds[arm].median():.1f}",
-                f"to {study.arms[first].title}": f"{ratio:.3f}",
-                "steps by then": f"{reached / last:.1%}",
-                "validation loss by then": mean_cell(pd.Series(losses), "{:.4f}"),
-            }
-        )
-    return rows
+        yield {
+            "arm": study.arms[arm].title,
+            "seconds of a run": f"{last * seconds[arm].median():.1f}",
+            f"to {study.arms[first].title}": f"{ratio:.3f}",
+            "steps by then": f"{reached / last:.1%}",
+            "validation loss by then": mean_cell(pd.Series(losses), "{:.4f}"),
+        }
 
 
-def _sweep_rows(directory: Directory) -> list[Row]:
+def _sweep_rows(directory: Directory) -> Iterator[Row]:
     study, losses = directory.study, directory.losses()
     frame = _frame(directory, "sweep")
     if frame.empty:
-        return []
-    means = _sweep_means(frame)
-    rows = []
+        return
+    means = _sweep_means(frame).reindex(study.swept)
     for arm in study.swept:
         row = {"arm": study.arms[arm].title}
         best = chosen(study, losses, arm)
         done = all(rate in means for rate in grid(study, losses, arm))
-        for rate in sorted(means.columns):
-            mean = means.at[arm, rate] if arm in means.index else np.nan
+        for rate, mean in means.loc[arm].items():
             cell = "" if pd.isna(mean) else f"{mean:.4f}"
             row[f"{rate:g}"] = f"**{cell}**" if done and rate == best else cell
-        rows.append(row)
-    return rows
-
-
-def _sweep_means(frame: pd.DataFrame) -> pd.DataFrame:
-    last = frame[frame["epoch"] == frame["epoch"].max()]
-    return last.pivot_table(index="arm", columns="rate", values="validation_loss")
+        yield row
 
 
 def figures(directory: Directory) -> dict[str, Figure]:
@@ -213,24 +205,23 @@ def figures(directory: Directory) -> dict[str, Figure]:
     found = {}
     sweep, fresh = _frame(directory, "sweep"), _frame(directory, "fresh")
     if not sweep.empty:
-        found[RATES] = _rates_figure(directory, sweep)
+        found["rates.png"] = _rates_figure(directory.study, sweep)
     if not fresh.empty and fresh["seed"].nunique() > 1:
-        found[DIFFERENCES] = _differences_figure(directory, fresh)
+        test = _by_seed(fresh, "test_loss")
+        found["differences.png"] = _differences_figure(directory.study, test)
     return found
 
 
-def _rates_figure(directory: Directory, sweep: pd.DataFrame) -> Figure:
+def _rates_figure(study: Study, sweep: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    last = sweep[sweep["epoch"] == sweep["epoch"].max()]
-    means = _sweep_means(sweep)
-    for number, arm in enumerate(directory.study.swept):
+    last, means = _last(sweep), _sweep_means(sweep)
+    for number, arm in enumerate(study.swept):
         if arm not in means.index:
             continue
-        color, own = f"C{number}", last[last["arm"] == arm]
-        curve = means.loc[arm].dropna()
-        title = directory.study.arms[arm].title
-        axes.plot(curve.index, curve, color=color, marker="o", label=title)
+        color, own, curve = f"C{number}", last[last["arm"] == arm], means.loc[arm]
+        title = study.arms[arm].title
+        axes.plot(curve.dropna(), color=color, marker="o", label=title)
         axes.scatter(own["rate"], own["validation_loss"], color=color, s=9, alpha=0.6)
     axes.set_xscale("log")
     axes.set_xticks(means.columns, [f"{rate:g}" for rate in means.columns])
@@ -243,8 +234,7 @@ def _rates_figure(directory: Directory, sweep: pd.DataFrame) -> Figure:
     return figure
 
 
-def _differences_figure(directory: Directory, fresh: pd.DataFrame) -> Figure:
-    study, test = directory.study, _last(fresh, "test_loss")
+def _differences_figure(study: Study, test: pd.DataFrame) -> Figure:
     first = study.swept[0]
     pairs = [(arm, first) for arm in study.arms if arm != first]
     pairs += [(of, name) for name, of in study.parents.items()]
@@ -269,39 +259,18 @@ def _differences_figure(directory: Directory, fresh: pd.DataFrame) -> Figure:
 
 def _state(directory: Directory) -> Iterator[str]:
     """Say what is missing, and what has gone wrong."""
-    study, done = directory.study, directory.evaluations()
-    if missing := directory.todo():
+    study, losses, missing = directory.study, directory.losses(), directory.todo()
+    if missing:
         fresh = all(trial.phase == "fresh" for trial in missing)
-        yield (
-            f"Not finished: {len(missing)} of the trials with fresh seeds are missing."
-            if fresh
-            else f"Not finished: {len(missing)} trials of the sweep are missing."
-        )
-    lost = [
-        str(trial)
-        for trial, rows in done.items()
-        if rows[-1]["validation_loss"] is None
-    ]
-    if lost:
+        which = "of the trials with fresh seeds are missing"
+        what = which if fresh else "trials of the sweep are missing"
+        yield f"Not finished: {len(missing)} {what}."
+    if lost := [str(trial) for trial, loss in losses.items() if np.isnan(loss)]:
         yield f"The loss was not finite in {', '.join(lost)}."
-    losses, ends = directory.losses(), []
+    ends = []
     for arm in study.swept if not missing else ():
-        rates = sorted(grid(study, losses, arm))
-        if chosen(study, losses, arm) in (rates[0], rates[-1]):
+        rates = grid(study, losses, arm)
+        if chosen(study, losses, arm) in (min(rates), max(rates)):
             ends.append(study.arms[arm].title)
     if ends:
         yield f"The best rate is at an end of the grid for {', '.join(ends)}."
-
-
-def _setting(directory: Directory) -> Iterator[str]:
-    config: Mapping[str, Any] = directory.recorded()["config"]
-    listed = [f"{name} {value}" for name, value in config.items() if value is not None]
-    study = directory.study
-    sweep, fresh = (
-        ", ".join(map(str, seeds)) for seeds in (study.sweep_seeds, study.fresh_seeds)
-    )
-    yield (
-        f"Seeds of the sweep: {sweep}; fresh ones: {fresh}. "
-        f"Setting: {', '.join(listed)}."
-    )
-    yield from machines(portable(directory.commands()))

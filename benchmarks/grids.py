@@ -14,11 +14,10 @@ References:
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, get_args
 
-from benchmarks.configs import CIFAR10, DIGITS, Config, DatasetName
-from benchmarks.models import Name
+from benchmarks.configs import CIFAR10, DIGITS, Config, Fit, Metric
 from benchmarks.published import PAIRS
 
 Variants = Mapping[str, Mapping[str, Any]]
@@ -52,14 +51,21 @@ _PUBLISHED = dataclasses.replace(
 _CIFAR100 = dataclasses.replace(_PUBLISHED, dataset="cifar100", arms=("cal", "tb"))
 
 
-def _comparison(dataset: DatasetName, model: Name) -> Grid:
-    return Grid(dataclasses.replace(_PUBLISHED, dataset=dataset, model=model))
+def _each(field: str, values: Iterable[Any], prefix: str) -> Variants:
+    """Return a variant for each value of a field."""
+    base = getattr(_CIFAR100, field)
+    return {
+        f"{prefix}{value}": {} if value == base else {field: value} for value in values
+    }
 
 
 def _ablation(variants: Variants) -> Grid:
     """Vary what cosine SGD does not have."""
     return Grid(dataclasses.replace(_CIFAR100, arms=("tb",)), variants)
 
+
+# As published, wider and narrower, and reversed.
+_BOUNDS = ((0.1, 1.9), (0.3, 1.7), (0.5, 1.5), (0.6, 1.4), (1.5, 0.5))
 
 GRIDS: dict[str, Grid] = {
     "digits": Grid(DIGITS),
@@ -72,53 +78,24 @@ GRIDS: dict[str, Grid] = {
     ),
     "cifar10": Grid(_PUBLISHED),
     **{
-        f"{dataset}-{model}": _comparison(dataset, model)
+        f"{dataset}-{model}": Grid(
+            dataclasses.replace(_PUBLISHED, dataset=dataset, model=model)
+        )
         for dataset, model in PAIRS
         if (dataset, model) != (_PUBLISHED.dataset, _PUBLISHED.model)
     },
-    "learning-rate": Grid(
-        _CIFAR100,
-        {
-            "rate0.05": {"learning_rate": 0.05},
-            "rate0.1": {"learning_rate": 0.1},
-            "rate0.15": {"learning_rate": 0.15},
-        },
-    ),
-    "width": Grid(
-        _CIFAR100,
-        {"width0.5": {"width": 0.5}, "width1": {}, "width1.5": {"width": 1.5}},
-    ),
-    "metric": _ablation(
-        {
-            "alpha": {},
-            "alpha_hat": {"metric": "alpha_hat"},
-            "spectral_norm": {"metric": "spectral_norm"},
-        }
-    ),
-    "fit": _ablation(
-        {"median": {}, "min_ks": {"fit": "min_ks"}, "peak": {"fit": "peak"}}
-    ),
+    "learning-rate": Grid(_CIFAR100, _each("learning_rate", (0.05, 0.1, 0.15), "rate")),
+    "width": Grid(_CIFAR100, _each("width", (0.5, 1, 1.5), "width")),
+    "metric": _ablation(_each("metric", get_args(Metric), "")),
+    "fit": _ablation(_each("fit", get_args(Fit), "")),
     "bounds": _ablation(
-        # As published, wider and narrower, and reversed.
         {
-            "low0.1-high1.9": {"low": 0.1, "high": 1.9},
-            "low0.3-high1.7": {"low": 0.3, "high": 1.7},
-            "low0.5-high1.5": {},
-            "low0.6-high1.4": {"low": 0.6, "high": 1.4},
-            "low1.5-high0.5": {"low": 1.5, "high": 0.5},
+            f"low{low}-high{high}": {"low": low, "high": high} if low != 0.5 else {}
+            for low, high in _BOUNDS
         }
     ),
-    "interval": _ablation(
-        {
-            "interval1": {},
-            "interval5": {"interval": 5},
-            "interval10": {"interval": 10},
-            "interval25": {"interval": 25},
-        }
-    ),
+    "interval": _ablation(_each("interval", (1, 5, 10, 25), "interval")),
     "norms": _ablation({"follow": {}, "alone": {"norms": False}}),
-    "ends": _ablation(
-        # The stem has 27 eigenvalues, too few to be tuned: only the head differs.
-        {"left-out": {}, "kept-in": {"ends": True}}
-    ),
+    # The stem has 27 eigenvalues, too few to be tuned: only the head differs.
+    "ends": _ablation({"left-out": {}, "kept-in": {"ends": True}}),
 }

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -30,17 +31,15 @@ class Preparation:
     @classmethod
     def of(cls, images: np.ndarray, *, pad: int, flip: bool) -> "Preparation":
         """Take mean and standard deviation from the training images."""
-        channels = images.reshape(-1, images.shape[-1]).T
-        levels = np.arange(256.0)
-        mean, std = [], []
-        for channel in channels:
-            # Exact, and without a copy of the images in floating point.
-            weights = np.bincount(channel, minlength=256) / channel.size
-            center = float(weights @ levels)
-            mean.append(center)
-            # A channel without any contrast keeps its scale.
-            std.append(float(np.sqrt(weights @ (levels - center) ** 2)) or 1.0)
-        return cls(tuple(mean), tuple(std), pad, flip)
+        levels, channels = np.arange(256.0), images.reshape(-1, images.shape[-1]).T
+        # Exact, and without a copy of the images in floating point.
+        counts = [np.bincount(channel, minlength=256) for channel in channels]
+        shares = np.stack(counts) / channels.shape[1]
+        mean = shares @ levels
+        std = np.sqrt((shares * (levels - mean[:, None]) ** 2).sum(1))
+        # A channel without any contrast keeps its scale.
+        std[std == 0] = 1
+        return cls(tuple(mean.tolist()), tuple(std.tolist()), pad, flip)
 
     def normalize(self, images: Array) -> Array:
         """Return float32 images with mean 0 and standard deviation 1 per channel."""
@@ -66,8 +65,28 @@ class Preparation:
         return self.normalize(images)
 
 
+class Data:
+    """What a run reads, in parts by name, each a tuple of arrays."""
+
+    def parts(self) -> Mapping[str, tuple[np.ndarray, ...]]:
+        """Return the rows of each part."""
+        raise NotImplementedError
+
+    def digest(self) -> str:
+        """Return a SHA-256 over everything that a run reads."""
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        digest = hashlib.sha256()
+        for array in itertools.chain(*self.parts().values()):
+            digest.update(repr(array.shape).encode())
+            digest.update(array.tobytes())
+        return digest.hexdigest()
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class Dataset:
+class Dataset(Data):
     """Images (N, H, W, C) in uint8 and labels (N,) in int32, in a fixed order.
 
     The validation rows are training rows that are held out; there may be none.
@@ -90,15 +109,3 @@ class Dataset:
             "validation": (self.validation_images, self.validation_labels),
         }
         return {name: part for name, part in parts.items() if len(part[1])}
-
-    def digest(self) -> str:
-        """Return a SHA-256 over everything that a run reads."""
-        return self._digest
-
-    @functools.cached_property
-    def _digest(self) -> str:
-        digest = hashlib.sha256()
-        for array in itertools.chain(*self.parts().values()):
-            digest.update(repr(array.shape).encode())
-            digest.update(array.tobytes())
-        return digest.hexdigest()

@@ -10,7 +10,6 @@ References:
 """
 
 import dataclasses
-import functools
 import hashlib
 import sysconfig
 from collections.abc import Callable
@@ -25,24 +24,11 @@ from flax import nnx
 from jax import Array
 
 import tb_optax
+from benchmarks import controls, loop
 from benchmarks.configs import LanguageConfig
-from benchmarks.controls import (
-    Control,
-    averaged,
-    controlled,
-    reversed_order,
-    shuffled,
-)
 from benchmarks.errors import UserError
-from benchmarks.loop import (
-    Program,
-    Scores,
-    TrainState,
-    assembled,
-    cross_entropy,
-    keys,
-    training_step,
-)
+from benchmarks.images import Data
+from benchmarks.loop import Program, Scores, TrainState
 from benchmarks.models.llama import Llama
 from tb_optax import recipes
 
@@ -53,61 +39,34 @@ _LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "__pycache_
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Text:
+class Text(Data):
     """Bytes to train on (N,), and windows (windows, length + 1) to evaluate on."""
 
     train: np.ndarray
     validation: np.ndarray
     test: np.ndarray
 
-    def parts(self) -> dict[str, tuple[np.ndarray]]:
+    def parts(self) -> dict[str, tuple[np.ndarray, ...]]:
         """Return the rows of each part."""
-        return {
-            "train": (self.train,),
-            "validation": (self.validation,),
-            "test": (self.test,),
-        }
-
-    def digest(self) -> str:
-        """Return a SHA-256 over everything that a run reads."""
-        return self._digest
-
-    @functools.cached_property
-    def _digest(self) -> str:
-        digest = hashlib.sha256()
-        for (part,) in self.parts().values():
-            digest.update(repr(part.shape).encode())
-            digest.update(part.tobytes())
-        return digest.hexdigest()
+        names = ("train", "validation", "test")
+        return {name: (getattr(self, name),) for name in names}
 
 
 def load(config: LanguageConfig, directory: Path | None = None) -> Text:
-    """Read all Python files below a directory.
-
-    Args:
-        config: says how large windows are.
-        directory: default: the standard library.
-
-    Raises:
-        UserError: if a part has not enough text.
-    """
+    """Read all Python files below a directory, by default the standard library."""
     root = Path(sysconfig.get_paths()["stdlib"]) if directory is None else directory
     files: dict[str, list[bytes]] = {"train": [], "validation": [], "test": []}
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
         if not _LEFT_OUT & set(name.parts):
             files[_part(name)].append(path.read_bytes())
-    parts = {
-        name: np.frombuffer(b"".join(all_), np.uint8) for name, all_ in files.items()
-    }
+    parts = {k: np.frombuffer(b"".join(v), np.uint8) for k, v in files.items()}
     for name, part in parts.items():
         if len(part) < config.length + 2:
-            msg = f"{root} has {len(part)} bytes in Python files for {name}; too few"
-            raise UserError(msg)
-    return Text(
-        parts["train"],
-        *(_windows(parts[name], config) for name in ("validation", "test")),
-    )
+            there = f"{root} has {len(part)} bytes in Python files for {name}"
+            raise UserError(f"{there}; too few")
+    windows = (_windows(parts[name], config) for name in ("validation", "test"))
+    return Text(parts["train"], *windows)
 
 
 def _part(name: Path) -> str:
@@ -124,22 +83,8 @@ def _windows(text: np.ndarray, config: LanguageConfig) -> np.ndarray:
 
 # --- arms -----------------------------------------------------------------------------
 
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What the balance of an arm is built from."""
-
-    config: LanguageConfig
-    layers: tuple[tb_optax.Layer, ...]
-
-    @property
-    def total(self) -> int:
-        """Number of updates of a run."""
-        return self.config.epochs * self.config.steps
-
-
 Layers = tuple[tb_optax.Layer, ...]
-Balance = Callable[[Setting, Layers], optax.GradientTransformationExtraArgs]
+Balance = Callable[[LanguageConfig, Layers], optax.GradientTransformationExtraArgs]
 
 
 def without_ends(layers: Layers) -> Layers:
@@ -166,7 +111,7 @@ class LanguageArm:
     balance: Balance | None = None
     chosen: Callable[[Layers], Layers] = without_ends
     decay: bool = False
-    control: Control | None = None
+    control: controls.Control | None = None
     parent: str | None = None
 
     # For the trainer: the refreshes are in the training step.
@@ -182,15 +127,18 @@ class LanguageArm:
         return optax.join_schedules([up, down], [total // 10])
 
     def build(
-        self, setting: Setting, seed: Array | int, rate: float | Array
+        self,
+        config: LanguageConfig,
+        layers: Layers,
+        seed: Array | int,
+        rate: float | Array,
     ) -> optax.GradientTransformation:
-        """Return the optimizer."""
-        weight_decay = setting.config.weight_decay
+        """Return the optimizer for a model with these layers."""
+        weight_decay, layers = config.weight_decay, self.chosen(layers)
         decay = optax.add_decayed_weights(weight_decay, mask=kernels)
         balance = optax.identity()
         if self.balance is not None:
-            layers = self.chosen(setting.layers)
-            balance = self.balance(setting, layers)
+            balance = self.balance(config, layers)
             if self.control is not None:
                 analyze = tb_optax.layer_analysis(layers)
                 hold = tb_optax.scale_by_temp_balance(analyze, interval=None)
@@ -198,15 +146,14 @@ class LanguageArm:
                     hold = tb_optax.add_balanced_weight_decay(
                         weight_decay, analyze, interval=None, mask=kernels
                     )
-                balance = controlled(balance, hold, self.control, seed)
+                balance = controls.controlled(balance, hold, self.control, seed)
             if self.decay:
                 decay, balance = balance, optax.identity()
-        schedule = self.schedule(setting.config, setting.config.steps, rate)
         return optax.chain(
             optax.clip_by_global_norm(1.0),
             optax.scale_by_adam(b2=0.95),
             decay,
-            optax.scale_by_learning_rate(schedule),
+            optax.scale_by_learning_rate(self.schedule(config, config.steps, rate)),
             balance,
         )
 
@@ -216,13 +163,28 @@ def kernels(params: optax.Params) -> Any:
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
-def _temp_balance(setting: Setting, layers: Layers) -> Any:
-    return recipes.temp_balance(layers, interval=setting.config.refresh)
+def _temp_balance(config: LanguageConfig, layers: Layers) -> Any:
+    return recipes.temp_balance(layers, interval=config.refresh)
 
 
-def _shape_only(setting: Setting, layers: Layers) -> Any:
+def _shape_only(config: LanguageConfig, layers: Layers) -> Any:
     """Keep the multipliers of the first alphas."""
-    return recipes.temp_balance(layers, interval=setting.total)
+    return recipes.temp_balance(layers, interval=config.updates)
+
+
+def _llr(config: LanguageConfig, layers: Layers) -> Any:
+    return recipes.llr(layers, total_steps=config.updates)
+
+
+def _alpha_decay(config: LanguageConfig, layers: Layers) -> Any:
+    decay, interval = config.weight_decay, config.refresh
+    return recipes.alpha_decay(
+        layers, weight_decay=decay, interval=interval, mask=kernels
+    )
+
+
+def _model_balancing(config: LanguageConfig, layers: Layers) -> Any:
+    return recipes.model_balancing(layers, interval=config.refresh)
 
 
 def _with_embedding(layers: Layers) -> Layers:
@@ -233,25 +195,8 @@ def _with_embedding(layers: Layers) -> Layers:
     return embedding, *others
 
 
-def _llr(setting: Setting, layers: Layers) -> Any:
-    return recipes.llr(layers, total_steps=setting.total)
-
-
-def _alpha_decay(setting: Setting, layers: Layers) -> Any:
-    return recipes.alpha_decay(
-        layers,
-        weight_decay=setting.config.weight_decay,
-        interval=setting.config.refresh,
-        mask=kernels,
-    )
-
-
 def _without_last(layers: Layers) -> Layers:
     return layers[:-1]
-
-
-def _model_balancing(setting: Setting, layers: Layers) -> Any:
-    return recipes.model_balancing(layers, interval=setting.config.refresh)
 
 
 _METHODS = (
@@ -262,40 +207,22 @@ _METHODS = (
 )
 
 
-def _mean(arm: LanguageArm) -> LanguageArm:
-    return dataclasses.replace(
-        arm,
-        name=f"{arm.name}_mean",
-        title=f"{arm.title}, mean-matched",
-        control=averaged,
-        parent=arm.name,
-    )
+def _control(of: LanguageArm, name: str, words: str, **changes: Any) -> LanguageArm:
+    """Return a control of a method."""
+    changes |= {"name": name, "title": f"{of.title}, {words}", "parent": of.name}
+    return dataclasses.replace(of, **changes)
 
 
 _ALL = (
     LanguageArm("uniform", "AdamW"),
     *_METHODS,
-    *map(_mean, _METHODS),
-    LanguageArm(
-        "reversed",
-        "TempBalance, reversed",
-        _temp_balance,
-        control=reversed_order,
-        parent="temp_balance",
+    *(
+        _control(of, f"{of.name}_mean", "mean-matched", control=controls.averaged)
+        for of in _METHODS
     ),
-    LanguageArm(
-        "shuffled",
-        "TempBalance, shuffled",
-        _temp_balance,
-        control=shuffled,
-        parent="temp_balance",
-    ),
-    LanguageArm(
-        "shape_only",
-        "TempBalance, first alphas kept",
-        _shape_only,
-        parent="temp_balance",
-    ),
+    _control(_METHODS[0], "reversed", "reversed", control=controls.reversed_order),
+    _control(_METHODS[0], "shuffled", "shuffled", control=controls.shuffled),
+    _control(_METHODS[0], "shape_only", "first alphas kept", balance=_shape_only),
 )
 
 ARMS: dict[str, LanguageArm] = {arm.name: arm for arm in _ALL}
@@ -307,60 +234,23 @@ ARMS: dict[str, LanguageArm] = {arm.name: arm for arm in _ALL}
 def make_program(config: LanguageConfig, arm: LanguageArm, data: Text) -> Program:
     """Put together the functions of an arm; nothing is computed yet."""
     del data
-
-    def build(seed: Any) -> Llama:
-        return Llama(
-            VOCABULARY,
-            width=config.width,
-            depth=config.depth,
-            heads=config.heads,
-            tied=config.tied,
-            rngs=nnx.Rngs(keys(seed)[0]),
-        )
-
-    model = nnx.eval_shape(lambda: build(0))
-    graph = nnx.graphdef(model)
-    layers = tb_optax.trace_layers(
-        lambda model, tokens: model(tokens),
-        model,
-        jax.ShapeDtypeStruct((1, config.length), jnp.int32),
-        norms="none",
-    )
-    setting = Setting(config, layers)
+    model = nnx.eval_shape(lambda: _build(config, 0))
+    tokens = jax.ShapeDtypeStruct((1, config.length), jnp.int32)
+    layers = tb_optax.trace_layers(Llama.__call__, model, tokens, norms="none")
     analyze = tb_optax.layer_analysis(layers)
+    loss_fn = _loss(nnx.graphdef(model))
 
     @jax.jit
     def initial(seed: Array) -> Any:
-        return nnx.to_pure_dict(nnx.state(build(seed), nnx.Param))
+        return nnx.to_pure_dict(nnx.state(_build(config, seed), nnx.Param))
+
+    def optimizer(seed: Any, rate: Any) -> optax.GradientTransformation:
+        return arm.build(config, layers, seed, rate)
 
     def start(seed: Any, rate: Any) -> TrainState:
         seed, rate = jnp.uint32(seed), jnp.float32(rate)
         params = initial(seed)
         return TrainState(seed, rate, params, {}, optimizer(seed, rate).init(params))
-
-    def optimizer(seed: Any, rate: Any) -> optax.GradientTransformation:
-        return arm.build(setting, seed, rate)
-
-    def loss_fn(params: Any, stats: Any, windows: Array):
-        logits = nnx.merge(graph, params)(windows[:, :-1])
-        losses = cross_entropy(logits, windows[:, 1:])
-        accuracy = jnp.mean(logits.argmax(-1) == windows[:, 1:])
-        loss = losses.mean()
-        return loss, (stats, Scores(loss, accuracy))
-
-    def train(state: TrainState, text: Array, epoch: Array):
-        step = training_step(loss_fn, optimizer)
-        key = jax.random.fold_in(keys(state.seed)[1], epoch)
-        places = jax.random.randint(
-            key, (config.steps, config.batch_size), 0, len(text) - config.length
-        )
-        window = functools.partial(_window, text, config.length + 1)
-
-        def body(state: TrainState, starts: Array):
-            return step(state, jax.vmap(window)(starts))
-
-        state, scores = jax.lax.scan(body, state, places)
-        return state, jax.tree.map(jnp.mean, scores)
 
     def evaluate(state: TrainState, windows: Array) -> Scores:
         def score(window: Array) -> Scores:
@@ -372,8 +262,51 @@ def make_program(config: LanguageConfig, arm: LanguageArm, data: Text) -> Progra
     def refresh(state: TrainState) -> tuple[TrainState, tb_optax.Analysis]:
         return state, analyze(state.params)
 
-    return assembled(layers, start, train, jax.jit(evaluate), refresh)
+    train = _epoch(config, loop.training_step(loss_fn, optimizer))
+    return loop.assembled(layers, start, train, jax.jit(evaluate), refresh)
 
 
-def _window(text: Array, length: int, start: Array) -> Array:
-    return jax.lax.dynamic_slice(text, (start,), (length,)).astype(jnp.int32)
+def _build(config: LanguageConfig, seed: Any) -> Llama:
+    return Llama(
+        VOCABULARY,
+        width=config.width,
+        depth=config.depth,
+        heads=config.heads,
+        tied=config.tied,
+        rngs=nnx.Rngs(loop.keys(seed)[0]),
+    )
+
+
+def _loss(graph: nnx.GraphDef) -> loop.LossFn:
+    """Return the mean cross-entropy of the bytes of windows, given those before."""
+
+    def loss_fn(params: Any, stats: Any, windows: Array):
+        logits = nnx.merge(graph, params)(windows[:, :-1])
+        loss = loop.cross_entropy(logits, windows[:, 1:]).mean()
+        accuracy = jnp.mean(logits.argmax(-1) == windows[:, 1:])
+        return loss, (stats, Scores(loss, accuracy))
+
+    return loss_fn
+
+
+def _epoch(
+    config: LanguageConfig, step: Callable[..., tuple[TrainState, Scores]]
+) -> Callable[..., tuple[TrainState, Scores]]:
+    """Return the updates from one evaluation to the next; see `Program.train`."""
+
+    def train(state: TrainState, text: Array, epoch: Array):
+        key = jax.random.fold_in(loop.keys(state.seed)[1], epoch)
+        shape, last = (config.steps, config.batch_size), len(text) - config.length
+        places = jax.random.randint(key, shape, 0, last)
+
+        def window(start: Array) -> Array:
+            cut = jax.lax.dynamic_slice(text, (start,), (config.length + 1,))
+            return cut.astype(jnp.int32)
+
+        def body(state: TrainState, starts: Array):
+            return step(state, jax.vmap(window)(starts))
+
+        state, scores = jax.lax.scan(body, state, places)
+        return state, jax.tree.map(jnp.mean, scores)
+
+    return train

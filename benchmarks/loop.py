@@ -81,14 +81,8 @@ class Program:
 
 def make_program(config: Config, arm: Arm, data: Dataset) -> Program:
     """Put together the functions of an arm; nothing is computed yet."""
-    shape = _Shape(
-        config.model,
-        data.num_classes,
-        config.width,
-        data.train_images.shape[-1],
-        config.init,
-        config.compute,
-    )
+    sizes = data.num_classes, config.width, data.train_images.shape[-1]
+    shape = Shape(config.model, *sizes, config.init, config.compute)
     # Evaluation is in full precision, whatever the training computes in.
     plain = nnx.eval_shape(lambda: shape._replace(compute="float32").build(0))
     model = nnx.eval_shape(lambda: shape.build(0))
@@ -103,7 +97,7 @@ def make_program(config: Config, arm: Arm, data: Dataset) -> Program:
 
     def start(seed: Seed, rate: float | Array) -> TrainState:
         seed, rate = jnp.uint32(seed), jnp.float32(rate)
-        params, batch_stats = _initial(shape, seed)
+        params, batch_stats = initial(shape, seed)
         opt_state = optimizer(seed, rate).init(params)
         return TrainState(seed, rate, params, batch_stats, opt_state)
 
@@ -114,16 +108,14 @@ def make_program(config: Config, arm: Arm, data: Dataset) -> Program:
             state = state._replace(opt_state=opt_state)
         return state, analyzed
 
-    loss_fn = image_loss(nnx.graphdef(model), config.smoothing)
-    train = _epoch(
-        training_step(loss_fn, optimizer), data.preparation, config.batch_size
-    )
+    step = training_step(image_loss(nnx.graphdef(model), config.smoothing), optimizer)
+    train = _epoch(step, data.preparation, config.batch_size)
+    static = nnx.graphdef(plain), data.preparation, config.batch_size
 
     def evaluate(state: TrainState, images: Array, labels: Array) -> Scores:
-        variables = state.params, state.batch_stats
-        return _evaluate(evaluation, *variables, images, labels)
+        # The state of the optimizer is left out: one program serves all arms.
+        return _evaluate(*static, state._replace(opt_state=()), images, labels)
 
-    evaluation = _Evaluation(nnx.graphdef(plain), data.preparation, config.batch_size)
     return assembled(layers, start, train, evaluate, refresh)
 
 
@@ -161,9 +153,7 @@ def training_step(
 ) -> Callable[..., tuple[TrainState, Scores]]:
     """Return `(state, *batch) -> state, scores`: gradients, updates, new parameters.
 
-    Args:
-        loss_fn: `(params, batch_stats, *batch) -> loss, (batch_stats, scores)`.
-        optimizer: builds the optimizer of a seed and a learning rate.
+    The optimizer is built from a seed and a learning rate.
     """
 
     def step(state: TrainState, *batch: Array) -> tuple[TrainState, Scores]:
@@ -197,7 +187,7 @@ def image_loss(graph: nnx.GraphDef, smoothing: float = 0.0) -> LossFn:
     return loss_fn
 
 
-class _Shape(NamedTuple):
+class Shape(NamedTuple):
     """The arguments of `models.build` without the random numbers."""
 
     name: str
@@ -208,21 +198,20 @@ class _Shape(NamedTuple):
     compute: str
 
     def build(self, seed: Seed) -> models.Model:
-        init_key, _ = keys(seed)
-        return models.build(**self._asdict(), rngs=nnx.Rngs(init_key))
+        """Build the model of a seed."""
+        return models.build(**self._asdict(), rngs=nnx.Rngs(keys(seed)[0]))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _initial(shape: _Shape, seed: Array) -> tuple[Any, Any]:
+def initial(shape: Shape, seed: Array) -> tuple[Any, Any]:
     """Return parameters and running averages; compiled once for all arms and seeds."""
     _, params, stats = nnx.split(shape.build(seed), nnx.Param, nnx.BatchStat)
     return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
 
 
-def keys(seed: Seed) -> tuple[Array, Array]:
+def keys(seed: Seed) -> Array:
     """Return the key of the initial weights, and that of row order and augmentation."""
-    init_key, order_key = jax.random.split(jax.random.key(seed))
-    return init_key, order_key
+    return jax.random.split(jax.random.key(seed))
 
 
 def _at_once(function: Callable[..., Any]) -> Callable[..., list[Any]]:
@@ -253,8 +242,8 @@ def _epoch(
         state: TrainState, images: Array, labels: Array, epoch: Array
     ) -> tuple[TrainState, Scores]:
         steps = len(images) // batch_size
-        _, key = keys(state.seed)
-        order_key, augment_key = jax.random.split(jax.random.fold_in(key, epoch))
+        key = jax.random.fold_in(keys(state.seed)[1], epoch)
+        order_key, augment_key = jax.random.split(key)
         order = jax.random.permutation(order_key, len(images))[: steps * batch_size]
 
         def body(state: TrainState, batch: tuple[Array, Array]):
@@ -268,35 +257,29 @@ def _epoch(
     return train
 
 
-class _Evaluation(NamedTuple):
-    """What an evaluation depends on besides arrays."""
-
-    graph: nnx.GraphDef
-    preparation: Preparation
-    batch_size: int
-
-
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _evaluate(
-    evaluation: _Evaluation, params: Any, stats: Any, images: Array, labels: Array
+    graph: nnx.GraphDef,
+    preparation: Preparation,
+    size: int,
+    state: TrainState,
+    images: Array,
+    labels: Array,
 ) -> Scores:
     """Pass over all rows; the last batch is filled up and masked.
 
     It is compiled once for all arms.
     """
-    model = nnx.merge(evaluation.graph, params, stats)
-    rows, size = len(images), evaluation.batch_size
+    model, rows = nnx.merge(graph, state.params, state.batch_stats), len(images)
     order = jnp.arange(-(-rows // size) * size).reshape(-1, size)
 
     def body(_: None, row: Array) -> tuple[None, Scores]:
         label = labels[row % rows]
-        pixels = evaluation.preparation.normalize(images[row % rows])
+        pixels = preparation.normalize(images[row % rows])
         logits = model(pixels, train=False)
         loss = cross_entropy(logits, label)
-        right = logits.argmax(-1) == label
-        return None, Scores(
-            jnp.where(row < rows, loss, 0).sum(), jnp.sum(right & (row < rows))
-        )
+        right = (logits.argmax(-1) == label) & (row < rows)
+        return None, Scores(jnp.where(row < rows, loss, 0).sum(), right.sum())
 
     _, sums = jax.lax.scan(body, None, order)
     return jax.tree.map(lambda column: column.sum() / rows, sums)

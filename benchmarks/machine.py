@@ -1,5 +1,6 @@
 """The machine under a measurement: its cores, and its record."""
 
+import contextlib
 import os
 import platform
 import sys
@@ -15,30 +16,20 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
 _PACKAGES = ("jax", "jaxlib", "numpy", "scipy", "torch", "optax", "flax", "tb-optax")
 
 
-def bind_cores(count: int | None) -> int:
+def bind_cores(count: int | None) -> None:
     """Bind the process to some cores; call it before importing what is measured.
 
     The pools of XLA, BLAS and PyTorch, and all children, follow. Nothing else about
-    their threads is set: they are measured as they are by default.
-
-    Args:
-        count: number of cores; None takes all that the process may use.
-
-    Returns:
-        The number of cores.
-
-    Raises:
-        UserError: if there are fewer.
+    their threads is set: they are measured as they are by default. None takes all cores
+    that the process may use.
     """
     cores = sorted(os.sched_getaffinity(0))
     count = count or len(cores)
     if count > len(cores):
-        msg = f"--cores is {count}; allowed: at most {len(cores)}"
-        raise UserError(msg)
+        raise UserError(f"--cores is {count}; allowed: at most {len(cores)}")
     os.sched_setaffinity(0, cores[:count])
     # PyTorch on the same accelerator needs memory too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    return count
 
 
 def describe(program: str, arguments: Sequence[str]) -> dict[str, Any]:
@@ -63,33 +54,23 @@ def describe(program: str, arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def torch_on_same_device():
-    """Import PyTorch, for the device that JAX uses.
-
-    Returns:
-        The module and the name of its device.
-
-    Raises:
-        ModuleNotFoundError: if PyTorch is not installed.
-        UserError: if JAX uses an accelerator that this PyTorch does not.
-    """
+    """Return PyTorch and its name of the device that JAX uses, or raise `UserError`."""
     import jax  # Only once the cores are bound.
     import torch
 
     if jax.default_backend() == "cpu":
         return torch, "cpu"
     if not torch.cuda.is_available():
-        msg = f"PyTorch {torch.__version__} does not see the device that JAX uses"
-        raise UserError(msg)
+        which = f"PyTorch {torch.__version__}"
+        raise UserError(f"{which} does not see the device that JAX uses")
     return torch, "cuda"
 
 
 def _versions() -> dict[str, str]:
     found = {}
     for name in _PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 

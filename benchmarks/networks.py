@@ -85,7 +85,7 @@ def of_model(name: str, *, width: float = 1.0) -> Shapes:
     }
 
 
-def bottleneck_resnet(blocks: Sequence[int], *, classes: int = 1000) -> Shapes:
+def bottleneck_resnet(blocks: Sequence[int]) -> Shapes:
     """Return the kernels of a residual network of bottlenecks, as for ImageNet."""
     shapes = {"conv1": (7, 7, 3, 64)}
     inputs = 64
@@ -99,7 +99,7 @@ def bottleneck_resnet(blocks: Sequence[int], *, classes: int = 1000) -> Shapes:
             if block == 0:
                 shapes[f"{name}/shortcut"] = (1, 1, inputs, 4 * middle)
             inputs = 4 * middle
-    return {**shapes, "linear": (inputs, classes)}
+    return {**shapes, "linear": (inputs, 1000)}
 
 
 def transformer(blocks: int, width: int = 768) -> Shapes:
@@ -113,31 +113,21 @@ def transformer(blocks: int, width: int = 768) -> Shapes:
     return shapes
 
 
-def vision_transformer(*, classes: int = 1000) -> Shapes:
-    """Return the kernels of ViT-B/16."""
-    patches = {"patches": (16, 16, 3, 768)}
-    return {**patches, **transformer(12), "head": (768, classes)}
-
-
-def gated_block(width: int, hidden: int) -> Shapes:
-    """Return the kernels of one block with a gated MLP."""
-    shapes = dict.fromkeys(("query", "key", "value", "out"), (width, width))
-    shapes |= dict.fromkeys(("gate", "up"), (width, hidden))
-    return {**shapes, "down": (hidden, width)}
-
-
 @functools.cache
 def networks() -> Mapping[str, Network]:
     """Return all networks by the names they have on the command line."""
+    vision = {"patches": (16, 16, 3, 768), **transformer(12), "head": (768, 1000)}
+    gated: Shapes = dict.fromkeys(("query", "key", "value", "out"), (4096, 4096))
+    gated |= {"gate": (4096, 11008), "up": (4096, 11008), "down": (11008, 4096)}
     return {
         "resnet18": Network("ResNet-18", of_model("resnet18")),
         "resnet34": Network("ResNet-34", of_model("resnet34")),
         "vgg16": Network("VGG-16-BN", of_model("vgg16")),
         "wrn16x8": Network("WRN-16-8", of_model("wrn16_8")),
         "wrn28x6": Network("WRN-28-6", of_model("wrn28_6")),
-        "vit_b16": Network("ViT-B/16", vision_transformer()),
+        "vit_b16": Network("ViT-B/16", vision),
         "gpt2": Network("GPT-2 small, 12 blocks", transformer(12)),
-        "llm_block": Network("4096-wide LLM block", gated_block(4096, 11008)),
+        "llm_block": Network("4096-wide LLM block", gated),
         "resnet152": Network("ResNet-152", bottleneck_resnet((3, 8, 36, 3))),
         "tiny": Network(
             "three layers",

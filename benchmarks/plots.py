@@ -70,29 +70,24 @@ def learning_figure(metrics: pd.DataFrame, arms: Sequence[str]) -> Figure:
     variants = list(dict.fromkeys(metrics["variant"]))
     figure, grid = _panels(len(variants), 2, sharey="col")
     figure.suptitle("Learning curves: mean, lowest and highest over seeds")
+    columns = {"test_accuracy": "test accuracy", "train_loss": "training loss"}
     for line, variant in zip(grid, variants, strict=True):
         own = metrics[metrics["variant"] == variant]
-        for number, arm in enumerate(arms):
-            for axes, column in zip(line, ("test_accuracy", "train_loss"), strict=True):
+        for axes, (column, label) in zip(line, columns.items(), strict=True):
+            for number, arm in enumerate(arms):
                 rows = own[own["arm"] == arm].astype({column: float})
                 curves = rows.pivot(index="epoch", columns="seed", values=column)
                 lengths = rows.groupby("seed")["epoch"].max()
                 _draw_curves(axes, curves, lengths, ARMS[arm].title, f"C{number}")
-        line[0].set_ylabel("test accuracy")
-        line[1].set_ylabel("training loss")
+            axes.set_ylabel(label)
+            axes.set_title(variant if len(variants) > 1 else "")
+            _finish(axes)
         line[1].set_yscale("log")
         line[1].yaxis.set_major_formatter("{x:g}")
         line[1].yaxis.set_minor_formatter(LogFormatter())
-        for axes in line:
-            _finish(axes)
-            if len(variants) > 1:
-                axes.set_title(variant)
-    figure.legend(
-        *grid[0][0].get_legend_handles_labels(),
-        loc="outside right center",
-        fontsize="small",
-        frameon=False,
-    )
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    place = "outside right center"
+    figure.legend(handles, labels, loc=place, fontsize="small", frameon=False)
     return figure
 
 
@@ -103,8 +98,7 @@ def _draw_curves(
     if curves.empty:
         return
     shorter = lengths.index[lengths < lengths.max()]
-    for seed in shorter:
-        axes.plot(curves.index, curves[seed], color=color, linewidth=0.7)
+    axes.plot(curves[shorter], color=color, linewidth=0.7)
     # A loss that is not finite leaves a gap.
     whole = curves.drop(columns=shorter).to_numpy()
     low, high = whole.min(axis=1), whole.max(axis=1)
@@ -140,14 +134,19 @@ def overview_figure(
     top, bottom = parts
     left, right = top.subplots(1, 2)
     _draw_alpha(left, layers, arm)
-    _draw_multipliers(right, layers, arm)
     left.set_title("Exponent of each layer while training", fontsize="medium")
-    right.set_title("Its learning-rate multiplier", fontsize="medium")
     plots.depth_legend(top, left)
+    curves = _curves(layers, arm, "multiplier")
+    values, names = curves.to_numpy(), list(map(str, curves))
+    # The last analysis is of the final weights: no epoch comes after it.
+    used = np.vstack([values[:-1], values[-2:-1]])
+    label = "multiplier of the learning rate"
+    plots.curves(curves.index, used, names, label=label, held=True, axes=right)
+    right.axhline(1, color="0.6", linestyle=":", zorder=0)
+    right.set_title("Its learning-rate multiplier", fontsize="medium")
+    _finish(right)
     line = bottom.subplots(1, PANELS, sharex=True, sharey=True)
     _draw_spectra(line, layers, arm, spectra)
-    for axes in line:
-        axes.set_xlabel("eigenvalue λ = σ²")
     return figure
 
 
@@ -155,17 +154,6 @@ def _draw_alpha(axes: Axes, layers: pd.DataFrame, arm: str) -> None:
     curves = _curves(layers, arm, "alpha")
     names = list(map(str, curves))
     plots.curves(curves.index, curves.to_numpy(), names, axes=axes)
-    _finish(axes)
-
-
-def _draw_multipliers(axes: Axes, layers: pd.DataFrame, arm: str) -> None:
-    curves = _curves(layers, arm, "multiplier")
-    values = curves.to_numpy()
-    # The last analysis is of the final weights: no epoch comes after it.
-    used = np.vstack([values[:-1], values[-2:-1]])
-    names, label = list(map(str, curves)), "multiplier of the learning rate"
-    plots.curves(curves.index, used, names, label=label, held=True, axes=axes)
-    axes.axhline(1, color="0.6", linestyle=":", zorder=0)
     _finish(axes)
 
 
@@ -186,17 +174,17 @@ def _draw_spectra(
     for axes in line[len(picks) :]:
         axes.set_axis_off()
     line[0].set_ylabel("density")
+    for axes in line:
+        axes.set_xlabel("eigenvalue λ = σ²")
 
 
 def _curves(layers: pd.DataFrame, arm: str, column: str) -> pd.DataFrame:
     """Return a line per epoch and a column per layer ever tuned; NaN where it isn't."""
     own = layers[layers["arm"] == arm]
-    order = list(dict.fromkeys(own["layer"][own["tuned"]]))
-    values = own[column].astype(float).where(own["tuned"])
-    table = own.assign(value=values).pivot(
-        index="epoch", columns="layer", values="value"
-    )
-    return table[sorted(order, key=list(dict.fromkeys(own["layer"])).index)]
+    tuned = own.assign(value=own[column].astype(float).where(own["tuned"]))
+    table = tuned.pivot(index="epoch", columns="layer", values="value")
+    ever = set(own["layer"][own["tuned"]])
+    return table[[layer for layer in dict.fromkeys(own["layer"]) if layer in ever]]
 
 
 def _panels(

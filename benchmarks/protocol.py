@@ -20,8 +20,6 @@ import numpy as np
 
 from benchmarks.experiments import MakeProgram
 
-Phase = Literal["sweep", "fresh"]
-
 # How often a grid may grow at each of its ends.
 REACH = 4
 
@@ -29,7 +27,7 @@ REACH = 4
 class Trial(NamedTuple):
     """One training."""
 
-    phase: Phase
+    phase: Literal["sweep", "fresh"]
     arm: str
     rate: float
     seed: int
@@ -99,23 +97,22 @@ def plan(study: Study, losses: Losses) -> list[Trial]:
 
 def grid(study: Study, losses: Losses, arm: str) -> list[float]:
     """Return the rates of an arm, in the order in which they are wanted."""
-    rates = list(study.rates)
-    ratio = rates[1] / rates[0]
-    wanted = list(rates)
-    while True:
+    wanted, ratio = list(study.rates), study.rates[1] / study.rates[0]
+    for _ in range(2 * REACH):
+        rates = sorted(wanted)
         means = _means(study, losses, arm, rates)
-        if np.isnan(means).any():
-            return wanted
-        best = int(np.argmin(means))
-        lowest, highest = study.rates[0], study.rates[-1]
-        if best == 0 and rates[0] > lowest / ratio ** (REACH - 0.5):
+        best = int(np.argmin(means))  # The first NaN, if there is one.
+        if np.isnan(means[best]):
+            break
+        if best == 0 and rates[0] > study.rates[0] / ratio ** (REACH - 0.5):
             wanted.append(_rounded(rates[0] / ratio))
-            rates.insert(0, wanted[-1])
-        elif best == len(rates) - 1 and rates[-1] < highest * ratio ** (REACH - 0.5):
+        elif best == len(rates) - 1 and rates[-1] < study.rates[-1] * ratio ** (
+            REACH - 0.5
+        ):
             wanted.append(_rounded(rates[-1] * ratio))
-            rates.append(wanted[-1])
         else:
-            return wanted
+            break
+    return wanted
 
 
 def chosen(study: Study, losses: Losses, arm: str) -> float:
@@ -132,15 +129,10 @@ def _means(
     means = []
     for rate in rates:
         trials = [Trial("sweep", arm, rate, seed) for seed in study.sweep_seeds]
-        if any(trial not in losses for trial in trials):
-            means.append(math.nan)
-        else:
-            means.append(float(np.mean([_or_infinity(losses[t]) for t in trials])))
+        found = [losses.get(trial) for trial in trials]
+        diverged = [math.inf if math.isnan(x) else x for x in found if x is not None]
+        means.append(math.nan if None in found else float(np.mean(diverged)))
     return means
-
-
-def _or_infinity(loss: float) -> float:
-    return loss if math.isfinite(loss) else math.inf
 
 
 def _rounded(rate: float) -> float:

@@ -21,23 +21,14 @@ References:
     Training <https://arxiv.org/abs/2312.00359>`_, 2023
 """
 
-import dataclasses
 from typing import NamedTuple
 
 from benchmarks.configs import Config, DatasetName
 from benchmarks.models import Name
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """The numbers of one arm.
-
-    Attributes:
-        learning_rate: rate of the first epoch.
-        snr: coefficient of spectral norm regularization.
-        low: smallest multiplier.
-        high: largest multiplier.
-    """
+class Settings(NamedTuple):
+    """The numbers of one arm: fields of `Config`, with a value each."""
 
     learning_rate: float
     snr: float
@@ -90,19 +81,9 @@ def settings(config: Config, arm: str) -> Settings:
     narrow = arm == "tb_snr" or config.dataset == "tiny_imagenet"
     low, high = (0.6, 1.4) if narrow else (0.5, 1.5)
     coefficient = row.tb_snr_coefficient if arm == "tb_snr" else row.snr_coefficient
-    return Settings(
-        learning_rate=_first(config.learning_rate, _rate(config.model, arm, row)),
-        snr=_first(config.snr, coefficient),
-        low=_first(config.low, low),
-        high=_first(config.high, high),
-    )
-
-
-def _rate(model: str, arm: str, row: _Row) -> float:
+    rate = {"cal": row.cal, "snr": row.snr}.get(arm, row.tb)
     if arm in _OTHER_RATES:
-        return _OTHER_RATES[arm][model == "resnet34"]
-    return {"cal": row.cal, "snr": row.snr}.get(arm, row.tb)
-
-
-def _first(given: float | None, published: float) -> float:
-    return published if given is None else given
+        rate = _OTHER_RATES[arm][config.model == "resnet34"]
+    given = {name: getattr(config, name) for name in Settings._fields}
+    given = {name: value for name, value in given.items() if value is not None}
+    return Settings(rate, coefficient, low, high)._replace(**given)

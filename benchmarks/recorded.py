@@ -30,15 +30,10 @@ FITS = {
 
 
 def names(data: Path) -> list[str]:
-    """Return the names of the recorded networks, the smallest file first.
-
-    Raises:
-        UserError: if there is none.
-    """
+    """Return the names of the recorded networks, the smallest file first."""
     files = sorted(data.glob("metrics_*.npz"), key=lambda path: path.stat().st_size)
     if not files:
-        msg = f"{data} holds no recorded network (metrics_*.npz)"
-        raise UserError(msg)
+        raise UserError(f"{data} holds no recorded network (metrics_*.npz)")
     return [path.stem.removeprefix("metrics_") for path in files]
 
 
@@ -49,11 +44,6 @@ def compare(data: Path, chosen: Sequence[str], fit: str) -> dict[str, dict[str, 
     the first and the last layer and those with fewer than 50 eigenvalues; each norm
     with the convolution of its name. A network in which fewer than two layers are
     tuned has no rates to compare: the published code gives 1.5 there, this library 1.
-
-    Args:
-        data: the directory of the recorded files.
-        chosen: names of networks.
-        fit: one of `FITS`.
 
     Returns:
         For each network: the largest relative deviation of an alpha from the float64

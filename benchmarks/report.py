@@ -10,16 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from scipy import stats
 
 from benchmarks.arms import ARMS
-from benchmarks.cells import table
+from benchmarks.cells import mean_cell, page, paired, table
 from benchmarks.commandline import without_places
 from benchmarks.experiments import Experiment
 from benchmarks.files import Row, write_json, write_text
-from benchmarks.page import page
 from benchmarks.published import settings
 from benchmarks.runs import LAYERS, METRICS, Run
 
@@ -48,49 +45,37 @@ def read(runs: Sequence[Run], name: str) -> pd.DataFrame:
     return pd.DataFrame([row for run in runs for row in run.rows(name)])
 
 
-def outcome(epochs: pd.DataFrame) -> Row:
-    """Return the test accuracies of a run, and where its loss was no longer finite.
-
-    Args:
-        epochs: a row of `METRICS` per epoch.
-
-    Returns:
-        `last`; `best` over the epochs, which looks at the test set; `selected`, the
-        first of the best on the validation set, if there is one; `diverged`, the first
-        epoch without a finite loss, or None.
-    """
-    epochs = epochs.reset_index(drop=True)
-    lost = epochs["epoch"][epochs[["train_loss", "test_loss"]].isna().any(axis=1)]
-    found = {
-        "last": float(epochs["test_accuracy"].iloc[-1]),
-        "diverged": None if lost.empty else int(lost.min()),
-    }
-    for name, part in (("best", "test"), ("selected", "validation")):
-        if f"{part}_accuracy" in epochs:
-            row = epochs.loc[epochs[f"{part}_accuracy"].idxmax()]
-            found[name] = float(row["test_accuracy"])
-            found[f"{name}_epoch"] = int(row["epoch"])
-    return found
-
-
-def speed(epochs: pd.DataFrame, images: int) -> Row:
-    """Return the seconds of a run and its images per second.
+def outcome(epochs: pd.DataFrame, images: int = 0) -> Row:
+    """Return the test accuracies of a run, its seconds and its speed.
 
     Args:
         epochs: a row of `METRICS` per epoch.
         images: images that an epoch trains on.
 
     Returns:
-        `seconds` of all epochs with their analysis, `analysis_seconds` of them, and
-        `images_per_second` of all epochs but the first, which warms up.
+        `last`; `best` over the epochs, which looks at the test set; `selected`, the
+        first of the best on the validation set, if there is one; `diverged`, the first
+        epoch without a finite loss, or None; `seconds` of all epochs with their
+        analysis, `analysis_seconds` of them, and `images_per_second` of all epochs but
+        the first, which warms up.
     """
+    epochs = epochs.set_index("epoch")
+    lost = epochs[["train_loss", "test_loss"]].isna().any(axis=1)
     seconds = epochs["train_seconds"] + epochs["analysis_seconds"]
     steady = float(seconds.iloc[1:].sum())
-    return {
+    found = {
+        "last": float(epochs["test_accuracy"].iloc[-1]),
+        "diverged": int(lost.idxmax()) if lost.any() else None,
         "seconds": float(seconds.sum()),
         "analysis_seconds": float(epochs["analysis_seconds"].sum()),
         "images_per_second": images * (len(epochs) - 1) / steady if steady else None,
     }
+    for name, part in (("best", "test"), ("selected", "validation")):
+        if f"{part}_accuracy" in epochs:
+            epoch: Any = epochs[f"{part}_accuracy"].idxmax()
+            found[name] = float(epochs["test_accuracy"][epoch])
+            found[f"{name}_epoch"] = int(epoch)
+    return found
 
 
 # --- one directory of `benchmarks.train` ----------------------------------------------
@@ -130,20 +115,16 @@ def run_page(runs: Sequence[Run], pictures: Sequence[Path]) -> str:
 
 def _arm_row(run: Run) -> Row:
     epochs = read([run], METRICS)
-    found, taken = outcome(epochs), speed(epochs, 0)
-    losses = {
-        f"{part} loss": f"{epochs[f'{part}_loss'].astype(float).iloc[-1]:.4f}"
-        for part in ("train", "test")
-    }
+    found = outcome(epochs)
+    row = {"arm": f"{run.arm} ({ARMS[run.arm].title})", "epochs": len(epochs)}
+    for part in ("train", "test"):
+        loss = f"{epochs[f'{part}_loss'].astype(float).iloc[-1]:.4f}"
+        row[f"{part} loss"] = loss.replace("nan", "not finite")
     names = {"last": "last", "selected": "selected", "best": "best on test"}
-    return {
-        "arm": f"{run.arm} ({ARMS[run.arm].title})",
-        "epochs": len(epochs),
-        **{key: cell.replace("nan", "not finite") for key, cell in losses.items()},
-        **{names[key]: f"{found[key]:.2%}" for key in names if key in found},
-        "seconds": f"{taken['seconds']:.1f}",
-        "in analysis": f"{taken['analysis_seconds'] / taken['seconds']:.1%}",
-    }
+    row |= {names[key]: f"{found[key]:.2%}" for key in names if key in found}
+    row["seconds"] = f"{found['seconds']:.1f}"
+    row["in analysis"] = f"{found['analysis_seconds'] / found['seconds']:.1%}"
+    return row
 
 
 def _layer_row(row: Mapping[Any, Any], arm: str) -> Row:
@@ -174,35 +155,27 @@ def write(experiment: Experiment) -> None:
 
 def summarize(experiment: Experiment) -> dict[str, Any]:
     """Return everything that the tables of a comparison need, as JSON has it."""
-    runs = []
+    runs, configs, numbers = [], {}, {}
     for run in experiment.runs():
         own = {"variant": run.variant, "arm": run.arm, "seed": run.config.seed}
         epochs = read([run], METRICS)
         own["epochs"] = len(epochs)
         if len(epochs) == run.config.epochs:
             batch = run.config.batch_size  # Only whole batches are seen.
-            images = run.train_rows() // batch * batch
-            own |= outcome(epochs) | speed(epochs, images)
+            own |= outcome(epochs, run.train_rows() // batch * batch)
         runs.append(own)
-    left_out = ("arms", "seed", "data_dir")
+    for variant, config in experiment.configs.items():
+        configs[variant] = dataclasses.asdict(config)
+        for name in ("arms", "seed", "data_dir"):
+            del configs[variant][name]
+        numbers[variant] = {
+            arm: settings(config, arm)._asdict() for arm in experiment.arms
+        }
     return {
         "name": experiment.name,
         "commands": portable(experiment.commands),
-        "configs": {
-            variant: {
-                name: value
-                for name, value in dataclasses.asdict(config).items()
-                if name not in left_out
-            }
-            for variant, config in experiment.configs.items()
-        },
-        "settings": {
-            variant: {
-                arm: dataclasses.asdict(settings(config, arm))
-                for arm in experiment.arms
-            }
-            for variant, config in experiment.configs.items()
-        },
+        "configs": configs,
+        "settings": numbers,
         "arms": list(experiment.arms),
         "seeds": list(experiment.seeds),
         "runs": runs,
@@ -221,12 +194,7 @@ def portable(commands: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def section(summary: Summary, pictures: Sequence[str]) -> Iterator[str]:
-    """Give the parts of a comparison's section.
-
-    Args:
-        summary: what the runs came to.
-        pictures: links to its pictures.
-    """
+    """Give the parts of a comparison's section, with links to its pictures."""
     runs = pd.DataFrame(summary["runs"])
     devices = {_device(command): None for command in summary["commands"]}
     lengths = sorted({config["epochs"] for config in summary["configs"].values()})
@@ -245,43 +213,16 @@ def section(summary: Summary, pictures: Sequence[str]) -> Iterator[str]:
         yield table(_speed_rows(summary, runs))
     for picture in pictures:
         yield f"![{PurePosixPath(picture).stem}]({picture})"
-    yield from _setting(summary)
-
-
-def paired(one: pd.Series, other: pd.Series, form: str, *, ratio: bool = False) -> str:
-    """Return a cell: the mean difference (or ratio) of equal seeds, and its interval.
-
-    The interval is that of 95 % by Student's t,
-
-        mean ± t(0.975, n - 1) * deviation / sqrt(n).
-
-    References:
-        Student, `The Probable Error of a Mean <https://doi.org/10.2307/2331554>`_, 1908
-    """
-    pairs = (one / other if ratio else one - other).dropna()
-    if pairs.empty:
-        return ""
-    mean = form.format(pairs.mean())
-    if len(pairs) == 1:
-        return mean
-    center, margin = interval(pairs)
-    low, high = form.format(center - margin), form.format(center + margin)
-    return f"{mean} [{low}, {high}]"
-
-
-def interval(samples: pd.Series) -> tuple[float, float]:
-    """Return the mean of two or more samples, and half its interval of 95 %."""
-    margin = stats.t.ppf(0.975, len(samples) - 1) * stats.sem(samples)
-    return float(samples.mean()), float(margin)
-
-
-def mean_cell(samples: pd.Series, form: str) -> str:
-    """Return the mean of samples, and their deviation if there are several."""
-    samples = samples.dropna()
-    if samples.empty:
-        return ""
-    mean = form.format(samples.mean())
-    return mean if len(samples) == 1 else f"{mean} ± {form.format(samples.std())}"
+    yield "Numbers of the arms:"
+    yield table(_number_rows(summary))
+    configs = list(summary["configs"].values())
+    common = [
+        f"{name} {value}"
+        for name, value in configs[0].items()
+        if value is not None and all(own[name] == value for own in configs)
+    ]
+    yield f"Configuration: {', '.join(common)}."
+    yield from machines(summary["commands"])
 
 
 def _by_seed(runs: pd.DataFrame, field: str) -> pd.DataFrame:
@@ -292,11 +233,10 @@ def _by_seed(runs: pd.DataFrame, field: str) -> pd.DataFrame:
 
 def _remarks(summary: Summary, runs: pd.DataFrame) -> Iterator[str]:
     seeds = summary["seeds"]
-    named = ", ".join(map(str, seeds))
     yield (
-        f"Seeds: {named}. A cell is the mean over seeds ± the sample standard "
-        "deviation; a difference or a ratio is paired by seed, with the 95 % interval "
-        "of its mean by Student's t. No finished run is left out."
+        f"Seeds: {', '.join(map(str, seeds))}. A cell is the mean over seeds ± the "
+        "sample standard deviation; a difference or a ratio is paired by seed, with "
+        "the 95 % interval of its mean by Student's t. No finished run is left out."
     )
     if len(seeds) == 1:
         yield "One seed: there is neither a deviation nor an interval."
@@ -316,14 +256,9 @@ def _remarks(summary: Summary, runs: pd.DataFrame) -> Iterator[str]:
 
 def _accuracy_rows(summary: Summary, percent: pd.DataFrame) -> Iterator[Row]:
     for row, place in _rows(summary):
-        samples = _column(percent, place)
-        row["seeds"] = str(samples.count())
-        row["accuracy"] = mean_cell(samples, "{:.2f}")
-        for name, other in _others(summary, place):
-            row[f"difference to {name}"] = (
-                paired(samples, _column(percent, other), "{:+.2f}") if other else ""
-            )
-        yield row
+        row["seeds"] = str(percent[place].count())
+        row["accuracy"] = mean_cell(percent[place], "{:.2f}")
+        yield row | _paired(summary, percent, place, "difference", "{:+.2f}")
 
 
 def _speed_rows(summary: Summary, runs: pd.DataFrame) -> Iterator[Row]:
@@ -331,14 +266,8 @@ def _speed_rows(summary: Summary, runs: pd.DataFrame) -> Iterator[Row]:
     seconds = _by_seed(runs, "seconds").sum()
     analysis_seconds = _by_seed(runs, "analysis_seconds").sum()
     for row, place in _rows(summary):
-        samples = _column(speeds, place)
-        row["images per second"] = mean_cell(samples, "{:.0f}")
-        for name, other in _others(summary, place):
-            row[f"ratio to {name}"] = (
-                paired(samples, _column(speeds, other), "{:.3f}", ratio=True)
-                if other
-                else ""
-            )
+        row["images per second"] = mean_cell(speeds[place], "{:.0f}")
+        row |= _paired(summary, speeds, place, "ratio", "{:.3f}")
         total = float(seconds[place])
         share = float(analysis_seconds[place]) / total if total else 0.0
         row["time of all seeds"] = str(datetime.timedelta(seconds=round(total)))
@@ -346,10 +275,22 @@ def _speed_rows(summary: Summary, runs: pd.DataFrame) -> Iterator[Row]:
         yield row
 
 
-def _column(numbers: pd.DataFrame, place: Place) -> pd.Series:
-    if place in numbers:
-        return numbers[place]
-    return pd.Series(np.nan, numbers.index)
+def _number_rows(summary: Summary) -> Iterator[Row]:
+    configs = summary["configs"]
+    varied = [
+        name
+        for name in next(iter(configs.values()))
+        if len({str(own[name]) for own in configs.values()}) > 1
+        # These have a column of their own, as they are there without a value too.
+        and name not in ("learning_rate", "low", "high")
+    ]
+    for row, (variant, arm) in _rows(summary):
+        row |= {name: str(configs[variant][name]) for name in varied}
+        own = summary["settings"][variant][arm]
+        row["first learning rate"] = f"{own['learning_rate']:g}"
+        bounds = f"{own['low']:g} to {own['high']:g}"
+        row["multipliers"] = bounds if ARMS[arm].balanced else ""
+        yield row
 
 
 def _rows(summary: Summary) -> Iterator[tuple[Row, Place]]:
@@ -360,29 +301,19 @@ def _rows(summary: Summary) -> Iterator[tuple[Row, Place]]:
             yield row | {"arm": f"{arm} ({ARMS[arm].title})"}, (variant, arm)
 
 
-def _others(summary: Summary, place: Place) -> Iterator[tuple[str, Place | None]]:
-    """Give what a place is compared with, or None for itself: first arm, variant."""
-    variant, arm = place
-    first_arm, first_variant = summary["arms"][0], next(iter(summary["configs"]))
-    if len(summary["arms"]) > 1:
-        yield first_arm, None if arm == first_arm else (variant, first_arm)
-    if len(summary["configs"]) > 1:
-        other = None if variant == first_variant else (first_variant, arm)
-        yield first_variant, other
-
-
-def _setting(summary: Summary) -> Iterator[str]:
-    """Give the configuration, the commands, the machines, and the versions."""
-    yield "Numbers of the arms:"
-    yield table(_number_rows(summary))
-    configs = list(summary["configs"].values())
-    common = [
-        f"{name} {value}"
-        for name, value in configs[0].items()
-        if value is not None and all(own[name] == value for own in configs)
-    ]
-    yield f"Configuration: {', '.join(common)}."
-    yield from machines(summary["commands"])
+def _paired(
+    summary: Summary, values: pd.DataFrame, place: Place, what: str, form: str
+) -> Row:
+    """Compare a place with the first arm and with the first variant, seed by seed."""
+    (variant, arm), row, others = place, {}, {}
+    if len(arms := summary["arms"]) > 1:
+        others[arms[0]] = variant, arms[0]
+    if len(variants := list(summary["configs"])) > 1:
+        others[variants[0]] = variants[0], arm
+    for name, other in others.items():
+        cell = paired(values[place], values[other], form, ratio=what == "ratio")
+        row[f"{what} to {name}"] = "" if other == place else cell
+    return row
 
 
 def machines(commands: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -397,24 +328,6 @@ def machines(commands: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for machine, lines in by_machine.items():
         yield machine
         yield "\n".join(["```bash", *lines, "```"])
-
-
-def _number_rows(summary: Summary) -> Iterator[Row]:
-    configs, numbers = summary["configs"], summary["settings"]
-    varied = [
-        name
-        for name in next(iter(configs.values()))
-        if len({str(own[name]) for own in configs.values()}) > 1
-        # These have a column of their own, as they are there without a value too.
-        and name not in ("learning_rate", "low", "high")
-    ]
-    for row, (variant, arm) in _rows(summary):
-        row |= {name: str(configs[variant][name]) for name in varied}
-        own = numbers[variant][arm]
-        row["first learning rate"] = f"{own['learning_rate']:g}"
-        bounds = f"{own['low']:g} to {own['high']:g}"
-        row["multipliers"] = bounds if ARMS[arm].balanced else ""
-        yield row
 
 
 def _device(command: Mapping[str, Any]) -> str:

@@ -23,14 +23,7 @@ import orbax.checkpoint as ocp
 
 from benchmarks.configs import LanguageConfig, option
 from benchmarks.errors import UserError, first_line
-from benchmarks.files import (
-    Row,
-    digest,
-    is_empty,
-    read_json,
-    read_lines,
-    write_json,
-)
+from benchmarks.files import Row, digest, is_empty, read_json, read_lines, write_json
 from benchmarks.loop import Program, TrainState
 from benchmarks.published import settings
 
@@ -38,6 +31,8 @@ METRICS, LAYERS = "metrics.jsonl", "layers.jsonl"
 
 # Where the data lie may change; what they are may not, and has a digest.
 _FREE = ("arms", "data_dir")
+
+Save = Callable[[int, TrainState], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +58,6 @@ class Run:
             return self.config.learning_rate
         return settings(self.config, self.arm).learning_rate
 
-    def __str__(self) -> str:
-        return f"{self.variant}/{self.arm} seed {self.config.seed}"
-
-    def begun(self) -> bool:
-        """Whether anything is written down, except what a kill may leave of it."""
-        return not is_empty(self.path)
-
     def done(self) -> int:
         """Return the number of epochs that are saved."""
         return self._progress()["epochs"]
@@ -83,41 +71,36 @@ class Run:
         own = {"variant": self.variant, "arm": self.arm, "seed": self.config.seed}
         return [own | row for row in read_lines(self.path / name)]
 
-    def check(self) -> None:
-        """Raise `UserError` if its directory holds another run or a damaged one."""
-        if not self.begun():
+    def check(self, data_sha256: str | None = None) -> None:
+        """Raise `UserError` if its directory holds another run or a damaged one.
+
+        Args:
+            data_sha256: digest of the data, if they are read already.
+        """
+        if is_empty(self.path):
             return
-        file = self.path / "config.json"
+        file, other = self.path / "config.json", "give another --out"
         if not file.exists():
-            msg = f"{self.path} holds no run: no {file.name}; give another --out"
-            raise UserError(msg)
-        recorded = read_json(file, config=dict, data_sha256=str)["config"]
+            raise UserError(f"{self.path} holds no run: no {file.name}; {other}")
+        content = read_json(file, config=dict, data_sha256=str)
         for name, value in self._recorded().items():
-            if name not in recorded:
-                msg = f"{file} has no field {name!r}; give another --out"
-                raise UserError(msg)
-            if recorded[name] != value:
-                msg = (
+            if name not in content["config"]:
+                raise UserError(f"{file} has no field {name!r}; {other}")
+            if (there := content["config"][name]) != value:
+                raise UserError(
                     f"{option(name)} is {value!r}, but the run in {self.path} has "
-                    f"{recorded[name]!r}; give that, or another --out"
+                    f"{there!r}; give that, or another --out"
                 )
-                raise UserError(msg)
+        if data_sha256 not in (None, content["data_sha256"]):
+            raise UserError(
+                f"the data are not those of the run in {self.path}; {other}"
+            )
         for name, (size, expected) in self._progress()["files"].items():
             self._check_digest(name, expected, size)
 
-    def check_data(self, data_digest: str) -> None:
-        """Raise `UserError` if the run has been opened with other data."""
-        if not self.begun():
-            return
-        recorded = read_json(self.path / "config.json", data_sha256=str)
-        if recorded["data_sha256"] != data_digest:
-            place = self.path
-            msg = f"the data are not those of the run in {place}; give another --out"
-            raise UserError(msg)
-
     def open(self, data: Any) -> None:
         """Start the run, or cut off what a kill has left after its saved state."""
-        if not self.begun():
+        if is_empty(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             packages = ("jax", "jaxlib", "optax", "flax")
             content = {
@@ -134,15 +117,12 @@ class Run:
             os.truncate(self.path / name, sizes.get(name, [0])[0])
 
     @contextlib.contextmanager
-    def states(
-        self, program: Program
-    ) -> Generator[tuple[TrainState, Callable[[int, TrainState], None]], None, None]:
+    def states(self, program: Program) -> Generator[tuple[TrainState, Save]]:
         """Give the state that is saved, or the first one, and `save(epochs, state)`."""
         progress, directory = self._progress(), self.path / "checkpoints"
         if done := progress["epochs"]:
             # Before Orbax reads it, which reports damage in many ways.
-            name = f"checkpoints/{done}"
-            self._check_digest(name, progress["checkpoint_sha256"])
+            self._check_digest(f"checkpoints/{done}", progress["checkpoint_sha256"])
         options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
         with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
 
@@ -183,26 +163,22 @@ class Run:
         return read_json(file, epochs=int, files=dict, checkpoint_sha256=str)
 
     def _check_digest(self, name: str, expected: str, size: int | None = None) -> None:
-        path = self.path / name
+        path, remedy = self.path / name, "give another --out"
         try:
             found = digest(path, size)
         except OSError as error:
-            msg = f"{path} cannot be read ({error.strerror}); give another --out"
-            raise UserError(msg) from error
+            raise UserError(
+                f"{path} cannot be read ({error.strerror}); {remedy}"
+            ) from error
         if found != expected:
-            msg = f"{path} is damaged: it is not what was saved; give another --out"
-            raise UserError(msg)
+            raise UserError(f"{path} is damaged: it is not what was saved; {remedy}")
 
 
-def _restore(
-    manager: ocp.CheckpointManager, epochs: int, abstract: TrainState
-) -> TrainState:
+def _restore(manager: ocp.CheckpointManager, epochs: int, abstract: TrainState) -> Any:
     try:
-        state: Any = manager.restore(epochs, args=ocp.args.StandardRestore(abstract))
-        return state
+        return manager.restore(epochs, args=ocp.args.StandardRestore(abstract))
     except Exception as error:  # Orbax and its storage raise many types.
-        msg = (
+        raise UserError(
             f"the checkpoint {manager.directory / str(epochs)} cannot be restored "
             f"({first_line(error)}); give another --out"
-        )
-        raise UserError(msg) from error
+        ) from error

@@ -3,17 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.cells import (
-    MEGABYTE,
-    Row,
-    cell,
-    cells,
-    megabytes,
-    number,
-    ratio_cell,
-    spread_cell,
-    table,
-)
+from benchmarks.cells import MEGABYTE, Row, cell, number, ratio_cell, spread_cell, table
 from benchmarks.timing import Summary, ratios, summary
 
 _OURS = "tb_optax"
@@ -42,10 +32,10 @@ def _head(title: str, results: Results) -> Iterator[str]:
     yield f"## {title}: {hardware['device']} ({hardware['platform']})"
     host = f"{hardware['processor']}, {hardware['cores']} cores"
     named = ", ".join(f"{name}={value}" for name, value in threads.items())
-    named = named or "default threads"
     versions = ", ".join(f"{name} {text}" for name, text in results["versions"].items())
     yield (
-        f"Host: {host}, {named}; load before: {hardware['load_before']}. {versions}."
+        f"Host: {host}, {named or 'default threads'}; "
+        f"load before: {hardware['load_before']}. {versions}."
     )
     yield f"```bash\n{results['command']}\n```"
 
@@ -54,20 +44,17 @@ def spectral(results: Results) -> Iterator[str]:
     """Give the section of a file of `benchmarks.spectral`."""
     yield from _head("Analysis", results)
     yield table(_spectral_bounds(results))
-    if nets := results.get("analysis"):
+    if nets := results.get("analysis", {}):
         yield "Seconds from kernels to the alpha of every layer:"
         yield table(_analysis_row(net) for net in nets.values())
         yield "Largest relative difference of an alpha from this library's:"
-        yield table(
-            {"network": net["title"]}
-            | {
-                name: f"{difference:.0e}"
-                for name, difference in net["alpha_difference"].items()
-                if name != _OURS
-            }
-            for net in nets.values()
-        )
-    for net in (nets or {}).values():
+        rows = []
+        for net in nets.values():
+            apart = {k: f"{x:.0e}" for k, x in net["alpha_difference"].items()}
+            apart.pop(_OURS)
+            rows.append({"network": net["title"]} | apart)
+        yield table(rows)
+    for net in nets.values():
         for name, reason in net["missing"].items():
             yield f"{net['title']}, without {name}: {reason}."
     if nets := results.get("compilation"):
@@ -79,19 +66,16 @@ def spectral(results: Results) -> Iterator[str]:
                 "seconds to load LAPACK": cell(net["load_seconds"]),
                 "to trace": cell(net["trace_seconds"]),
                 "to compile": cell(net["compile_seconds"]),
-                "temporary MB": megabytes(max(net["temporary_bytes"])),
+                "temporary MB": number(max(net["temporary_bytes"]) / MEGABYTE),
             }
             for net in nets.values()
         )
 
 
-def _analysis_row(net: Mapping[str, Any]) -> Row:
-    row = {
-        "network": net["title"],
-        "layers": str(net["layers"]),
-        "matrices": str(net["matrices"]),
-        "weights, M": number(net["weights"] / 1e6),
-    } | cells(net["seconds"])
+def _analysis_row(net: Results) -> Row:
+    row = {name: str(net[name]) for name in ("layers", "matrices")}
+    row = {"network": net["title"], **row, "weights, M": number(net["weights"] / 1e6)}
+    row |= {name: cell(samples) for name, samples in net["seconds"].items()}
     if _TORCH in net["seconds"]:
         row[f"{_OURS} / PyTorch"] = ratio_cell(net["seconds"], _OURS, _TORCH)
     return row
@@ -100,27 +84,23 @@ def _analysis_row(net: Mapping[str, Any]) -> Row:
 def _spectral_bounds(results: Results) -> Iterator[Row]:
     for name, net in results.get("analysis", {}).items():
         bound = _OF_TORCH_GPU if _on_gpu(results) else _OF_TORCH_CPU.get(name)
+        what = f"analysis of {net['title']}"
         if bound is not None and _TORCH in net["seconds"]:
-            ratio = summary(ratios(net["seconds"][_OURS], net["seconds"][_TORCH]))
-            what = f"analysis of {net['title']} / published way in PyTorch"
-            yield _against(what, ratio, bound)
+            ratio = _ratio(net["seconds"], _OURS, _TORCH)
+            yield _against(f"{what} / published way in PyTorch", ratio, bound)
         if _QUADRATURE in net["seconds"]:
-            ratio = summary(ratios(net["seconds"][_QUADRATURE], net["seconds"][_OURS]))
-            what = f"analysis of {net['title']}, quadrature / exact"
-            yield _against(what, ratio, _QUADRATURE_OF_EXACT)
-    compiled = results.get("compilation", {})
-    for name, bound in _COMPILE_SECONDS.items():
-        if name in compiled:
-            net = compiled[name]
-            both = zip(net["trace_seconds"], net["compile_seconds"], strict=True)
-            what = f"tracing and compiling the analysis of {net['title']}, s"
-            yield _against(what, summary([sum(pair) for pair in both]), bound)
-    for name, bound in _TEMPORARY_MEGABYTES.items():
-        if name in compiled:
-            net = compiled[name]
-            used = [size / MEGABYTE for size in net["temporary_bytes"]]
-            what = f"temporary memory of the analysis of {net['title']}, MB"
-            yield _against(what, summary(used), bound)
+            ratio = _ratio(net["seconds"], _QUADRATURE, _OURS)
+            yield _against(f"{what}, quadrature / exact", ratio, _QUADRATURE_OF_EXACT)
+    nets = results.get("compilation", {})
+    for name in (name for name in _COMPILE_SECONDS if name in nets):
+        net = nets[name]
+        both = zip(net["trace_seconds"], net["compile_seconds"], strict=True)
+        what = f"tracing and compiling the analysis of {net['title']}, s"
+        yield _against(what, summary([*map(sum, both)]), _COMPILE_SECONDS[name])
+    for name in (name for name in _TEMPORARY_MEGABYTES if name in nets):
+        used = [size / MEGABYTE for size in nets[name]["temporary_bytes"]]
+        what = f"temporary memory of the analysis of {nets[name]['title']}, MB"
+        yield _against(what, summary(used), _TEMPORARY_MEGABYTES[name])
 
 
 def weightwatcher(results: Results) -> Iterator[str]:
@@ -131,7 +111,7 @@ def weightwatcher(results: Results) -> Iterator[str]:
     rows = []
     for part, bound in _OF_WEIGHTWATCHER.items():
         seconds, alphas = results[part]["seconds"], results[part]["alphas"]
-        ratio = summary(ratios(seconds[_OURS], seconds[_WEIGHTWATCHER]))
+        ratio = _ratio(seconds, _OURS, _WEIGHTWATCHER)
         row = _against(f"{names[part]}, {_OURS} / {_WEIGHTWATCHER}", ratio, bound)
         row |= {f"{name}, s": cell(own) for name, own in seconds.items()}
         apart = abs(alphas[_OURS] / alphas[_WEIGHTWATCHER] - 1)
@@ -141,7 +121,7 @@ def weightwatcher(results: Results) -> Iterator[str]:
 
 def step_cost(results: Results) -> Iterator[str]:
     """Give the section of a file of `benchmarks.step_cost`."""
-    task = results["task"]
+    task, seconds = results["task"], results["step"]
     yield from _head("Training step", results)
     yield (
         f"{task['model']}, width {task['width']}, {task['dtype']}, batch of "
@@ -150,45 +130,50 @@ def step_cost(results: Results) -> Iterator[str]:
     )
     yield table(_step_bounds(results))
     yield "Seconds of a training step, none with a refresh:"
-    yield table(_beside_without(results["step"]))
+    yield table(
+        {
+            "": name,
+            "seconds": cell(seconds[name]),
+            "/ without": ratio_cell(seconds, name, "without"),
+        }
+        for name in seconds
+    )
     yield "Seconds of a training step with a whole refresh, and of the analysis alone:"
-    yield table([cells(results["refresh"])])
+    yield table([{name: cell(own) for name, own in results["refresh"].items()}])
     yield "Steps of whole intervals; the median over intervals at each position:"
     rows = []
     for name, cycles in results["cycle"].items():
-        positions = _positions(cycles)
+        positions, figure = _positions(cycles)
         rows.append(
             {
                 "": name,
-                "median position, s": number(summary(positions).median),
-                "slowest, s": number(max(positions)),
-                "which": str(positions.index(max(positions))),
-                "slowest / median": number(_unevenness(positions)),
+                "median position, s": number(figure.median),
+                "slowest, s": number(figure.high),
+                "which": str(positions.index(figure.high)),
+                "slowest / median": number(figure.high / figure.median),
                 "mean, s": number(sum(positions) / len(positions)),
             }
         )
     yield table(rows)
     yield "Temporary memory of the compiled step:"
-    yield table([{name: megabytes(b) + " MB" for name, b in results["memory"].items()}])
+    memory = results["memory"]
+    yield table([{name: f"{number(memory[name] / MEGABYTE)} MB" for name in memory}])
 
 
 def _step_bounds(results: Results) -> Iterator[Row]:
-    samples = results["step"]
     for name in ("plain", "interval=None"):
-        ratio = summary(ratios(samples[name], samples["without"]))
         what = f"training step, {name}, between refreshes / without"
-        yield _against(what, ratio, _OF_STEP)
+        yield _against(what, _ratio(results["step"], name, "without"), _OF_STEP)
     for name in ("spread", "without"):
         cycles = results["cycle"][name]
-        positions = _positions(cycles)
-        ratio = _unevenness(positions)
+        positions, figure = _positions(cycles)
+        ratio = figure.high / figure.median
         what = f"slowest of {len(positions)} positions / median one, {name}"
         bound = _OF_MEDIAN_STEP if name == "spread" else None
         yield _against(what, Summary(ratio, ratio, ratio, len(cycles)), bound)
     refresh, steps = results["refresh"], _EPOCH / results["task"]["batch"]
-    share = summary(
-        [ratio / steps for ratio in ratios(refresh["analysis"], refresh["without"])]
-    )
+    of_step = ratios(refresh["analysis"], refresh["without"])
+    share = summary([ratio / steps for ratio in of_step])
     what = f"one analysis / an epoch of {_EPOCH} images"
     yield _against(what, share, _OF_EPOCH if _on_gpu(results) else None)
 
@@ -197,12 +182,14 @@ def _on_gpu(results: Results) -> bool:
     return results["hardware"]["platform"] != "cpu"
 
 
-def _positions(cycles: Sequence[Sequence[float]]) -> list[float]:
-    return [summary(samples).median for samples in zip(*cycles, strict=True)]
+def _ratio(seconds: Mapping[str, Sequence[float]], name: str, other: str) -> Summary:
+    return summary(ratios(seconds[name], seconds[other]))
 
 
-def _unevenness(positions: Sequence[float]) -> float:
-    return max(positions) / summary(positions).median
+def _positions(cycles: Sequence[Sequence[float]]) -> tuple[list[float], Summary]:
+    """Return the median over cycles at each position, and what they come to."""
+    positions = [summary(samples).median for samples in zip(*cycles, strict=True)]
+    return positions, summary(positions)
 
 
 def _against(what: str, figure: Summary, bound: float | None) -> Row:
@@ -214,12 +201,3 @@ def _against(what: str, figure: Summary, bound: float | None) -> Row:
         "at most": "" if bound is None else f"{bound:g}",
         "met": met,
     }
-
-
-def _beside_without(seconds: Mapping[str, Sequence[float]]) -> Iterator[Row]:
-    for name in seconds:
-        yield {
-            "": name,
-            "seconds": cell(seconds[name]),
-            "/ without": ratio_cell(seconds, name, "without"),
-        }

@@ -17,88 +17,59 @@ Faults of the arguments are one line on stderr and exit code 2.
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-from benchmarks import commandline, machine
+from benchmarks import commandline, timing
 
-if TYPE_CHECKING:  # What is imported here would not see which cores it has.
-    from benchmarks.steps import Runner
+_TASK = ("model", "width", "batch", "side", "dtype")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    return commandline.guarded(lambda: _run(arguments))
-
-
-def _run(arguments: Sequence[str] | None) -> None:
-    options = _parser().parse_args(arguments)
-    commandline.check_output(options.out, force=options.force)
-    machine.bind_cores(options.cores)
-
-    from benchmarks import models, steps
-
-    commandline.check_names("--model", [options.model], models.NAMES)
-    task = steps.Task(
-        options.model, options.width, options.batch, options.side, options.dtype
+    description = "Measure what TempBalance costs a training step."
+    return commandline.measured(
+        "step_cost", description, _add_options, _measure, arguments
     )
-    analyze = task.analyze()
-    optimizers = steps.optimizers(analyze, options.interval)
-    runners = {}
-    for name, optimizer in optimizers.items():
-        commandline.say(f"{name}: compiling")
-        runners[name] = steps.Runner(task, optimizer)
-
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    results = machine.describe("benchmarks.step_cost", given)
-    results["task"] = {
-        "model": options.model,
-        "width": options.width,
-        "batch": options.batch,
-        "side": options.side,
-        "dtype": options.dtype,
-        "interval": options.interval,
-    }
-    results["memory"] = {name: run.temporary_bytes for name, run in runners.items()}
-    parts: dict[str, Callable[[], Mapping[str, Any]]] = {
-        "step": lambda: _steps(runners, options.repeats),
-        "refresh": lambda: _refreshes(runners, analyze, options.repeats),
-        "cycle": lambda: _cycles(runners, options.cycles, options.interval),
-    }
-    for part, measure in parts.items():
-        commandline.say(f"measuring: {part}")
-        results[part] = measure()
-        commandline.write_results(options.out, results)
-    print(options.out)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = commandline.Parser(
-        prog="python -m benchmarks.step_cost",
-        description="Measure what TempBalance costs a training step.",
-        allow_abbrev=False,
-    )
+def _add_options(parser: argparse.ArgumentParser) -> None:
     add, number = parser.add_argument, commandline.whole_number
+    positive = commandline.positive_number
     add("--model", default="resnet18", help="a network of benchmarks.models")
-    add(
-        "--width",
-        type=commandline.positive_number,
-        default=0.25,
-        help="factor on its channels (0.25)",
-    )
+    add("--width", type=positive, default=0.25, help="factor on its channels (0.25)")
     add("--batch", type=number, default=32, help="images of a step (32)")
     add("--side", type=number, default=32, help="height and width of an image (32)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
     add("--interval", type=number, default=50, help="steps between refreshes (50)")
     add("--repeats", type=number, default=200, help="rounds (200)")
     add("--cycles", type=number, default=10, help="intervals that are run (10)")
-    commandline.add_output(parser, "step_cost.json")
-    return parser
 
 
-def _steps(runners: Mapping[str, "Runner"], repeats: int) -> dict[str, list[float]]:
-    from benchmarks import timing
+def _measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    # What is imported before the cores are bound would not see which they are.
+    from benchmarks import models, steps
 
+    commandline.check_names("--model", [options.model], models.NAMES)
+
+    def parts() -> Iterator[dict[str, Any]]:
+        task = steps.Task(*(getattr(options, name) for name in _TASK))
+        analyze, interval = task.analyze(), options.interval
+        runners = {}
+        for name, optimizer in steps.optimizers(analyze, interval).items():
+            commandline.say(f"{name}: compiling")
+            runners[name] = steps.Runner(task, optimizer)
+        yield {"task": {k: getattr(options, k) for k in (*_TASK, "interval")}}
+        yield {"memory": {name: run.temporary_bytes for name, run in runners.items()}}
+        commandline.say("measuring: step, refresh, cycle")
+        yield {"step": _steps(runners, options.repeats)}
+        yield {"refresh": _refreshes(runners, analyze, options.repeats)}
+        yield {"cycle": _cycles(runners, options.cycles, interval)}
+
+    return parts()
+
+
+def _steps(runners: Mapping[str, Any], repeats: int) -> timing.Samples:
     # The first update after a refresh. In a spread cycle every update has its piece.
     between = {name: run for name, run in runners.items() if name != "spread"}
     return timing.interleave(
@@ -107,31 +78,23 @@ def _steps(runners: Mapping[str, "Runner"], repeats: int) -> dict[str, list[floa
 
 
 def _refreshes(
-    runners: Mapping[str, "Runner"], analyze: Callable[[Any], Any], repeats: int
-) -> dict[str, list[float]]:
+    runners: Mapping[str, Any], analyze: Callable[[Any], Any], repeats: int
+) -> timing.Samples:
     import jax
 
-    from benchmarks import timing
-
-    def analysis() -> None:
-        jax.block_until_ready(analyze(runners["without"].state.params))
-
+    without, plain = runners["without"], runners["plain"]
     calls = {
-        "without": runners["without"],
-        "refresh": runners["plain"],
-        "analysis": analysis,
+        "without": without,
+        "refresh": plain,
+        "analysis": lambda: jax.block_until_ready(analyze(without.state.params)),
     }
-    return timing.interleave(
-        calls, repeats, before=lambda _: runners["plain"].move_to(0)
-    )
+    return timing.interleave(calls, repeats, before=lambda _: plain.move_to(0))
 
 
 def _cycles(
-    runners: Mapping[str, "Runner"], cycles: int, interval: int
+    runners: Mapping[str, Any], cycles: int, interval: int
 ) -> dict[str, list[list[float]]]:
     """Return seconds of each step: by cycle, then by position."""
-    from benchmarks import timing
-
     running = {name: run for name, run in runners.items() if name != "interval=None"}
     for run in running.values():
         run.move_to(0)

@@ -12,13 +12,10 @@ import optax
 from flax import nnx
 
 import tb_optax
-from benchmarks import models
+from benchmarks import loop, models
 from benchmarks.compilation import temporary_bytes
-from benchmarks.loop import TrainState, image_loss, training_step
 
 CLASSES = 100
-LEARNING_RATE = 0.01
-MOMENTUM = 0.9
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,19 +28,14 @@ class Task:
     side: int
     dtype: str
 
-    def build(self) -> models.Model:
-        """Build the model."""
-        return models.build(
-            self.model,
-            num_classes=CLASSES,
-            width=self.width,
-            compute=self.dtype,
-            rngs=nnx.Rngs(0),
-        )
+    @property
+    def shape(self) -> loop.Shape:
+        """What the model is built from."""
+        return loop.Shape(self.model, CLASSES, self.width, 3, "flax", self.dtype)
 
     def analyze(self) -> Callable[[Any], tb_optax.Analysis]:
         """Return the analysis: without the first and the last layer, as published."""
-        model = nnx.eval_shape(self.build)
+        model = nnx.eval_shape(lambda: self.shape.build(0))
         return tb_optax.layer_analysis(models.layers_in_order(model)[1:-1])
 
     def examples(self) -> tuple[jax.Array, jax.Array]:
@@ -53,27 +45,17 @@ class Task:
         images = jnp.asarray(rng.standard_normal(shape, np.float32), self.dtype)
         return images, jnp.asarray(rng.integers(0, CLASSES, self.batch, np.int32))
 
-    @functools.cached_property
-    def _initial(self) -> tuple[Any, Any]:
-        """Parameters and running averages."""
-
-        @jax.jit
-        def initial() -> tuple[Any, Any]:
-            _, params, stats = nnx.split(self.build(), nnx.Param, nnx.BatchStat)
-            return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
-
-        return initial()
-
-    def start(self, optimizer: optax.GradientTransformation) -> TrainState:
+    def start(self, optimizer: optax.GradientTransformation) -> loop.TrainState:
         """Return the state before the first step, in arrays of its own."""
-        params, stats = jax.tree.map(jnp.copy, self._initial)
+        seed = jnp.uint32(0)
+        params, stats = loop.initial(self.shape, seed)
         opt_state = optimizer.init(params)
-        return TrainState(jnp.uint32(0), jnp.float32(0), params, stats, opt_state)
+        return loop.TrainState(seed, jnp.float32(0), params, stats, opt_state)
 
     def step(self, optimizer: optax.GradientTransformation) -> Any:
         """Return `(state, images, labels) -> state, scores`, jitted, which donates."""
-        graph = nnx.graphdef(nnx.eval_shape(self.build))
-        step = training_step(image_loss(graph), lambda *_: optimizer)
+        graph = nnx.graphdef(nnx.eval_shape(lambda: self.shape.build(0)))
+        step = loop.training_step(loop.image_loss(graph), lambda *_: optimizer)
         return jax.jit(step, donate_argnums=0)
 
 
@@ -95,40 +77,27 @@ class Runner:
 
     def move_to(self, count: int) -> None:
         """Let the next call be the update of this count."""
-        self.state = jax.block_until_ready(at_count(self.state, count))
+
+        def ours(node: Any) -> bool:
+            return isinstance(node, tb_optax.TempBalanceState)
+
+        def moved(node: Any) -> Any:
+            new = jnp.full((), count, jnp.int32)
+            return node._replace(count=new) if ours(node) else node
+
+        opt_state = jax.tree.map(moved, self.state.opt_state, is_leaf=ours)
+        self.state = jax.block_until_ready(self.state._replace(opt_state=opt_state))
 
 
 def optimizers(
     analyze: Callable[[Any], tb_optax.Analysis], interval: int
 ) -> dict[str, optax.GradientTransformation]:
     """Return SGD with momentum, without TempBalance and with each form of it."""
-
-    def balanced(**options: Any) -> optax.GradientTransformation:
-        return tb_optax.temp_balance(_sgd(), analyze, **options)
-
+    sgd = optax.sgd(0.01, 0.9)
+    balanced = functools.partial(tb_optax.temp_balance, sgd, analyze)
     return {
-        "without": _sgd(),
+        "without": sgd,
         "interval=None": balanced(interval=None),
         "plain": balanced(interval=interval),
         "spread": balanced(interval=interval, spread=True),
     }
-
-
-def at_count(state: TrainState, count: int) -> TrainState:
-    """Return the state as the transform sees it after so many updates."""
-
-    def moved(node: Any) -> Any:
-        if isinstance(node, tb_optax.TempBalanceState):
-            return node._replace(count=jnp.full((), count, jnp.int32))
-        return node
-
-    opt_state = jax.tree.map(
-        moved,
-        state.opt_state,
-        is_leaf=lambda node: isinstance(node, tb_optax.TempBalanceState),
-    )
-    return state._replace(opt_state=opt_state)
-
-
-def _sgd() -> optax.GradientTransformation:
-    return optax.sgd(LEARNING_RATE, MOMENTUM)

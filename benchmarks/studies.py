@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,10 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from benchmarks import arms, data, images, language, loop, machine, timing
+from benchmarks import arms, data, files, images, language, loop, timing
 from benchmarks.configs import CIFAR10, Config, LanguageConfig
-from benchmarks.errors import UserError
 from benchmarks.experiments import Trainer
-from benchmarks.files import (
-    Row,
-    append_lines,
-    as_lines,
-    is_empty,
-    read_json,
-    read_lines,
-    write_json,
-    write_text,
-)
+from benchmarks.files import Row
 from benchmarks.protocol import Study, Trial, plan
 from benchmarks.runs import METRICS, Run
 
@@ -43,20 +33,10 @@ TIMING = "timing.json"
 
 
 def _language(config: LanguageConfig, *left_out: str, **numbers: Any) -> Study:
-    named = {
-        name: language.ARMS[name] for name in language.ARMS if name not in left_out
-    }
-    parents = {
-        name: arm.parent for name, arm in named.items() if arm.parent is not None
-    }
-    return Study(
-        config,
-        named,
-        parents,
-        load=language.load,
-        make=language.make_program,
-        **numbers,
-    )
+    named = {k: arm for k, arm in language.ARMS.items() if k not in left_out}
+    parents = {k: arm.parent for k, arm in named.items() if arm.parent is not None}
+    own = {"load": language.load, "make": language.make_program}
+    return Study(config, named, parents, **own, **numbers)
 
 
 def _images(config: Config, directory: Path | None) -> images.Dataset:
@@ -148,56 +128,30 @@ class Directory:
 
     def recorded(self) -> Row:
         """Return what is written down of the study."""
-        file = self.path / STUDY
-        if not file.exists():
-            return {"commands": []}
-        return read_json(file, name=str, config=dict, commands=list)
+        return files.read_json(self.path / STUDY, config=dict, commands=list)
 
-    def commands(self) -> list[Mapping[str, Any]]:
-        """Return what has trained here: commands, machines, versions."""
-        return self.recorded()["commands"]
-
-    def open(self, digest: str, program: str, arguments: Sequence[str]) -> None:
-        """Write down what trains now.
-
-        Raises:
-            UserError: if the directory has another study, or one of other data.
-        """
-        own = {
-            "name": self.name,
-            "config": _recorded(self.study.config),
-            "data_sha256": digest,
-        }
-        there = self.recorded()
-        commands = there["commands"]
-        if commands:
-            for field, value in own.items():
-                if there.get(field) != value:
-                    msg = (
-                        f"{self.path} has a study whose {field} is "
-                        f"{there.get(field)!r}, not {value!r}; give another --out"
-                    )
-                    raise UserError(msg)
-        elif not is_empty(self.path):
-            msg = f"{self.path} holds no study: no {STUDY}; give another --out"
-            raise UserError(msg)
-        command = machine.describe(program, arguments)
-        del command["hardware"]["load_before"]  # Training takes too long for it.
-        if command not in commands:
-            commands.append(command)
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / STUDY, own | {"commands": commands})
+    def open(
+        self, digest: str, program: str, arguments: Sequence[str], resume: bool = True
+    ) -> None:
+        """Write down what trains now, unless another study or other data did before."""
+        left_out = ("arms", "data_dir", "seed", "learning_rate")
+        config = dataclasses.asdict(self.study.config)
+        config = {name: config[name] for name in config if name not in left_out}
+        own = {"name": self.name, "config": config, "data_sha256": digest}
+        there = files.read_record(self.path / STUDY, own, resume=resume)
+        content = own | {"commands": there["commands"]}
+        files.write_record(self.path / STUDY, content, program, arguments)
         # What a kill has left of a line would damage the next one.
         whole = self.evaluations()
-        lines = as_lines(itertools.chain(*whole.values()))
-        write_text(self.path / EVALUATIONS, lines)
+        lines = files.as_lines(itertools.chain(*whole.values()))
+        files.write_text(self.path / EVALUATIONS, lines)
         for trial in whole:
             shutil.rmtree(self.run(trial).path, ignore_errors=True)
 
     def evaluations(self) -> dict[Trial, list[Row]]:
         """Return the lines of each trial that is finished."""
         found: dict[Trial, list[Row]] = {}
-        for row in read_lines(self.path / EVALUATIONS):
+        for row in files.read_lines(self.path / EVALUATIONS):
             trial = Trial(*(row[field] for field in Trial._fields))
             found.setdefault(trial, []).append(row)
         last = self.study.config.epochs
@@ -205,16 +159,15 @@ class Directory:
 
     def losses(self) -> dict[Trial, float]:
         """Return the last validation loss of each trial that is finished."""
-        return {
-            trial: math.nan if loss is None else loss
-            for trial, rows in self.evaluations().items()
-            for loss in [rows[-1]["validation_loss"]]
+        last = {
+            k: rows[-1]["validation_loss"] for k, rows in self.evaluations().items()
         }
+        return {k: math.nan if loss is None else loss for k, loss in last.items()}
 
     def seconds(self) -> dict[str, list[float]]:
         """Return the seconds of each arm that `measure` has written down."""
         file = self.path / TIMING
-        return read_json(file, seconds=dict)["seconds"] if file.exists() else {}
+        return files.read_json(file, seconds=dict)["seconds"] if file.exists() else {}
 
     def todo(self) -> list[Trial]:
         """Return the trials that can be done now."""
@@ -230,12 +183,11 @@ class Directory:
 
     def keep(self, trial: Trial) -> None:
         """Add a trial that has ended to the evaluations."""
-        run = self.run(trial)
-        number = len(self.commands()) - 1
-        head = {**trial._asdict(), "command": number}
-        rows = [head | row for row in read_lines(run.path / METRICS)]
-        append_lines(self.path / EVALUATIONS, rows)
-        shutil.rmtree(run.path)
+        path = self.run(trial).path
+        head = trial._asdict() | {"command": len(self.recorded()["commands"]) - 1}
+        rows = [head | row for row in files.read_lines(path / METRICS)]
+        files.append_lines(self.path / EVALUATIONS, rows)
+        shutil.rmtree(path)
 
 
 def measure(directory: Directory, dataset: Any, rounds: int) -> None:
@@ -254,51 +206,28 @@ def measure(directory: Directory, dataset: Any, rounds: int) -> None:
 
     calls = {name: functools.partial(epoch, name) for name in study.arms}
     seconds = timing.interleave(calls, rounds)
-    write_json(directory.path / TIMING, {"seconds": seconds})
+    files.write_json(directory.path / TIMING, {"seconds": seconds})
 
 
-def train(
-    directory: Directory,
-    dataset: Any,
-    stopping: Callable[[], bool],
-) -> None:
-    """Do all trials of a study, one after the other, each arm compiled once.
+def train(directory: Directory, dataset: Any, stopping: Callable[[], bool]) -> None:
+    """Do all trials of a study that has been opened, each arm compiled once.
 
-    Args:
-        directory: of the study; has been opened.
-        dataset: what it trains on.
-        stopping: whether to stop after the epoch that runs.
-
-    Raises:
-        Preempted: if it is to stop.
+    Raise `Preempted` once `stopping()` is true.
     """
-    study = directory.study
-    trainers: dict[str, Trainer] = {}
+    study, epochs = directory.study, directory.study.config.epochs
+
+    @functools.cache
+    def trainer(name: str) -> Trainer:
+        arm = study.arms[name]
+        return Trainer(study.config, arm, dataset, study.make, brief=True)
+
     while todo := directory.todo():
-        total = study.config.epochs * len(todo)
+        total = epochs * len(todo)
         with tqdm(total=total, unit="epoch", desc=directory.name) as progress:
             for trial in todo:
                 run = directory.run(trial)
-                run.check()
-                run.check_data(dataset.digest())
+                run.check(dataset.digest())
                 run.open(dataset)
-                if trial.arm not in trainers:
-                    arm = study.arms[trial.arm]
-                    trainers[trial.arm] = Trainer(
-                        study.config, arm, dataset, study.make, brief=True
-                    )
-                test = _at_the_end(trial, study.config.epochs)
-                trainers[trial.arm].train([run], progress, stopping, test=test)
+                tested = (epochs,) if trial.phase == "fresh" else ()
+                trainer(trial.arm).train([run], progress, stopping, tested=tested)
                 directory.keep(trial)
-
-
-def _at_the_end(trial: Trial, epochs: int) -> Callable[[int], bool]:
-    """Return whether the test rows are read after an epoch."""
-    return lambda epoch: trial.phase == "fresh" and epoch == epochs
-
-
-def _recorded(config: Any) -> dict[str, Any]:
-    """Return what all numbers depend on, as JSON gives it back."""
-    left_out = ("arms", "data_dir", "seed", "learning_rate")
-    content = dataclasses.asdict(config)
-    return {name: value for name, value in content.items() if name not in left_out}

@@ -15,14 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import (
-    accelerator,
-    commandline,
-    findings,
-    report,
-    speed_tables,
-    studies,
-)
+from benchmarks import accelerator, commandline, findings, report, speed_tables, studies
 from benchmarks.errors import UserError
 from benchmarks.files import read_json
 
@@ -55,8 +48,7 @@ def _run(arguments: Sequence[str] | None) -> None:
         if not options.check:
             path.write_text(text, encoding="utf-8")
         elif path.read_text(encoding="utf-8") != text:
-            msg = f"{path} is out of date; run {_COMMAND}"
-            raise UserError(msg)
+            raise UserError(f"{path} is out of date; run {_COMMAND}")
     print(options.out)
 
 
@@ -88,15 +80,10 @@ def render(directory: Path) -> str:
         "Samples are taken in turn, A B C A B C ...; a cell is their median, [lowest, "
         "highest]; a ratio is that of the samples of one round.",
     ]
-    sections = (
-        ("spectral", speed_tables.spectral),
-        ("step_cost", speed_tables.step_cost),
-        ("weightwatcher", speed_tables.weightwatcher),
-    )
-    for name, section in sections:
+    for name in ("spectral", "step_cost", "weightwatcher"):
         paths = sorted(directory.glob(f"{name}*.json"))
         for path in paths:
-            parts += section(read_json(path))
+            parts += getattr(speed_tables, name)(read_json(path))
         if not paths:
             parts += [f"Not measured: `python -m benchmarks.{name}`."]
     cards = sorted(path for path in directory.glob("accelerator*") if path.is_dir())
@@ -112,9 +99,9 @@ def render(directory: Path) -> str:
         links = [f"{commandline.RESULTS.name}/{picture.name}" for picture in pictures]
         parts += report.section(read_json(path), links)
     for study in _studies(directory):
+        pictures = sorted(study.path.glob("*.png"))
         place = Path(commandline.RESULTS.name, study.path.relative_to(directory))
-        links = [str(place / file.name) for file in sorted(study.path.glob("*.png"))]
-        parts += findings.section(study, links)
+        parts += findings.section(study, [str(place / file.name) for file in pictures])
     return "\n\n".join(parts) + "\n"
 
 

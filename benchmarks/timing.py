@@ -29,13 +29,9 @@ def interleave(
 
     Args:
         functions: what to call, by name; each returns when its work is done.
-        repeats: rounds.
+        repeats: rounds, each of which gives one number of seconds per function.
         before: called with the name ahead of every call, outside of the time.
-        budget: seconds; behind the first round, none starts that would be the one
-            to pass them.
-
-    Returns:
-        Seconds of each function, one number per round.
+        budget: seconds; after the first round, none starts that would pass them.
     """
     samples: Samples = {name: [] for name in functions}
 
@@ -60,11 +56,7 @@ def interleave(
 
 
 def rest(name: str) -> None:
-    """Wait until the threads of the library that was called before are asleep.
-
-    They spin for some hundredths of a second behind its last call, on the cores of the
-    one that is `name`.
-    """
+    """Wait until the threads of the library that was called before no longer spin."""
     del name
     time.sleep(0.2)
 

@@ -19,15 +19,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import tyro
-from tqdm import tqdm
 
 import tb_optax
 from benchmarks import data, report
-from benchmarks.arms import ARMS
+from benchmarks.commandline import resumable
 from benchmarks.configs import RECIPES, Config, DatasetName
-from benchmarks.experiments import Experiment, Trainer, label, unfinished
+from benchmarks.experiments import Experiment, label, train, unfinished
 from benchmarks.files import write_text
-from benchmarks.preemption import resumable
 
 _PROGRAM = "python -m benchmarks.train"
 
@@ -79,30 +77,18 @@ def _run(arguments: Sequence[str], stopping: Callable[[], bool]) -> None:
     command = parse(arguments)
     config = command.config
     name = f"{config.dataset}-{config.model}-seed{config.seed}"
-    asked = Experiment(
-        command.out or Path("runs", name),
-        "train",
-        {"base": config},
-        config.arms,
-        (config.seed,),
-        flat=True,
-    )
+    out, seeds = command.out or Path("runs", name), (config.seed,)
+    variants = {"base": config}
+    asked = Experiment(out, "train", variants, config.arms, seeds, flat=True)
     known, runs = asked.joined(resume=command.resume), asked.runs()
-    dataset = data.load_all(runs)["base"]
+    datasets = data.load_all(runs)
     if unfinished(runs):
         known.save("benchmarks.train", arguments)
-    spectra = {}
-    done = sum(run.done() for run in runs)
-    total = len(runs) * config.epochs
-    with tqdm(total=total, initial=done, unit="epoch") as progress:
-        for run in runs:
-            run.open(dataset)
-            trainer = Trainer(config, ARMS[run.arm], dataset)
-            [state] = trainer.train([run], progress, stopping)
-            layers = trainer.program.layers
-            names = [label(layer.path) for layer in layers]
-            eigenvalues = tb_optax.esd(state.params, layers)
-            spectra[run.arm] = dict(zip(names, eigenvalues, strict=True))
+    spectra, trained = {}, train([[run] for run in runs], datasets, stopping)
+    for run, (program, [state]) in zip(runs, trained, strict=True):
+        names = [label(layer.path) for layer in program.layers]
+        eigenvalues = tb_optax.esd(state.params, program.layers)
+        spectra[run.arm] = dict(zip(names, eigenvalues, strict=True))
     tables = report.run_tables(runs)
     write_text(asked.path / "table.md", tables)
     print(tables)

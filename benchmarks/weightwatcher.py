@@ -12,53 +12,45 @@ import argparse
 import contextlib
 import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import tb_optax
-from benchmarks import commandline, machine, timing
+from benchmarks import commandline, timing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    return commandline.guarded(lambda: _run(arguments))
+    description = "Time minimum-KS fits against WeightWatcher."
+    return commandline.measured(
+        "weightwatcher", description, _add_options, _measure, arguments
+    )
 
 
-def _run(arguments: Sequence[str] | None) -> None:
-    options = _parser().parse_args(arguments)
-    commandline.check_output(options.out, force=options.force)
-    machine.bind_cores(options.cores)
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    number = commandline.whole_number
+    parser.add_argument("--size", type=number, default=2048, help="of the matrix")
+    parser.add_argument("--repeats", type=number, default=3, help="rounds (3)")
+
+
+def _measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     rng = np.random.default_rng(0)
     shape = options.size, options.size
     kernel = rng.standard_normal(shape, np.float32) / options.size**0.5
     parts = {"fit": _fits(kernel), "whole": _wholes(kernel)}
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    results = machine.describe("benchmarks.weightwatcher", given)
-    results["size"] = options.size
-    for part, calls in parts.items():
+
+    def measured(calls: dict[str, Callable[[], float]]) -> dict[str, Any]:
         alphas = {name: call() for name, call in calls.items()}  # Compiles, too.
-        results[part] = {
-            "alphas": alphas,
-            "seconds": timing.interleave(calls, options.repeats),
-        }
-        commandline.write_results(options.out, results)
-    print(options.out)
+        seconds = timing.interleave(calls, options.repeats)
+        return {"alphas": alphas, "seconds": seconds}
 
-
-def _parser() -> argparse.ArgumentParser:
-    parser = commandline.Parser(
-        prog="python -m benchmarks.weightwatcher",
-        description="Time minimum-KS fits against WeightWatcher.",
-        allow_abbrev=False,
+    return (
+        {"size": options.size, part: measured(calls)} for part, calls in parts.items()
     )
-    number = commandline.whole_number
-    parser.add_argument("--size", type=number, default=2048, help="of the matrix")
-    parser.add_argument("--repeats", type=number, default=3, help="rounds (3)")
-    commandline.add_output(parser, "weightwatcher.json")
-    return parser
 
 
 def _fits(kernel: np.ndarray) -> dict[str, Callable[[], float]]:

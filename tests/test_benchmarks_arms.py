@@ -151,7 +151,7 @@ def test_numbers_are_the_published_ones():
     def numbers(arm, model="resnet18", dataset="cifar10", **given):
         names: Any = {"model": model, "dataset": dataset}
         base = dataclasses.replace(configs.CIFAR10, **names, **given)
-        return dataclasses.astuple(settings(base, arm))
+        return settings(base, arm)
 
     assert numbers("cal") == (0.1, 0.001, 0.5, 1.5)
     assert numbers("tb", "vgg16") == (0.05, 0.005, 0.5, 1.5)
@@ -160,11 +160,8 @@ def test_numbers_are_the_published_ones():
     assert numbers("cal", "wrn28_6", "tiny_imagenet")[0] == 0.05
     assert numbers("tb", "wrn28_6", "tiny_imagenet") == (0.1, 1e-4, 0.6, 1.4)
     assert [numbers(arm)[0] for arm in ("lars", "lamb", "adamw")] == [28, 0.01, 0.001]
-    assert [numbers(arm, "resnet34")[0] for arm in ("lars", "lookahead", "sgdr")] == [
-        32,
-        0.15,
-        0.05,
-    ]
+    of_resnet34 = [numbers(arm, "resnet34")[0] for arm in ("lars", "lookahead", "sgdr")]
+    assert of_resnet34 == [32, 0.15, 0.05]
     given = {"learning_rate": 0.2, "snr": 0.3, "low": 0.4, "high": 2.0}
     assert numbers("tb_snr", **given) == (0.2, 0.3, 0.4, 2.0)
 

@@ -5,6 +5,7 @@ import io
 import random
 from pathlib import Path
 
+import datasets
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,6 +45,12 @@ class Cifar:
         file = self.path / f"{split}-0000{part}-of-00002.parquet"
         write(file, dict(zip(names, (contents, labels), strict=True)))
 
+    def rows(self, label):
+        """All rows, as the hub's own library has them."""
+        columns = {"img": list(map(Image.fromarray, self.images)), "label": self.labels}
+        features = datasets.Features({"img": datasets.Image(), "label": label})
+        return datasets.Dataset.from_dict(columns, features=features)
+
 
 def write(file, columns):
     """Writes a parquet file; the first column holds the bytes of images."""
@@ -57,12 +64,10 @@ def write(file, columns):
 def cifar(tmp_path):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (8, 32, 32, 3), np.uint8)
-    labels = rng.integers(0, 10, 8)
-    cifar = Cifar(tmp_path, images, labels)
-    contents = list(map(png, images))
-    cifar.write("train", contents[:4], labels[:4])
-    cifar.write("train", contents[4:6], labels[4:6], part=1)
-    cifar.write("test", contents[6:], labels[6:])
+    cifar = Cifar(tmp_path, images, rng.integers(0, 10, 8))
+    for split, part, own in (("train", 0, slice(4)), ("train", 1, slice(4, 6))):
+        cifar.write(split, [*map(png, images[own])], cifar.labels[own], part=part)
+    cifar.write("test", [*map(png, images[6:])], cifar.labels[6:])
     return cifar
 
 
@@ -87,15 +92,9 @@ def test_cifar_reads_all_files_in_order(cifar):
 
 
 def test_cifar_reads_the_metadata_of_the_hub(cifar):
-    import datasets
-
-    features = datasets.Features(
-        {"img": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)}
-    )
-    columns = {"img": list(map(Image.fromarray, cifar.images)), "label": cifar.labels}
-    rows = datasets.Dataset.from_dict(columns, features=features)
     for file in cifar.path.glob("train-*"):
         file.unlink()
+    rows = cifar.rows(datasets.ClassLabel(num_classes=10))
     rows.to_parquet(cifar.path / "train-00000-of-00001.parquet")
     dataset = data.load(cifar.config())
     np.testing.assert_array_equal(dataset.train_images, cifar.images)
@@ -174,14 +173,7 @@ def test_a_directory_may_hold_a_part_but_no_more(cifar):
 
 
 def test_the_hub_must_have_the_published_rows(cifar, monkeypatch):
-    import datasets
-
-    columns = {"img": list(map(Image.fromarray, cifar.images)), "label": cifar.labels}
-    features = datasets.Features(
-        {"img": datasets.Image(), "label": datasets.Value("int64")}
-    )
-    rows = datasets.Dataset.from_dict(columns, features=features)
-    asked = []
+    rows, asked = cifar.rows(datasets.Value("int64")), []
 
     def load_dataset(repository, config, *, split, verification_mode):
         asked.append((repository, config, split, verification_mode))
@@ -199,19 +191,10 @@ def test_the_hub_must_have_the_published_rows(cifar, monkeypatch):
             data.read(source, source.train, None, rows=3)
 
 
-def test_validation_rows_keep_their_labels(cifar):
-    dataset = data.load(cifar.config(subset=2, validation=3))
-    np.testing.assert_array_equal(dataset.train_labels, cifar.labels[:2])
-    for image, label in zip(
-        dataset.validation_images, dataset.validation_labels, strict=True
-    ):
-        (row,) = np.flatnonzero((cifar.images == image).all((1, 2, 3)))
-        assert 2 <= row < 6
-        assert label == cifar.labels[row]
-    for given in ({"validation": 5}, {"validation": 3, "subset": 4}):
-        most = 4 if "subset" not in given else 2
+def test_no_more_rows_are_held_out_than_there_are(cifar):
+    for given, most in (({}, 4), ({"subset": 4}, 2)):
         with pytest.raises(UserError, match=f"--validation .*at most {most}, the 6"):
-            data.load(cifar.config(**given))
+            data.load(cifar.config(validation=most + 1, **given))
 
 
 def truncate(cifar):
@@ -226,11 +209,6 @@ def flip_bits(cifar):
     file.write_bytes(content)
 
 
-def remove(cifar):
-    for file in cifar.path.glob("test-*"):
-        file.unlink()
-
-
 def rewrite(**changes):
     """A change that writes the second training file with other contents."""
 
@@ -241,27 +219,20 @@ def rewrite(**changes):
     return change
 
 
+BLACK = png(np.zeros((32, 32, 3), np.uint8))
+SMALL = png(np.zeros((8, 9, 3), np.uint8))
+DECODED = "row 4: the image cannot be decoded"
 DAMAGES = {
     "truncated": (truncate, "00001-of-00002.parquet cannot be read as parquet"),
     "flipped": (flip_bits, "test"),
-    "absent": (remove, r"no file test-\*.parquet"),
     "columns": (
         rewrite(names=("image", "label")),
         "no column img; it has image, label",
     ),
-    "no picture": (
-        rewrite(contents=[b"nothing"]),
-        "row 4: the image cannot be decoded",
-    ),
-    "half a picture": (
-        rewrite(contents=[png(np.zeros((32, 32, 3), np.uint8))[:60]]),
-        "row 4: the image cannot be decoded",
-    ),
+    "no picture": (rewrite(contents=[b"nothing"]), DECODED),
+    "half a picture": (rewrite(contents=[BLACK[:60]]), DECODED),
     "no bytes": (rewrite(contents=[None]), "row 4: img holds no image bytes"),
-    "size": (
-        rewrite(contents=[png(np.zeros((8, 9, 3), np.uint8))]),
-        "row 4: the image is 9x8; allowed: 32x32",
-    ),
+    "size": (rewrite(contents=[SMALL]), "row 4: the image is 9x8; allowed: 32x32"),
     "label": (rewrite(labels=[10]), "row 4: label is 10; allowed: 0 to 9"),
     "no label": (rewrite(labels=pa.array([None], pa.int64())), "row 4: label is None"),
     "text label": (rewrite(labels=["cat"]), "row 4: label is 'cat'"),
@@ -293,39 +264,38 @@ def test_truncated_and_noisy_files_are_one_line(cifar):
         assert "\n" not in str(raised.value)
 
 
-def test_empty_split_and_absent_directory(cifar):
+def test_empty_split_and_absent_files(cifar):
     for part in (0, 1):
         cifar.write("train", [], pa.array([], pa.int64()), part=part)
     with pytest.raises(UserError, match="the train split has no rows"):
         data.load(cifar.config())
-    config = dataclasses.replace(configs.CIFAR10, data_dir=str(cifar.path / "none"))
+    for file in cifar.path.iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match=rf"{cifar.path}: no file train-\*.parquet"):
+        data.load(cifar.config())
+    absent = dataclasses.replace(cifar, path=cifar.path / "none").config()
     with pytest.raises(UserError, match="none', which is not a directory"):
-        data.load(config)
+        data.load(absent)
 
 
 # --- rows held out, and the way into the network --------------------------------------
 
 
-def rows_of(images):
-    """Which row of the digits each image is; all differ."""
-    digits = data.load(configs.DIGITS)
-    row = {image.tobytes(): index for index, image in enumerate(digits.train_images)}
-    return [row[image.tobytes()] for image in images]
-
-
 @pytest.mark.parametrize("subset", [None, 1000])
 def test_validation_rows_are_held_out(subset):
+    digits = data.load(configs.DIGITS)  # All of them differ.
+    row_of = {image.tobytes(): row for row, image in enumerate(digits.train_images)}
+
     def split(validation, seed=43):
-        config = dataclasses.replace(
-            configs.DIGITS, subset=subset, validation=validation, seed=seed
-        )
-        dataset = data.load(config)
+        given = {"subset": subset, "validation": validation, "seed": seed}
+        dataset = data.load(dataclasses.replace(configs.DIGITS, **given))
         assert len(dataset.validation_labels) == validation
-        return (
-            rows_of(dataset.train_images),
-            rows_of(dataset.validation_images),
-            dataset.digest(),
-        )
+        parts = []
+        for name in ("train", "validation"):
+            images, labels = dataset.parts()[name]
+            parts.append([row_of[image.tobytes()] for image in images])
+            np.testing.assert_array_equal(labels, digits.train_labels[parts[-1]])
+        return *parts, dataset.digest()
 
     train, held_out, digest = split(200)
     assert split(200, seed=7) == (train, held_out, digest)

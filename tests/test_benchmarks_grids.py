@@ -18,7 +18,7 @@ from benchmarks.files import read_json, read_lines
 from benchmarks.grids import GRIDS
 from benchmarks.loop import balanced_layers
 from benchmarks.models.families import ResNet
-from benchmarks.models.parts import FLAX, Parts
+from benchmarks.models.parts import FLAX, Parts, Plan
 from benchmarks.published import PAIRS, settings
 from benchmarks.train import main, parse
 
@@ -73,7 +73,7 @@ def test_ablations_start_from_the_published_numbers():
     for grid in ABLATIONS:
         base = GRIDS[grid].base
         assert (base.dataset, base.model) == ("cifar100", "resnet18")
-        assert dataclasses.astuple(settings(base, "tb")) == (0.1, 0.01, 0.5, 1.5)
+        assert settings(base, "tb") == (0.1, 0.01, 0.5, 1.5)
         # One variant at least is the base, by its numbers.
         numbers = dataclasses.replace(base, learning_rate=0.1)
         assert {base, numbers} & set(GRIDS[grid].configs().values())
@@ -115,7 +115,7 @@ def by_path(tree):
 def small():
     """A net of two blocks, whose head has enough eigenvalues to be tuned."""
     parts = Parts(FLAX, nnx.Rngs(3))
-    return ResNet(parts, (64,), (2,), image_channels=3, num_classes=100)
+    return ResNet(parts, Plan((64,), (2,), 3, 100))
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,23 @@ from benchmarks import controls, language
 from benchmarks.configs import LanguageConfig
 from benchmarks.models import llama
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CONFIG = LanguageConfig(
     epochs=5, steps=2, length=12, width=56, depth=2, heads=2, refresh=3, windows=4
 )
 
 
-def model(*, tied=False, width=56):
-    return llama.Llama(256, width=width, depth=2, heads=2, tied=tied, rngs=nnx.Rngs(0))
+def model(*, tied=False):
+    return llama.Llama(256, width=56, depth=2, heads=2, tied=tied, rngs=nnx.Rngs(0))
+
+
+def traced(*, tied=False):
+    """The layers of the model."""
+    abstract = nnx.eval_shape(lambda: model(tied=tied))
+    tokens = jax.ShapeDtypeStruct((1, 12), jnp.int32)
+    run = llama.Llama.__call__
+    return tb_optax.trace_layers(run, abstract, tokens, norms="none")
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -47,11 +57,7 @@ def test_rotated_products_depend_on_distances_alone():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_layers_are_seven_per_block_and_the_head(tied):
-    abstract = nnx.eval_shape(lambda: model(tied=tied))
-    tokens = jax.ShapeDtypeStruct((1, 12), jnp.int32)
-    layers = tb_optax.trace_layers(
-        lambda model, x: model(x), abstract, tokens, norms="none"
-    )
+    layers = traced(tied=tied)
     assert len(layers) == 2 * 7 + 1
     assert layers[-1].path == ("embedding/embedding" if tied else "head/kernel")
 
@@ -100,12 +106,7 @@ def test_what_each_control_does():
 
 def trajectory(arm, steps=4):
     """The parameters after some updates with drawn gradients, and the multipliers."""
-    abstract = nnx.eval_shape(model)
-    tokens = jax.ShapeDtypeStruct((1, 12), jnp.int32)
-    layers = tb_optax.trace_layers(
-        lambda model, x: model(x), abstract, tokens, norms="none"
-    )
-    optimizer = arm.build(language.Setting(CONFIG, layers), 0, 1e-2)
+    optimizer = arm.build(CONFIG, traced(), 0, 1e-2)
 
     @jax.jit
     def run(params):
@@ -143,8 +144,7 @@ def test_a_control_that_changes_nothing_is_the_method(name):
 
 
 def test_every_arm_trains_and_no_layer_is_too_small():
-    setting = language.Setting(LanguageConfig(), ())
-    assert setting.config.width >= 50  # `controlled` takes what is fitted as tuned.
+    assert LanguageConfig().width >= 50  # `controlled` takes what is fitted as tuned.
     for name, arm in language.ARMS.items():
         assert (arm.parent in language.ARMS) == (arm.parent is not None)
         assert arm.name == name

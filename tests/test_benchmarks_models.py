@@ -15,7 +15,7 @@ from runs import eight_images
 from benchmarks import loop, models
 from benchmarks.models.convolution import NHWC, convolution
 from benchmarks.models.families import VGG, ResNet, WideResNet
-from benchmarks.models.parts import FLAX, TORCH, Parts
+from benchmarks.models.parts import FLAX, TORCH, Parts, Plan
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -108,18 +108,6 @@ def test_norms_have_the_momentum_and_epsilon_of_pytorch():
         assert momenta == dict.fromkeys(norms, 0.9) | wide
 
 
-def test_width_scales_every_layer():
-    # Stem 3x3x3x16 with its norm; blocks of 16, 32, 64, 128; head 128x10 with bias.
-    def block(inputs, outputs):
-        count = 9 * inputs * outputs + 9 * outputs**2 + 4 * outputs
-        return count + (inputs * outputs + 2 * outputs) * (inputs != outputs)
-
-    blocks = [(16, 16), (16, 16), (16, 32), (32, 32)]
-    blocks += [(32, 64), (64, 64), (64, 128), (128, 128)]
-    expected = 27 * 16 + 32 + sum(block(*sizes) for sizes in blocks) + 1290
-    assert parameter_count("resnet18", 10, width=0.25) == expected
-
-
 def test_unknown_model_is_named_with_those_there_are():
     with pytest.raises(ValueError, match="'resnet1'; allowed: resnet4, resnet8"):
         models.build("resnet1", num_classes=10, rngs=nnx.Rngs(0))
@@ -193,9 +181,7 @@ def test_convolution_and_its_gradients_are_those_of_jax():
 )
 def test_two_steps_of_every_family_move_all_weights(family, channels):
     """Steps of a small network of each kind: the named ones have more of the same."""
-    model = family(
-        Parts(FLAX, nnx.Rngs(0)), channels, (1, 1), image_channels=3, num_classes=10
-    )
+    model = family(Parts(FLAX, nnx.Rngs(0)), Plan(channels, (1, 1), 3, 10))
     _, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
     optimizer = optax.sgd(0.1, momentum=0.9)
     params, stats = nnx.to_pure_dict(params), nnx.to_pure_dict(stats)

@@ -9,17 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runs import assert_fails, timeless
+from runs import Killed, assert_fails, timeless
 
-from benchmarks import (
-    accelerator,
-    compare,
-    findings,
-    language,
-    loop,
-    protocol,
-    studies,
-)
+from benchmarks import accelerator, compare, findings, language, loop, protocol, studies
 from benchmarks.configs import LanguageConfig
 from benchmarks.files import read_json, read_lines
 from benchmarks.protocol import Trial, chosen, grid, plan
@@ -41,18 +33,15 @@ STUDY = protocol.Study(
 )
 
 
-def simulated(best, study=STUDY, noise=0.0):
+def simulated(best, noise=0.0):
     """Trials in the order in which a study does them, with losses that are made up.
 
-    Args:
-        best: for each arm, the rate with the lowest loss.
-        study: the study.
-        noise: of each seed.
+    Each arm has its lowest loss at the rate in `best`; seeds differ by the noise.
     """
     losses, order = {}, []
-    while todo := plan(study, losses):
+    while todo := plan(STUDY, losses):
         for trial in todo:
-            arm = study.parents.get(trial.arm, trial.arm)
+            arm = STUDY.parents.get(trial.arm, trial.arm)
             distance = math.log2(trial.rate / best[arm]) ** 2
             losses[trial] = distance + noise * (trial.seed % 2)
             order.append(trial)
@@ -62,10 +51,8 @@ def simulated(best, study=STUDY, noise=0.0):
 def test_each_arm_has_its_own_rate_and_a_control_that_of_its_method():
     order, losses = simulated({"plain": 2.0, "method": 2.4}, noise=0.5)
     assert [chosen(STUDY, losses, arm) for arm in STUDY.arms] == [2.0, 2.0, 2.0]
-    assert {trial.arm for trial in order if trial.phase == "sweep"} == {
-        "plain",
-        "method",
-    }
+    swept = {trial.arm for trial in order if trial.phase == "sweep"}
+    assert swept == {"plain", "method"}
     _, losses = simulated({"plain": 2.0, "method": 3.9})
     assert [chosen(STUDY, losses, arm) for arm in STUDY.arms] == [2.0, 4.0, 4.0]
 
@@ -110,18 +97,8 @@ def test_every_prefix_is_an_honest_result():
 
 # --- a study of two updates -----------------------------------------------------------
 
-TINY = LanguageConfig(
-    epochs=2,
-    steps=2,
-    batch_size=2,
-    length=8,
-    windows=3,
-    width=56,
-    depth=1,
-    heads=2,
-    refresh=2,
-    interval=2,
-)
+SMALL = {"width": 56, "depth": 1, "heads": 2, "length": 8, "windows": 3}
+TINY = LanguageConfig(epochs=2, steps=2, batch_size=2, refresh=2, interval=2, **SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +183,16 @@ def test_a_study_ends_with_a_report(finished, capsys, text):
     capsys.readouterr()
 
 
+def test_a_study_without_a_finished_trial_has_a_report(tiny, tmp_path):
+    directory = studies.Directory(tmp_path / "out", "tiny")
+    directory.open("0", "benchmarks.compare", [])
+    findings.write(directory)
+    missing = len(tiny.rates) * len(tiny.swept)
+    report = (directory.path / findings.REPORT).read_text()
+    assert f"Not finished: {missing} trials of the sweep are missing." in report
+    assert "Nothing is finished yet" in (directory.path / findings.PAGE).read_text()
+
+
 def test_differences_in_the_report_are_those_of_the_lines(finished):
     rows = read_lines(finished / "evaluations.jsonl")
     loss = {(r["arm"], r["seed"]): r["test_loss"] for r in rows if "test_loss" in r}
@@ -214,10 +201,6 @@ def test_differences_in_the_report_are_those_of_the_lines(finished):
     low, high = np.mean(differences) - margin, np.mean(differences) + margin
     cell = f"{np.mean(differences):+.4f} [{low:+.4f}, {high:+.4f}]"
     assert cell in (finished / findings.REPORT).read_text()
-
-
-class Killed(BaseException):
-    """Ends a command as suddenly as an exception can."""
 
 
 def test_killed_at_any_write_it_ends_with_the_same_lines(finished, text, tmp_path):
@@ -248,21 +231,15 @@ def test_killed_at_any_write_it_ends_with_the_same_lines(finished, text, tmp_pat
 def test_a_study_goes_on_with_its_own_data_and_setting_alone(
     finished, text, tmp_path, capsys, monkeypatch, tiny
 ):
-    def fails(out, *words):
-        arguments = ["tiny", "--out", str(out), "--data-dir", str(text), "--resume"]
-        assert_fails(compare.main, capsys, [*arguments, "--no-plots"], *words)
+    def fails(out, *words, path=text, more=("--resume", "--no-plots")):
+        arguments = ["tiny", "--out", str(out), "--data-dir", str(path), *more]
+        assert_fails(compare.main, capsys, arguments, *words)
 
-    assert_fails(compare.main, capsys, ["tiny", "--out", str(finished)], "--resume")
-    assert_fails(
-        compare.main,
-        capsys,
-        ["tiny", "--out", str(tmp_path / "new"), "--data-dir", str(tmp_path)],
-        "0 bytes",
-    )
+    fails(finished, "--resume", more=())
+    fails(tmp_path / "new", "0 bytes", path=tmp_path)
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "file").touch()
-    fails(tmp_path / "foreign", "holds no study")
-    assert read_json(finished / "study.json", name=str)["name"] == "tiny"
+    fails(tmp_path / "foreign", "holds no run: no study.json")
     other = dataclasses.replace(tiny, config=dataclasses.replace(TINY, width=64))
     monkeypatch.setitem(studies.STUDIES, "tiny", other)
     fails(finished, "another --out", "'width': 56")

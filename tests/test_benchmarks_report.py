@@ -10,6 +10,7 @@ from runs import eight_images
 from scipy import stats
 
 from benchmarks import configs, plots, report, tables
+from benchmarks.cells import page
 from benchmarks.experiments import Experiment
 from benchmarks.files import append_lines
 from benchmarks.runs import LAYERS, METRICS
@@ -23,7 +24,8 @@ TUNED = [("blocks/0", True), ("blocks/1", False)]
 def history(test, validation=None):
     """The epochs of a run with these accuracies."""
     rows = {"epoch": range(1, len(test) + 1), "test_accuracy": test}
-    rows |= {"train_loss": 0.5, "test_loss": 0.5}
+    rows |= dict.fromkeys(("train_loss", "test_loss"), 0.5)
+    rows |= dict.fromkeys(("train_seconds", "analysis_seconds"), 1.0)
     if validation is not None:
         rows["validation_accuracy"] = validation
     return pd.DataFrame(rows)
@@ -209,3 +211,19 @@ def test_a_comparison_is_a_section_of_the_readme(made_up, tmp_path):
     assert "](results/compare_made-up_alpha.png)" in rendered
     for part in text.strip().split("\n\n"):
         assert part in rendered
+
+
+def test_a_page_needs_nothing_else(tmp_path):
+    picture = tmp_path / "alpha.png"
+    picture.write_bytes(b"\x89PNG")
+    rows = [{"arm": "tb <TempBalance>", "last": "98.00%"}]
+    layers = [{"layer": f"blocks/{i}", "alpha": "2.1"} for i in range(3)]
+    sections = [("Arms", rows), ("Layers", layers)]
+    content = page("resnet & digits", "Of the test set.", sections, [picture])
+    assert '<img alt="alpha" src="data:image/png;base64,iVBORw==">' in content
+    assert content.count("src=") == 1
+    assert "http" not in content
+    assert "href" not in content
+    for text in ("<h1>resnet &amp; digits</h1>", "tb &lt;TempBalance&gt;", "blocks/2"):
+        assert text in content
+    assert content.count("<details>") == content.count("</details>") == 1

@@ -23,6 +23,7 @@ from runs import (
     CONFIG,
     EPOCHS,
     TINY,
+    Killed,
     assert_fails,
     assert_same_runs,
     final_state,
@@ -214,10 +215,6 @@ def test_rows_held_out_are_scored_and_change_no_training(finished, tmp_path):
 
 
 # --- kills ----------------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    """Ends a command as suddenly as an exception can."""
 
 
 def kill_at_write(monkeypatch, number):
@@ -466,11 +463,17 @@ def test_nothing_is_overwritten(finished, whole, capsys):
     assert (snapshot(finished), snapshot(whole)) == before
 
 
+COUNTS = ("epochs", "interval", "validation")
+NOT_NEGATIVE = ("low", "snr", "weight-decay")
+OF_A_GRID = ("seeds", "at-once")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        *((f"--{option} 0", f"--{option} 0 least") for option in COUNTS),
+        *((f"--{option} -1", f"--{option} -1.0 least") for option in NOT_NEGATIVE),
         ("--epochs x", "--epochs 'x'"),
-        ("--epochs 0", "--epochs 0 least"),
         ("--dataset mnist", "--dataset 'mnist' digits cifar10"),
         ("--model resnet1", "--model 'resnet1' resnet8"),
         ("--arms adam", "--arms 'adam' cal tb"),
@@ -480,21 +483,16 @@ def test_nothing_is_overwritten(finished, whole, capsys):
         ("--learning-rate nan", "--learning-rate nan finite"),
         ("--learning-rate 1e999", "--learning-rate inf finite"),
         ("--momentum 1", "--momentum 1.0 below"),
-        ("--low -1", "--low -1.0 least"),
-        ("--snr -1", "--snr -1.0 least"),
         ("--metric beta", "--metric 'beta' alpha_hat spectral_norm"),
         ("--fit mean", "--fit 'mean' median min_ks peak"),
         ("--init keras", "--init 'keras' flax torch"),
         ("--compute float16", "--compute 'float16' bfloat16"),
         ("--high inf", "--high inf finite"),
-        ("--interval 0", "--interval 0 least"),
         ("--seed -1", "--seed -1 4294967295"),
         ("--seed 1.5", "--seed '1.5'"),
-        ("--weight-decay -1", "--weight-decay -1.0 least"),
         ("--subset 2000", "--subset 2000 1437"),
         ("--subset 10", "--batch-size 64 10"),
         ("--batch-size", "--batch-size"),
-        ("--validation 0", "--validation 0 least"),
         ("--validation 1374", "--validation 1374 1373"),
         ("--subset 1400 --validation 38", "--validation 38 37"),
         ("--data-dir .", "--data-dir '.' digits"),
@@ -502,8 +500,7 @@ def test_nothing_is_overwritten(finished, whole, capsys):
         ("--unknown 3", "--unknown"),
         ("--epoch 3", "--epoch"),
         ("é", "é"),
-        ("tiny --seeds 0", "--seeds 0 least"),
-        ("tiny --at-once 0", "--at-once 0 least"),
+        *((f"tiny --{option} 0", f"--{option} 0 least") for option in OF_A_GRID),
         ("tiny --arms adam", "--arms adam"),
         ("tiny --data-dir .", "--data-dir '.' digits"),
         ("tiny --low 1", "--low"),

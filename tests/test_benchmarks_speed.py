@@ -11,10 +11,12 @@ import jax
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from benchmarks import (
     commandline,
     machine,
+    models,
     peers,
     spectral,
     step_cost,
@@ -39,32 +41,22 @@ def _quickly(monkeypatch):
     jax.config.update("jax_disable_most_optimizations", before)
 
 
-def norm_channels(shapes, *, of_inputs=False):
-    """Channels of a norm at every convolution."""
-    convolutions = [shape for shape in shapes.values() if len(shape) == 4]
-    return sum(shape[2 if of_inputs else 3] for shape in convolutions)
+@pytest.mark.parametrize("name", ["resnet18", "vgg16", "wrn16_8"])
+def test_kernels_are_those_of_the_model(name):
+    """Whose numbers of parameters are the published ones: see the tests of models."""
+    model = nnx.eval_shape(
+        lambda: models.build(name, num_classes=100, width=0.25, rngs=nnx.Rngs(0))
+    )
+    leaves = jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    kernels = [leaf.shape for leaf in leaves if leaf.ndim > 1]
+    assert sorted(of_model(name, width=0.25).values()) == sorted(kernels)
 
 
-def test_residual_networks_have_the_published_numbers_of_parameters():
-    # Published with kernels, a norm's scale and bias per channel, the head's bias.
-    published = {"resnet18": 11_220_132, "resnet34": 21_328_292}
-    for name, total in published.items():
-        network = networks()[name]
-        assert network.size + 2 * norm_channels(network.shapes) + 100 == total
+def test_bottlenecks_have_the_published_number_of_parameters():
     network = networks()["resnet152"]
-    assert network.size + 2 * norm_channels(network.shapes) + 1000 == 60_192_808
-
-
-def test_wide_residual_network_has_the_published_number_of_parameters():
-    network = networks()["wrn16x8"]
-    # Norms come before the convolutions of the blocks and after the last one.
-    shapes = {
-        path: shape
-        for path, shape in network.shapes.items()
-        if path.startswith("blocks") and not path.endswith("shortcut")
-    }
-    norms = norm_channels(shapes, of_inputs=True) + 512
-    assert network.size + 2 * norms + 100 == 11_007_540
+    # A norm's scale and bias per channel, and the bias of the head.
+    norms = sum(2 * shape[3] for shape in network.shapes.values() if len(shape) == 4)
+    assert network.size + norms + 1000 == 60_192_808
 
 
 def test_transformers_have_the_published_numbers_of_parameters():
@@ -77,14 +69,10 @@ def test_transformers_have_the_published_numbers_of_parameters():
 
 def test_the_other_networks_are_those_that_are_named():
     assert networks()["llm_block"].size == 4 * 4096**2 + 3 * 4096 * 11008
-    vgg = list(networks()["vgg16"].shapes.values())
-    assert [shape[-1] for shape in vgg] == (
-        [64] * 2 + [128] * 2 + [256] * 3 + [512] * 6 + [100]
-    )
-    assert len(networks()["wrn28x6"].layers) == 1 + 24 + 3 + 1
+    convolutions = {"wrn16x8": 16, "wrn28x6": 28, "resnet34": 36, "vgg16": 13}
+    for name, count in convolutions.items():
+        assert len(networks()[name].layers) == count + 1
     assert networks()["resnet18"].matrices == 157
-    narrow = list(of_model("resnet18", width=0.25).values())
-    assert (narrow[0], narrow[-1]) == ((3, 3, 3, 16), (128, 100))
 
 
 def test_kernels_come_from_the_seed_alone():
@@ -209,37 +197,26 @@ def fails(capsys, main, arguments, *words):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("main", "arguments", "words"),
     [
-        (["--parts", "all"], "--parts 'all' analysis"),
-        (["--parts", "analysis", "analysis"], "--parts twice"),
-        (["--nets", "resnet19"], "--nets 'resnet19' resnet18"),
-        (["--repeats", "0"], "--repeats"),
-        (["--repeats", "many"], "--repeats"),
-        (["--budget", "nan"], "--budget"),
-        (["--cores", "100000"], "--cores"),
-        (["--unknown"], "--unknown"),
+        (spectral.main, "--parts all", "--parts 'all' analysis"),
+        (spectral.main, "--parts analysis analysis", "--parts twice"),
+        (spectral.main, "--nets resnet19", "--nets 'resnet19' resnet18"),
+        (spectral.main, "--repeats 0", "--repeats"),
+        (spectral.main, "--repeats many", "--repeats"),
+        (spectral.main, "--budget nan", "--budget"),
+        (spectral.main, "--cores 100000", "--cores"),
+        (spectral.main, "--unknown", "--unknown"),
+        (step_cost.main, "--model resnet19", "--model 'resnet19' resnet18"),
+        (step_cost.main, "--interval 0", "--interval"),
+        (step_cost.main, "--width inf", "--width"),
+        (step_cost.main, "--dtype float16", "--dtype"),
+        (step_cost.main, "--cycles 0", "--cycles"),
     ],
 )
-def test_faults_of_spectral(arguments, words, tmp_path, capsys):
+def test_faults_of_the_arguments(main, arguments, words, tmp_path, capsys):
     out = tmp_path / "out.json"
-    fails(capsys, spectral.main, [*arguments, "--out", out], *words.split())
-    assert not out.exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--model", "resnet19"], "--model 'resnet19' resnet18"),
-        (["--interval", "0"], "--interval"),
-        (["--width", "inf"], "--width"),
-        (["--dtype", "float16"], "--dtype"),
-        (["--cycles", "0"], "--cycles"),
-    ],
-)
-def test_faults_of_step_cost(arguments, words, tmp_path, capsys):
-    out = tmp_path / "out.json"
-    fails(capsys, step_cost.main, [*arguments, "--out", out], *words.split())
+    fails(capsys, main, [*arguments.split(), "--out", out], *words.split())
     assert not out.exists()
 
 

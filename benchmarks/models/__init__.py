@@ -1,6 +1,5 @@
 """Models by name, and their layers in the order of the forward pass."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -10,7 +9,7 @@ from flax import nnx
 
 import tb_optax
 from benchmarks.models.families import VGG, ResNet, WideResNet
-from benchmarks.models.parts import FLAX, TORCH, Parts
+from benchmarks.models.parts import FLAX, TORCH, Parts, Plan
 
 Model: TypeAlias = ResNet | VGG | WideResNet
 Name = Literal[
@@ -30,26 +29,20 @@ Compute = Literal["float32", "bfloat16"]
 NAMES = get_args(Name)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    model: Callable[..., Model]
-    channels: tuple[int, ...]
-    blocks: tuple[int, ...]
-
-
 _SMALL = (16, 32, 64)
 _LARGE = (64, 128, 256, 512)
 
-_PLANS = {
-    "resnet4": _Plan(ResNet, _SMALL[:1], (1,)),  # For tests.
-    "resnet8": _Plan(ResNet, _SMALL, (1, 1, 1)),
-    "resnet14": _Plan(ResNet, _SMALL, (2, 2, 2)),
-    "resnet18": _Plan(ResNet, _LARGE, (2, 2, 2, 2)),
-    "resnet34": _Plan(ResNet, _LARGE, (3, 4, 6, 3)),
-    "vgg16": _Plan(VGG, (*_LARGE, 512), (2, 2, 3, 3, 3)),
-    "vgg19": _Plan(VGG, (*_LARGE, 512), (2, 2, 4, 4, 4)),
-    "wrn16_8": _Plan(WideResNet, (16, 128, 256, 512), (2, 2, 2)),
-    "wrn28_6": _Plan(WideResNet, (16, 96, 192, 384), (4, 4, 4)),
+# Channels and blocks of each stage.
+_SIZES: dict[str, tuple[Callable[..., Model], Sequence[int], Sequence[int]]] = {
+    "resnet4": (ResNet, _SMALL[:1], (1,)),  # For tests.
+    "resnet8": (ResNet, _SMALL, (1, 1, 1)),
+    "resnet14": (ResNet, _SMALL, (2, 2, 2)),
+    "resnet18": (ResNet, _LARGE, (2, 2, 2, 2)),
+    "resnet34": (ResNet, _LARGE, (3, 4, 6, 3)),
+    "vgg16": (VGG, (*_LARGE, 512), (2, 2, 3, 3, 3)),
+    "vgg19": (VGG, (*_LARGE, 512), (2, 2, 4, 4, 4)),
+    "wrn16_8": (WideResNet, (16, 128, 256, 512), (2, 2, 2)),
+    "wrn28_6": (WideResNet, (16, 96, 192, 384), (4, 4, 4)),
 }
 
 
@@ -85,14 +78,10 @@ def build(
     _check("model", name, NAMES)
     _check("init", init, get_args(Init))
     _check("compute", compute, get_args(Compute))
-    plan = _PLANS[name]
-    model = plan.model(
-        Parts(TORCH if init == "torch" else FLAX, rngs),
-        [max(1, round(width * channels)) for channels in plan.channels],
-        plan.blocks,
-        image_channels=image_channels,
-        num_classes=num_classes,
-    )
+    family, channels, blocks = _SIZES[name]
+    channels = [max(1, round(width * count)) for count in channels]
+    parts = Parts(TORCH if init == "torch" else FLAX, rngs)
+    model = family(parts, Plan(channels, blocks, image_channels, num_classes))
     model.set_attributes(dtype=jnp.dtype(compute))
     return model
 
@@ -100,9 +89,8 @@ def build(
 def layers_in_order(model: Any, *, norms: bool = True) -> tuple[tb_optax.Layer, ...]:
     """Return the layers of a model in the order of execution.
 
-    Args:
-        model: the model; abstract values, as `nnx.eval_shape` gives them, are enough.
-        norms: whether the parameters of a norm follow the layer before it.
+    Its values may be abstract. `norms` says whether the parameters of a norm follow the
+    layer before it.
     """
     shape = (1, 8, 8, model.image_channels)
     return tb_optax.trace_layers(
@@ -115,5 +103,4 @@ def layers_in_order(model: Any, *, norms: bool = True) -> tuple[tb_optax.Layer, 
 
 def _check(what: str, name: str, allowed: Sequence[str]) -> None:
     if name not in allowed:
-        msg = f"{what} is {name!r}; allowed: {', '.join(allowed)}"
-        raise ValueError(msg)
+        raise ValueError(f"{what} is {name!r}; allowed: {', '.join(allowed)}")

@@ -1,9 +1,7 @@
 """Networks for small images, built as for CIFAR: ResNets, VGG, and wide ResNets.
 
 Inputs are NHWC, of any resolution: the published networks for 64 x 64 pixels are those
-for 32 x 32. Every network is built from `Parts`, the channels and the number of blocks
-(in VGG: convolutions) of each stage, the channels of the images, and the number of
-logits, and ends with one linear head on the mean of all positions.
+for 32 x 32. Every network ends with one linear head on the mean of all positions.
 
 References:
     He et al, `Deep Residual Learning for Image Recognition
@@ -14,12 +12,10 @@ References:
     <https://arxiv.org/abs/1605.07146>`_, 2016
 """
 
-from collections.abc import Sequence
-
 from flax import nnx
 from jax import Array
 
-from benchmarks.models.parts import Parts
+from benchmarks.models.parts import Parts, Plan
 
 
 class Shortcut(nnx.Module):
@@ -61,20 +57,12 @@ class ResNet(nnx.Module):
     the shortcut is a 1x1 convolution with a BatchNorm.
     """
 
-    def __init__(
-        self,
-        parts: Parts,
-        channels: Sequence[int],
-        blocks: Sequence[int],
-        *,
-        image_channels: int,
-        num_classes: int,
-    ):
-        self.image_channels = image_channels
-        self.conv1 = parts.conv(image_channels, channels[0], 3, bias=False)
-        self.bn1 = parts.norm(channels[0])
-        self.blocks = parts.stages(BasicBlock, channels[0], channels, blocks)
-        self.linear = parts.head(channels[-1], num_classes)
+    def __init__(self, parts: Parts, plan: Plan):
+        self.image_channels = plan.image_channels
+        self.conv1 = parts.conv(plan.image_channels, plan.channels[0], 3, bias=False)
+        self.bn1 = parts.norm(plan.channels[0])
+        self.blocks = parts.stages(BasicBlock, plan.channels[0], plan)
+        self.linear = parts.head(plan.channels[-1], plan.num_classes)
 
     def __call__(self, images: Array, *, train: bool) -> Array:
         """Return the logits (batch, num_classes) of images (batch, H, W, channels)."""
@@ -90,25 +78,17 @@ class VGG(nnx.Module):
     After each stage, a 2x2 maximum halves the resolution.
     """
 
-    def __init__(
-        self,
-        parts: Parts,
-        channels: Sequence[int],
-        blocks: Sequence[int],
-        *,
-        image_channels: int,
-        num_classes: int,
-    ):
-        self.image_channels = image_channels
-        self.stages = tuple(blocks)
+    def __init__(self, parts: Parts, plan: Plan):
+        self.image_channels = plan.image_channels
+        self.stages = tuple(plan.blocks)
         self.convs, self.norms = nnx.List([]), nnx.List([])
-        inputs = image_channels
-        for outputs, count in zip(channels, blocks, strict=True):
+        inputs = plan.image_channels
+        for outputs, count in zip(plan.channels, plan.blocks, strict=True):
             for _ in range(count):
                 self.convs.append(parts.conv(inputs, outputs, 3, bias=True))
                 self.norms.append(parts.norm(outputs))
                 inputs = outputs
-        self.linear = parts.head(inputs, num_classes)
+        self.linear = parts.head(inputs, plan.num_classes)
 
     def __call__(self, images: Array, *, train: bool) -> Array:
         """Return the logits (batch, num_classes) of images (batch, H, W, channels)."""
@@ -151,21 +131,14 @@ class WideResNet(nnx.Module):
     norm, and the last norm moves its averages nine times as fast as the others.
     """
 
-    def __init__(
-        self,
-        parts: Parts,
-        channels: Sequence[int],
-        blocks: Sequence[int],
-        *,
-        image_channels: int,
-        num_classes: int,
-    ):
-        self.image_channels = image_channels
-        stem, *widths = channels
-        self.conv1 = parts.conv(image_channels, stem, 3, bias=True)
-        self.blocks = parts.stages(PreActivationBlock, stem, widths, blocks)
+    def __init__(self, parts: Parts, plan: Plan):
+        self.image_channels = plan.image_channels
+        stem, *widths = plan.channels
+        plan = plan._replace(channels=widths)
+        self.conv1 = parts.conv(plan.image_channels, stem, 3, bias=True)
+        self.blocks = parts.stages(PreActivationBlock, stem, plan)
         self.bn1 = parts.norm(widths[-1], momentum=0.1)
-        self.linear = parts.head(widths[-1], num_classes)
+        self.linear = parts.head(widths[-1], plan.num_classes)
 
     def __call__(self, images: Array, *, train: bool) -> Array:
         """Return the logits (batch, num_classes) of images (batch, H, W, channels)."""

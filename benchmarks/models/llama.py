@@ -63,15 +63,9 @@ class Block(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """A language model.
+    """A language model; its heads divide its width in even parts.
 
-    Args:
-        vocabulary: number of tokens.
-        width: number of features.
-        depth: number of blocks.
-        heads: attention heads of a block; they divide the width in even parts.
-        tied: whether the logits are products with the embedding.
-        rngs: random numbers for the initial weights.
+    If it is tied, the logits are products with the embedding.
     """
 
     def __init__(

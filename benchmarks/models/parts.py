@@ -14,20 +14,10 @@ Initialize = Callable[[Array, tuple[int, ...], DTypeLike], Array]
 
 
 class Initialization(NamedTuple):
-    """How the weights of a layer are drawn.
-
-    Attributes:
-        kernel: draws a kernel, whose inputs are on the axis before the last.
-        bias: returns what draws the bias of a layer with this fan-in.
-    """
+    """How kernels are drawn, and biases, given the fan-in of their layer."""
 
     kernel: Initialize
     bias: Callable[[int], Initialize]
-
-
-def _zeros(fan_in: int) -> Initialize:
-    del fan_in
-    return nnx.initializers.zeros_init()
 
 
 def _uniform_by_fan_in(fan_in: int) -> Initialize:
@@ -41,7 +31,9 @@ def _uniform_by_fan_in(fan_in: int) -> Initialize:
 
 
 # Truncated normal kernels of variance 1 / fan-in, and zero biases.
-FLAX = Initialization(nnx.initializers.lecun_normal(), _zeros)
+FLAX = Initialization(
+    nnx.initializers.lecun_normal(), lambda _: nnx.initializers.zeros_init()
+)
 
 # Kernels and biases uniform within 1 / sqrt(fan-in): kaiming_uniform with a = sqrt(5)
 # has the gain sqrt(2 / (1 + a²)) = sqrt(1/3) and the bound sqrt(3) gain / sqrt(fan-in).
@@ -50,13 +42,24 @@ TORCH = Initialization(
 )
 
 
-class Parts(NamedTuple):
-    """A builder of layers.
+class Plan(NamedTuple):
+    """The sizes of a network.
 
     Attributes:
-        init: how the weights are drawn.
-        rngs: random numbers for the initial weights.
+        channels: channels of each stage; in a wide network, of the stem first.
+        blocks: blocks of each stage; in VGG, convolutions.
+        image_channels: channels of the images.
+        num_classes: number of logits.
     """
+
+    channels: Sequence[int]
+    blocks: Sequence[int]
+    image_channels: int
+    num_classes: int
+
+
+class Parts(NamedTuple):
+    """A builder of layers, from how their weights are drawn and random numbers."""
 
     init: Initialization
     rngs: nnx.Rngs
@@ -96,19 +99,16 @@ class Parts(NamedTuple):
         self,
         block: Callable[["Parts", int, int, int], nnx.Module],
         inputs: int,
-        channels: Sequence[int],
-        blocks: Sequence[int],
+        plan: Plan,
     ) -> nnx.List:
         """Build stages of residual blocks; all but the first halve the resolution.
 
-        Args:
-            block: builds a block from parts, inputs, outputs, and stride.
-            inputs: channels that come in.
-            channels: channels of each stage.
-            blocks: blocks of each stage.
+        A block is built from parts, inputs, outputs, and stride.
         """
         built = nnx.List([])
-        for stage, (outputs, count) in enumerate(zip(channels, blocks, strict=True)):
+        for stage, (outputs, count) in enumerate(
+            zip(plan.channels, plan.blocks, strict=True)
+        ):
             for position in range(count):
                 stride = 2 if stage > 0 and position == 0 else 1
                 built.append(block(self, inputs, outputs, stride))
