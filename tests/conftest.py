@@ -87,10 +87,10 @@ FEW_OR_SMALL_LAYERS = (
 # Modules that take long go first: the last ones to end decide how long all take.
 SLOWEST = (
     *("test_golden_metrics", "test_golden_rates", "test_golden_edge_cases"),
-    *("test_sharding", "test_benchmarks_runs", "test_lanczos", "test_quadrature"),
-    *("test_frameworks_layers", "test_frameworks_training", "test_contract"),
-    *("test_fuzz", "test_accuracy", "test_trace_zoo", "test_benchmarks_speed"),
-    *("test_benchmarks_accelerator", "test_contract_wrappers", "test_processes"),
+    *("test_sharding", "test_family_golden", "test_windows", "test_analysis"),
+    *("test_golden_trajectory", "test_family", "test_quadrature", "test_command"),
+    *("test_faults", "test_benchmarks_language", "test_spread", "test_contract"),
+    *("test_when", "test_family_training", "test_benchmarks_runs", "test_processes"),
 )
 
 
