@@ -305,7 +305,10 @@ def assert_as_weightwatcher(name, path, tmp_path, tolerance):
 
 def encoder():
     """The file of a trained language encoder of 91 MB, which a package carries."""
-    files = metadata.files(ENCODER) or []
+    try:
+        files = metadata.files(ENCODER) or []
+    except metadata.PackageNotFoundError:
+        pytest.skip(f"the package {ENCODER} is not installed")
     (path,) = (Path(f.locate()) for f in files if f.name == "model.safetensors")
     return path
 
