@@ -15,7 +15,7 @@ from jax import Array
 
 import tb_optax
 from benchmarks.machine import torch_on_same_device
-from tb_optax.eigenvalues import tridiagonal_eigenvalues
+from tb_optax.eigenvalues import of_both_signs, tridiagonal_eigenvalues
 
 Way = Callable[[Array], Array]
 
@@ -85,10 +85,7 @@ def _svd_by_qr(w: Array) -> Array:
 
 
 def _of_both_signs(w: Array) -> Array:
-    r = w if w.shape[1] == w.shape[2] else jnp.linalg.qr(w, mode="r")
-    zero = jnp.zeros_like(r)
-    pairs = jnp.linalg.eigvalsh(jnp.block([[zero, r], [r.swapaxes(1, 2), zero]]))
-    return pairs[:, r.shape[1] :] ** 2
+    return jax.vmap(of_both_signs)(w) ** 2
 
 
 def _tridiagonal(w: Array) -> Array:

@@ -78,8 +78,8 @@ def gram_eigenvalues(buckets: Sequence[Bucket]) -> list[Decomposed]:
 def singular_values(buckets: Sequence[Bucket]) -> list[Decomposed]:
     """Compute the singular values σ of each matrix, exact to a few eps·σ_max.
 
-    On GPU, JAX computes them one matrix at a time, and with errors of 1e-5. Those of R
-    in W = QR are the same, and the eigenvalues of [[0, R], [Rᵀ, 0]] are ±σ.
+    On GPU, JAX computes them one matrix at a time, and with errors of 1e-5; there they
+    come from eigenvalues of both signs.
     """
 
     def ascending(matrix):
@@ -89,17 +89,26 @@ def singular_values(buckets: Sequence[Bucket]) -> list[Decomposed]:
         n = max(_side(w) for w in buckets)
         return _one_by_one(ascending, buckets, unit, (n,))
 
-    def of_both_signs(matrix):
-        rows, columns = matrix.shape
-        r = matrix if rows >= columns else matrix.T
-        if rows != columns:
-            r = jnp.linalg.qr(r, mode="r")
-        zero = jnp.zeros_like(r)
-        pairs = jnp.linalg.eigvalsh(jnp.block([[zero, r], [r.T, zero]]))
-        below, above = jnp.split(pairs, 2)
-        return (above - below[::-1]) / 2
-
     return _decomposed(buckets, one_by_one, of_both_signs)
+
+
+def of_both_signs(matrix: Float[Array, "_ _"]) -> Float[Array, " n"]:
+    """Compute singular values σ from eigenvalues, ascending.
+
+    With W = QR, those of R are the same, and the eigenvalues of [[0, R], [Rᵀ, 0]] are
+    ±σ.
+
+    >>> print(of_both_signs(jnp.asarray([[3.0, 0.0], [0.0, -4.0], [0.0, 0.0]])))
+    [3. 4.]
+    """
+    rows, columns = matrix.shape
+    r = matrix if rows >= columns else matrix.T
+    if rows != columns:
+        r = jnp.linalg.qr(r, mode="r")
+    zero = jnp.zeros_like(r)
+    pairs = jnp.linalg.eigvalsh(jnp.block([[zero, r], [r.T, zero]]))
+    below, above = jnp.split(pairs, 2)
+    return (above - below[::-1]) / 2
 
 
 def _decomposed(

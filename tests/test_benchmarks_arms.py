@@ -15,8 +15,6 @@ from benchmarks import arms, configs, loop
 from benchmarks.controls import averaged, shuffled
 from benchmarks.published import settings
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def normal(*shape, seed):
     values = np.random.default_rng(seed).standard_normal(shape)
@@ -43,9 +41,8 @@ def tiny():
 
 
 @pytest.fixture(scope="module")
-def two_steps(quick_compilation):
+def two_steps():
     """Of each arm: the first analysis, the first updates, the weights in the end."""
-    del quick_compilation
     config = dataclasses.replace(configs.DIGITS, epochs=2)
     inputs = normal(8, 16, seed=0)
     layers = tb_optax.trace_layers(network, tiny(), inputs)[1:-1]
@@ -112,8 +109,7 @@ def first_epoch(arm, **fields):
 
 
 @pytest.fixture(scope="module")
-def plain(quick_compilation):
-    del quick_compilation
+def plain():
     return first_epoch("cal")
 
 

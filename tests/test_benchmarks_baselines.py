@@ -15,8 +15,6 @@ from benchmarks.baselines import (
     scale_by_sgdp,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def normal(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape)

@@ -22,8 +22,6 @@ from benchmarks.models.parts import FLAX, Parts, Plan
 from benchmarks.published import PAIRS, settings
 from benchmarks.train import main, parse
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIGS = {
     (grid, name): config
     for grid in GRIDS
@@ -119,9 +117,8 @@ def small():
 
 
 @pytest.fixture(scope="module")
-def multipliers(quick_compilation):
+def multipliers():
     """The multipliers of all leaves of a small net, by grid, variant and path."""
-    del quick_compilation
 
     @functools.cache
     def multipliers(config):

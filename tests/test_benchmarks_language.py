@@ -14,8 +14,6 @@ from benchmarks import controls, language
 from benchmarks.configs import LanguageConfig
 from benchmarks.models import llama
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = LanguageConfig(
     epochs=5, steps=2, length=12, width=56, depth=2, heads=2, refresh=3, windows=4
 )

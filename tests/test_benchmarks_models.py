@@ -17,8 +17,6 @@ from benchmarks.models.convolution import NHWC, convolution
 from benchmarks.models.families import VGG, ResNet, WideResNet
 from benchmarks.models.parts import FLAX, TORCH, Parts, Plan
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def parameter_count(name, num_classes, width=1.0):
     model = nnx.eval_shape(

@@ -113,9 +113,8 @@ def text(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tiny(quick_compilation):
+def tiny():
     """Registers the study under a name of its own, its programs compiled once."""
-    del quick_compilation
     made, compiled, real = {}, {}, loop.Program.compiled
 
     def compile_once(self, rows, count):

@@ -46,9 +46,8 @@ PICTURES = ["alpha.png", "cal.png", "tb.png"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def programs(quick_compilation):
+def programs():
     """The seed and arm of every call for a program; names a tiny grid."""
-    del quick_compilation
     GRIDS["tiny"] = Grid(CONFIG)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(plots, "DPI", 40)

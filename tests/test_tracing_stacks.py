@@ -15,8 +15,6 @@ from zoo import conv
 
 import tb_optax
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 X = jnp.ones((4, 8))
 DEPTH = 3
 
