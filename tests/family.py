@@ -237,14 +237,14 @@ def map_of_balancing(config, kind):
 
 def balanced_layers(info: Mapping[str, Any]) -> list[Layer]:
     """All layers of blocks, each with its bias and the norms that come after it."""
-    names = [name for name in info["layer_names"] if block_number(Layer(name, LINEAR))]
+    names = [name for name in info["layer_names"] if block_number(linear_layer(name))]
     follows = {name: [] for name in names}
     current = None
     for path in info["param_names"]:
         module = path.rpartition(".")[0]
         if module in follows and path.endswith(".weight"):
             current = module
-        elif block_number(Layer(path, LINEAR)):
+        elif block_number(linear_layer(path)):
             follows[module if module in follows else current].append(path)
     return [
         Layer(f"{name}.weight", LINEAR, tuple(own)) for name, own in follows.items()

@@ -7,7 +7,6 @@ rule. `-s` prints the largest deviations, of which docs/family.md has the table.
 import functools
 
 import family
-import golden
 import golden_library
 import golden_record
 import jax
@@ -159,7 +158,7 @@ def check_map(scores, names, config, kind, published, precision, where):
 
 def flat_places(scores, names, rule, config):
     """Where equal scores decide: 1 here; there an end of the range, or any order."""
-    layers = [tb_optax.Layer(name, golden.LINEAR) for name in names]
+    layers = [family.linear_layer(name) for name in names]
     none = np.zeros(len(names), bool)
     inner = []
     if rule == "tb_layer_blocks":
