@@ -107,9 +107,15 @@ def weightwatcher(results: Results) -> Iterator[str]:
     """Give the section of a file of `benchmarks.weightwatcher`."""
     size = results["size"]
     yield from _head(f"A {size} x {size} matrix, minimum-KS fit", results)
-    names = {"fit": "fit, eigenvalues given", "whole": "whole analysis"}
+    names = {
+        "fit": "fit, eigenvalues given",
+        "whole": "whole analysis",
+        "command": "whole process, from a file",
+    }
     rows = []
     for part, bound in _OF_WEIGHTWATCHER.items():
+        if part not in results:
+            continue
         seconds, alphas = results[part]["seconds"], results[part]["alphas"]
         ratio = _ratio(seconds, _OURS, _WEIGHTWATCHER)
         row = _against(f"{names[part]}, {_OURS} / {_WEIGHTWATCHER}", ratio, bound)

@@ -1,18 +1,24 @@
-"""Time a minimum-KS fit, and a whole analysis, against WeightWatcher.
+"""Time a minimum-KS fit, an analysis and a whole command against WeightWatcher.
 
     pip install weightwatcher torch
     python -m benchmarks.weightwatcher
 
 One Gaussian matrix; both fit a power law at every eigenvalue and keep the one with the
-smallest Kolmogorov-Smirnov distance. Samples are taken in turn. Faults of the arguments
-are one line on stderr and exit code 2.
+smallest Kolmogorov-Smirnov distance. The command is a new process that reads the matrix
+from a file; WeightWatcher, which has no command, runs in the script that its users
+write. Samples are taken in turn. Faults of the arguments are one line on stderr and
+exit code 2.
 """
 
 import argparse
 import contextlib
 import io
+import json
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +27,16 @@ import numpy as np
 
 import tb_optax
 from benchmarks import commandline, timing
+
+_SCRIPT = """
+import sys
+import numpy, torch, weightwatcher
+kernel = torch.from_numpy(numpy.load(sys.argv[1])["kernel"])
+linear = torch.nn.Linear(*kernel.shape, bias=False)
+linear.weight.data = kernel.T.contiguous()
+watcher = weightwatcher.WeightWatcher(model=torch.nn.Sequential(linear))
+print(float(watcher.analyze(min_evals=0)["alpha"].iloc[0]))
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,16 +57,19 @@ def _measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     rng = np.random.default_rng(0)
     shape = options.size, options.size
     kernel = rng.standard_normal(shape, np.float32) / options.size**0.5
-    parts = {"fit": _fits(kernel), "whole": _wholes(kernel)}
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name) / "kernel.npz"
+    np.savez(path, kernel=kernel)
+    parts = {"fit": _fits(kernel), "whole": _wholes(kernel), "command": _commands(path)}
 
     def measured(calls: dict[str, Callable[[], float]]) -> dict[str, Any]:
         alphas = {name: call() for name, call in calls.items()}  # Compiles, too.
         seconds = timing.interleave(calls, options.repeats)
         return {"alphas": alphas, "seconds": seconds}
 
-    return (
-        {"size": options.size, part: measured(calls)} for part, calls in parts.items()
-    )
+    with folder:
+        for part, calls in parts.items():
+            yield {"size": options.size, part: measured(calls)}
 
 
 def _fits(kernel: np.ndarray) -> dict[str, Callable[[], float]]:
@@ -89,6 +108,27 @@ def _wholes(kernel: np.ndarray) -> dict[str, Callable[[], float]]:
         "tb_optax": lambda: float(analyze(params).alpha[0]),
         "WeightWatcher": published,
     }
+
+
+def _commands(path: Path) -> dict[str, Callable[[], float]]:
+    """Return ways from a file to alpha, each in a new process."""
+    table = path.with_suffix(".json")
+    options = ["--fit", "min_ks", "--floor", "1e-5", "--json", table, "--force"]
+
+    def run(*arguments: Any) -> str:
+        command = [sys.executable, *map(str, arguments)]
+        return subprocess.run(
+            command, capture_output=True, check=True, text=True
+        ).stdout
+
+    def ours() -> float:
+        run("-m", "tb_optax", path, *options)
+        return json.loads(table.read_text())[0]["alpha"]
+
+    def published() -> float:
+        return float(run("-c", _SCRIPT, path).split()[-1])
+
+    return {"tb_optax": ours, "WeightWatcher": published}
 
 
 if __name__ == "__main__":
