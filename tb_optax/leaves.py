@@ -137,15 +137,22 @@ def match_paths(
 ) -> dict[str, T]:
     """Return what the first matching pattern says of each path that one matches.
 
+    A pattern that is a path stands for this leaf alone, whatever brackets are in it.
+
     >>> match_paths("axes", {"a/*": 1, "*": 2}, ["a/w", "b/w"])
     {'a/w': 1, 'b/w': 2}
     """
-    paths = list(paths)
+    paths = dict.fromkeys(paths)
     patterns = dict(patterns or {})
     unused = set(patterns)
     found = {}
     for path in paths:
-        matching = [p for p in patterns if fnmatch.fnmatchcase(path, p)]
+        matching = [
+            pattern
+            for pattern in patterns
+            if pattern == path
+            or (pattern not in paths and fnmatch.fnmatchcase(path, pattern))
+        ]
         unused.difference_update(matching)
         if matching:
             found[path] = patterns[matching[0]]

@@ -48,6 +48,8 @@ class Value:
     path: str | None = None  # the leaf, but for what acts on it entry by entry
     unknown: frozenset[int] = frozenset()  # its axes with one slice, nobody knows which
     leaves: Paths = frozenset()  # all in a parameter; what acts on data but not follows
+    # What data is, entry by entry, if data has only changed a parameter, as masks do.
+    kernels: tuple["Value", ...] = ()
     looked_up: bool = False  # whether constants have picked the rows of a parameter
     last: tuple[int, ...] = ()  # newest products; several of kernels side by side
     through: int = 0  # bits of all products that it depends on
@@ -63,7 +65,8 @@ class Value:
 
     def lost(self, array: Array, **changes: Any) -> "Value":
         """Return a value that is no longer its leaf, entry by entry, nor its number."""
-        return self.but(array=array, path=None, literal=None, **changes)
+        kept = {"kernels": (), **changes}
+        return self.but(array=array, path=None, literal=None, **kept)
 
 
 def joined(values: Iterable[Value], array: Array) -> Value:
@@ -85,6 +88,19 @@ def joined(values: Iterable[Value], array: Array) -> Value:
         mixed=any(value.mixed for value in own),
         pending=union(value.pending for value in own),
         coefficients=union(value.coefficients for value in own),
+    )
+
+
+def changed(values: Iterable[Value]) -> tuple[Value, ...]:
+    """Return the parameters that values are, but for what data does to their entries."""
+    found = {}
+    for value in values:
+        own = (value,) if value.kind == PARAMETER else value.kernels
+        found.update({kernel.path: kernel for kernel in own})
+    return tuple(
+        kernel
+        for path, kernel in found.items()
+        if path is not None and len(kernel.array.varying()) > 1
     )
 
 

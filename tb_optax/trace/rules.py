@@ -16,6 +16,7 @@ from tb_optax.trace.record import (
     Record,
     Use,
     Value,
+    changed,
     joined,
     newest,
     union,
@@ -46,9 +47,13 @@ def _elementwise(op: Op) -> Value:
     constants, parameters, data = (op.of_kind(kind) for kind in range(3))
     if not parameters and not data:
         return Value(_of_constants(op))
+    cases = {(v.kind, v.path, v.array) for v in op.values[1:]}
+    if op.name == "select_n" and len(cases) == 1 and op.values[1].path is not None:
+        return op.values[1]  # As `cond` under `vmap` does with what it closes over.
     if not data:
         # Constants are data where they vary and the parameters do not.
-        if _varying(constants) <= _varying(parameters):
+        beyond = _varying(constants) - _varying(parameters)
+        if not beyond or op.name == "select_n":
             return _of_parameters(op)
         data = [v.but(kind=DATA) for v in constants if v.array.varying()]
     kernels = [
@@ -61,7 +66,7 @@ def _elementwise(op: Op) -> Value:
         # A number that is computed from data scales a kernel, as in spectral norm.
         scaled = _of_parameters(op)
         return scaled.but(through=scaled.through | joined(data, scaled.array).through)
-    found = _of_data(op, data)
+    found = _of_data(op, data).but(kernels=changed(data))
     for value in parameters:
         found = _meet(op, value, data, found)
     return found.but(array=_merged([found, *parameters, *constants], op.shapes[0]))
@@ -125,9 +130,12 @@ def _of_constants(op: Op) -> Array:
 def _of_parameters(op: Op) -> Value:
     """Combine parameters and constants; the one that covers all axes is the kernel."""
     record, parameters = op.record, op.of_kind(PARAMETER)
-    found = joined(parameters, _merged(parameters, op.shapes[0]))
+    placed = op.values if op.name == "select_n" else parameters  # As `diag` does.
+    found = joined(parameters, _merged(placed, op.shapes[0]))
     along = found.array.varying()
-    covering = [v for v in parameters if v.path and along <= v.array.varying()]
+    covering = [
+        v for v in parameters if v.path is not None and along <= v.array.varying()
+    ]
     mains = list({(value.path, value.array): value for value in covering}.values())
     if len(mains) > 1:
         mains = [value for value in mains if not record.is_left_out(str(value.path))]
@@ -183,7 +191,7 @@ def _of_data(op: Op, data: Sequence[Value]) -> Value:
         if not record.products[number].kernel:
             record.follow([record.products[number].path], chosen, norm=False)
     if op.name in _SOFTMAX:
-        found = found.but(leaves=frozenset())
+        found = found.but(leaves=frozenset(), kernels=())
     if found.last and found.coefficients:
         record.follow(found.coefficients, found.last, norm=True)
         pending = found.pending | found.coefficients
@@ -202,10 +210,15 @@ def _meet(op: Op, value: Value, data: Sequence[Value], old: Value) -> Value:
     # A product by hand: data varies along some axes of the parameter, not along all.
     shared = [along & v.array.varying() for v in data if not v.reduced]
     by_hand = op.name == "mul" and matrices and any(s and s != along for s in shared)
-    if kernels and (by_hand or not value.path):
+    if kernels and (by_hand or value.path is None):
         return Value(old.array, DATA, last=_hidden(record, kernels, ""))
+    modulated = old.but(
+        leaves=old.leaves | matrices,
+        kernels=changed([old, value] if matrices else [old]),
+    )
     if by_hand:
         record.fail(matrices, "it multiplies data: a matrix product written with `*`?")
+        return modulated
     norm, found = old.normalized or old.reduced or value.normalized, old
     rank = max(len(record.shapes[path]) for path in value.leaves)
     if not (old.last or value.looked_up) and all(
@@ -218,7 +231,7 @@ def _meet(op: Op, value: Value, data: Sequence[Value], old: Value) -> Value:
     follows = follows and _follow(record, value, old, norm)
     if not follows:
         record.note(value.leaves, does.SAID, "acts on no outputs of a layer")
-        found = found.but(leaves=found.leaves | matrices)
+        found = found.but(leaves=modulated.leaves, kernels=modulated.kernels)
     # A table that is added to normalized data is no part of the norm.
     of_norm = norm and (follows or not whole or _fits(along, old, -1, norm))
     more = value.leaves if of_norm and not value.looked_up else frozenset()
@@ -287,6 +300,7 @@ def _dot_general(op: Op) -> Value:
         pairs += [(None, i) if side else (i, None) for i in free]
     left, right = (value.array.dims for value in op.values)
     array = _result(pairs, shape, left, right)
+    op = _unchanged(op, contracted)
     parameters = [i for i in (0, 1) if op.values[i].kind == PARAMETER]
     if not parameters:
         return _without_kernel(op, array)
@@ -323,20 +337,20 @@ def _with_kernel(
     op: Op,
     data: Value,
     kernel: Value,
-    roles: Mapping[int, str],
+    roles: Mapping[int, str | None],
     pairs: Pairs,
     shared: frozenset[int] = frozenset(),
 ) -> Value:
     """Multiply data with a parameter whose dimensions have these roles."""
     record, matrices = op.record, {REDUCTION, OUTPUT} <= {*roles.values()}
     for i, j in pairs:
-        if i is not None and j is not None and kernel.path:
+        if i is not None and j is not None and kernel.path is not None:
             axes = {factor.axis for factor in kernel.array.dims[j] if factor.varies}
             _are_apart(record, data.array.dims[i], axes, matrices)
-    if not kernel.path:
+    if kernel.path is None:
         last = _hidden(record, kernel.leaves, does.COMPUTED)
     else:
-        of_dims = {i: frozenset([role]) for i, role in roles.items()}
+        of_dims = {i: role and frozenset([role]) for i, role in roles.items()}
         found = _uses(record, kernel, of_dims, shared)
         paths = {path for path, _ in found}
         for number, made in enumerate(record.products if kernel.through else ()):
@@ -362,9 +376,10 @@ def _outputs(record: Record, kernel: Value, numbers: Sequence[int]) -> Dims:
     low = kernel.array.low()
 
     def output(factor: Factor) -> Factor:
-        if factor.axis is None or not kernel.path:
-            return Factor(factor.size, factor.axis)
-        labels = [Label(number, factor.axis, factor.whole) for number in numbers]
+        if factor.axis is None:  # Data has chosen, or all entries are equal.
+            return Factor(factor.size, 0 if kernel.unknown else None)
+        whole = factor.whole and kernel.path is not None
+        labels = [Label(number, factor.axis, whole) for number in numbers]
         if factor.axis == dimension and len(parts) == len(numbers):
             labels = []
             for number, (start, part) in zip(numbers, parts, strict=True):
@@ -424,6 +439,32 @@ def _hidden(record: Record, leaves: Iterable[str], reason: str) -> tuple[int, ..
     return tuple(record.product(path, None) for path in kernels)
 
 
+def _unchanged(op: Op, contracted: Sequence[tuple[int, int]]) -> Op:
+    """Take what data has changed for the kernel of a product, if it is said to be one.
+
+    What is the same for all entries that are summed over, as a table of positions is in
+    the gradient of the kernel after it, is none.
+    """
+    record, values = op.record, list(op.values)
+    if len(op.of_kind(DATA)) < 2:
+        return op
+    able = []
+    for side, value in enumerate(values):
+        along = {pair[side] for pair in contracted}
+        fit = [k for k in value.kernels if along <= k.array.varying()]
+        none = union(record.own(k) for k in value.kernels if k not in fit)
+        values[side] = value.but(leaves=value.leaves - none, kernels=())
+        able += [(side, kernel) for kernel in fit]
+    if len(able) == 1:
+        (side, kernel), *_ = able
+        own = record.own(kernel)
+        record.likely |= own
+        if all(map(record.is_kernel, own)):
+            record.needed |= own
+            values[side] = kernel
+    return op._replace(values=values)
+
+
 def _without_kernel(op: Op, array: Array) -> Value:
     """Multiply data with data, as in attention, or with constants."""
     data = op.of_kind(DATA)
@@ -447,7 +488,7 @@ def _kernel_of(record: Record, values: Sequence[Value]) -> int | None:
     said = [any(map(record.is_kernel, record.own(value))) for value in values]
     if any(said):
         return None if all(said) else said.index(True)
-    able = [value.path and not stands_for_data(value) for value in values]
+    able = [v.path is not None and not stands_for_data(v) for v in values]
     fed = [i for i in (0, 1) if able[i] and stands_for_data(values[1 - i])]
     return fed[0] if len(fed) == 1 else None
 
@@ -467,8 +508,8 @@ def _of_two(op: Op, array: Array, rows: bool) -> Value:
     if any(map(record.is_kernel, found.leaves)):
         last = _hidden(record, found.leaves, does.COMPUTED)
         return _after(last, Value(array), array)
-    kernel = right if rows or not left.path else left
-    if kernel.path and left.leaves != right.leaves:
+    kernel = right if rows or left.path is None else left
+    if kernel.path is not None and left.leaves != right.leaves:
         record.likely |= set(filter(record.is_matrix, record.own(kernel)))
     for value, other in ((left, right), (right, left)):
         names = ", ".join(map(repr, sorted(other.leaves)))
@@ -495,18 +536,24 @@ def _picks_rows(array: Array, contracted: set[int]) -> bool:
 
 def _convolution(op: Op) -> Value:
     """Follow `conv_general_dilated`, of any layout and any number of groups."""
-    record, (data, kernel) = op.record, op.values
+    record, data, kernel = op.record, op.values[0], _in_kernels_place(op)
     numbers, groups = op.fields["dimension_numbers"], op.fields["feature_group_count"]
     outputs, inputs, *positions = map(int, numbers.rhs_spec)
     rows, features, *_ = map(int, numbers.lhs_spec)
     if data.kind == CONSTANT and kernel.kind == PARAMETER:
         data = Value(views.fresh(data.array.shape), DATA)
+    if data.kind == kernel.kind == PARAMETER and kernel.path is not None:
+        own = record.own(kernel)
+        record.likely |= own
+        if all(map(record.is_kernel, own)):
+            record.needed |= own
+            data = _in_place_of_data(record, data)
     if (data.kind, kernel.kind) != (DATA, PARAMETER):
         if data.kind == PARAMETER and kernel.kind != CONSTANT:
             reason = "it is convolved with no data, or as in gradients only"
             record.fail(data.leaves | kernel.leaves, reason)
         return _together(op, mixed=True)[0]
-    groups = groups if kernel.array.shape[inputs] > 1 and kernel.path else 1
+    groups = groups if kernel.array.shape[inputs] > 1 and kernel.path is not None else 1
     # A stack of convolutions on one input is one with a group for each.
     first, rest = _grouped(kernel.array, outputs, groups)
     shared = frozenset(f.axis for f in first if f.axis is not None)
@@ -517,6 +564,16 @@ def _convolution(op: Op) -> Value:
     pairs[numbers.out_spec[0]] = rows, None
     pairs[numbers.out_spec[1]] = None, outputs
     return _with_kernel(op, data, kernel, roles, pairs, shared)
+
+
+def _in_kernels_place(op: Op) -> Value:
+    """Return the second operand; a kernel that data has only changed is one here."""
+    value = op.values[1]
+    if len(value.kernels) == 1:
+        return value.kernels[0]
+    if value.kind == op.values[0].kind == DATA:
+        _hidden(op.record, value.leaves, does.BETWEEN_DATA)
+    return value
 
 
 def _grouped(array: Array, position: int, groups: int) -> Dims:
@@ -533,14 +590,15 @@ def _grouped(array: Array, position: int, groups: int) -> Dims:
 
 def _ragged_dot(op: Op) -> Value:
     """Follow `ragged_dot_general`: rows of each group meet their own kernel."""
-    data, kernel, *_ = op.values
+    data, kernel = op.values[0], _in_kernels_place(op)
     numbers = op.fields["ragged_dot_dimension_numbers"]
     (_, contracted), (_, batch) = numbers.dot_dimension_numbers
     if (data.kind, kernel.kind) != (DATA, PARAMETER):
         return _together(op, mixed=True)[0]
     stacked = [*batch, *numbers.rhs_group_dimensions]
-    roles = dict.fromkeys(range(len(kernel.array.dims)), OUTPUT)
-    roles |= dict.fromkeys(stacked, STACKED) | dict.fromkeys(contracted, REDUCTION)
+    # In an order that only data knows.
+    roles: dict[int, str | None] = dict.fromkeys(range(len(kernel.array.dims)), OUTPUT)
+    roles |= dict.fromkeys(stacked) | dict.fromkeys(contracted, REDUCTION)
     free = max(i for i, role in roles.items() if role == OUTPUT)
     pairs = [(None, None) for _ in op.shapes[0][1:]] + [(None, free)]
     return _with_kernel(op, data, kernel, roles, pairs)
@@ -599,7 +657,7 @@ def _side_by_side(op: Op, values: Sequence[Value], along: int) -> Value:
         dims[along] = [Factor(op.shapes[0][along])]
         last = _main(op.record, data).last
         return found.but(array=views.of_factors(dims), last=last)
-    if all(value.path for value in values):
+    if all(value.path is not None for value in values):
         return found.but(path=op.record.bundle(along, values))
     return found
 
@@ -644,7 +702,7 @@ def _gather(op: Op) -> Value:
         dims = [[f._replace(axis=0) for f in dim] for dim in found.array.dims]
         return found.but(array=views.of_factors(dims))
     chosen = [i for i, size in enumerate(operand.array.shape) if size != sizes[i]]
-    if sum(size > 1 for size in sizes) > 1 and found.path:
+    if sum(size > 1 for size in sizes) > 1 and found.path is not None:
         return picked(found, operand, chosen)
     array = views.fresh(op.shapes[0])
     if indices.kind == DATA:
@@ -653,10 +711,16 @@ def _gather(op: Op) -> Value:
     return operand.lost(array, looked_up=True)
 
 
-def _reduce(op: Op) -> Value:
-    """Take a sum or an extremum over some axes."""
-    value, axes = op.values[0], list(map(int, op.fields["axes"]))
-    found = moved(value, op.shapes[0], views.without, axes)
+def _reduce(op: Op) -> list[Value]:
+    """Take sums or extrema over some axes; names of mesh axes say nothing."""
+    axes = [int(axis) for axis in op.fields["axes"] if not isinstance(axis, str)]
+    pairs = zip(op.values, op.shapes, strict=False)
+    return [_reduced(value, shape, axes) for value, shape in pairs]
+
+
+def _reduced(value: Value, shape: Sequence[int], axes: Sequence[int]) -> Value:
+    """Take a sum or an extremum of one value."""
+    found = moved(value, shape, views.without, axes)
     if all(value.array.shape[axis] == 1 for axis in axes):
         return found
     if found.kind == CONSTANT:
@@ -720,8 +784,10 @@ _NAMES: Mapping[str, Rule] = {
     rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign
     sin sinh sqrt square sub tan tanh xor zeta
     """: _elementwise,
-    "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod": _reduce,
-    "reduce_sum reduce_xor": _reduce,
+    """
+    argmax argmin pmax pmin psum psum2 psum_invariant reduce_and reduce_max reduce_min
+    reduce_or reduce_prod reduce_sum reduce_xor
+    """: _reduce,
     """
     all_gather all_gather_invariant all_to_all pad reduce_scatter reduce_window
     reduce_window_max reduce_window_min reduce_window_sum
@@ -729,8 +795,8 @@ _NAMES: Mapping[str, Rule] = {
     # Each entry remains one entry: casts, copies, sharding, identities.
     """
     bitcast_convert_type convert_element_type copy copy_p device_put layout_constraint
-    mesh_cast name optimization_barrier pbroadcast pcast pmax pmin ppermute psum psum2
-    psum_invariant pvary reduce_precision reshard sharding_constraint stop_gradient
+    mesh_cast name optimization_barrier pbroadcast pcast ppermute pvary
+    reduce_precision reshard sharding_constraint stop_gradient
     """: _by(views.same),
     """
     approx_top_k cumlogsumexp cummax cummin cumprod cumsum dynamic_update_slice scatter

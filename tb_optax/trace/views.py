@@ -133,8 +133,10 @@ def unlabelled(array: Array) -> Array:
 # Moves: each takes an array and the shape it shall have, and may raise `Unfollowed`.
 
 
-def same(array: Array, _: Shape) -> Array:
+def same(array: Array, shape: Shape) -> Array:
     """Leave every entry where it is."""
+    if tuple(shape) != array.shape:
+        raise Unfollowed
     return array
 
 

@@ -15,8 +15,10 @@ from tb_optax.trace.record import (
     DATA,
     ENTERS,
     PARAMETER,
+    SAID,
     Record,
     Value,
+    changed,
     joined,
     newest,
     union,
@@ -113,7 +115,9 @@ def moved(
 ) -> Value:
     """Move the entries of a value; if that is not followed, it is a leaf no more."""
     try:
-        return value.but(array=move(value.array, shape, *how))
+        kernels = [k.but(array=move(k.array, shape, *how)) for k in value.kernels]
+        array = move(value.array, shape, *how)
+        return value.but(array=array, kernels=tuple(kernels))
     except views.Unfollowed:
         return value.lost(views.fresh(shape))
 
@@ -191,7 +195,7 @@ def _loop(op: Op, body, fixed, carry, slices, turns) -> list[Value]:
     def once(carry: Sequence[Value], turn: int = 0) -> list[Value]:
         # The history of what comes in belongs to an earlier iteration.
         entering = [
-            Value(v.array, DATA, through=v.through)
+            Value(v.array, DATA, through=v.through, kernels=v.kernels)
             if v.kind == DATA
             else v.but(literal=None)
             for v in carry
@@ -202,12 +206,16 @@ def _loop(op: Op, body, fixed, carry, slices, turns) -> list[Value]:
     def either(carry: Sequence[Value], after: Sequence[Value]) -> list[Value]:
         return [_either(pair) for pair in zip(carry, after, strict=False)]
 
-    events, known = op.record.events, None
+    events, known, starts = op.record.events, None, carry
     mark = len(events)
     # Constants may become data on the way; what the body does is found again then.
     while known != (kinds := [(value.kind, value.path) for value in carry]):
         known, carry = kinds, either(carry, once(carry))
         del events[mark:]
+    for start, value in zip(starts, carry, strict=True):
+        if value.kind == DATA:
+            paths = start.leaves if start.kind == PARAMETER else ()
+            op.record.note(paths, SAID, "is where a loop starts")
     stacks = union(value.leaves for value in slices if value.kind == PARAMETER)
     results = [Value(views.fresh(shape)) for shape in op.shapes]
     for turn in turns:
@@ -237,7 +245,8 @@ def _either(values: Sequence[Value]) -> Value:
     found = joined(values, views.fresh(values[0].array.shape))
     if found.kind == DATA:
         main = newest(value for value in values if value.kind == DATA)
-        return found.but(array=main.array, pending=main.pending)
+        kernels = changed(values)
+        return found.but(array=main.array, pending=main.pending, kernels=kernels)
     alike = {(value.kind, value.path, value.array) for value in values}
     return values[0].but(literal=None) if len(alike) == 1 else found
 
