@@ -327,13 +327,17 @@ def _part_of_leaf(layer, path, shape, kernel_shape) -> tuple[slice, ...]:
     if layer.part is not None:
         axis, start, stop = layer.part
         if path != layer.path:
-            axis = _output_axis_of_follower(layer, path, shape, kernel_shape)
-        where[axis] = slice(start, stop)
+            axis = _output_axis_of_follower(layer, shape, kernel_shape)
+        if axis is not None:
+            where[axis] = slice(start, stop)
     return tuple(where)
 
 
-def _output_axis_of_follower(layer, path, shape, kernel_shape) -> int:
-    """Find the axis of a follower that runs along the split output axis."""
+def _output_axis_of_follower(layer, shape, kernel_shape) -> int | None:
+    """Find the axis of a follower that runs along the split output axis, if any.
+
+    Without one, as in a norm before the kernel, a follower belongs to one part, whole.
+    """
     free = [axis for axis in range(len(shape)) if axis not in layer.axes.stacked]
     outputs = layer.axes.output
     if tuple(shape[axis] for axis in free) == tuple(kernel_shape[a] for a in outputs):
@@ -341,12 +345,7 @@ def _output_axis_of_follower(layer, path, shape, kernel_shape) -> int:
     wide = [axis for axis in free if shape[axis] != 1]
     if len(wide) == 1 and shape[wide[0]] == kernel_shape[layer.part[0]]:
         return wide[0]
-    msg = (
-        f"{path!r} of shape {shape} follows a part of {layer.path!r} of shape "
-        f"{kernel_shape}, but has no axis like its output axis {layer.part[0]}; take "
-        f"it out of the layer's `follows`."
-    )
-    raise ValueError(msg)
+    return None
 
 
 def parts_of(
@@ -391,36 +390,47 @@ def with_followers(
 ) -> tuple[list[Layer], list[str]]:
     """Attach followers to layers; each is cut into slices and parts as its kernel is.
 
-    A target is the path of a follower's kernel, and whether it may follow the first
-    slice or part alone, if it cannot be cut: as a norm does that feeds all of them.
+    A target is the path of a follower's kernel, and whether it feeds it, as a norm does:
+    then it follows the first part alone, and if it is no stack, the first slice alone.
 
     Returns:
         The layers, and the paths of the leaves that follow none.
     """
-    follows: dict[str, list[str]] = {}
-    first: dict[str, list[str]] = {}
+    follows: dict[Layer, list[str]] = {}
+    first: dict[Layer, list[str]] = {}
     cannot = []
     for path, (kernel, feeding) in targets.items():
         own = [layer for layer in layers if layer.path == kernel]
-        if all(_fits(layer, path, shapes) for layer in own):
-            follows.setdefault(kernel, []).append(path)
-        elif feeding and len({layer.index for layer in own}) == 1:
-            first.setdefault(kernel, []).append(path)
+        if feeding:
+            own = list({layer.index: layer for layer in reversed(own)}.values())
+        fit = all(_fits(layer, path, shapes, whole=feeding) for layer in own)
+        alone = expand_stacks(own[:1], shapes)[0]
+        if fit:
+            for layer in own:
+                follows.setdefault(layer, []).append(path)
+        elif feeding and len(own) == 1 and alone != own[0]:
+            first.setdefault(own[0], []).append(path)
         else:
             cannot.append(path)
     found = []
     for layer in layers:
-        alone = first.pop(layer.path, [])
+        alone = first.get(layer, [])
         own = expand_stacks([layer], shapes) if alone else [layer]
         for one in own:
-            more = (*follows.get(layer.path, ()), *alone)
+            more = (*follows.get(layer, ()), *alone)
             found.append(dataclasses.replace(one, follows=more))
             alone = []
     return found, cannot
 
 
-def _fits(layer: Layer, path: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether a leaf can be cut as the layer is: into the same slices and parts."""
+def _fits(
+    layer: Layer, path: str, shapes: Mapping[str, tuple[int, ...]], *, whole: bool
+) -> bool:
+    """Whether a leaf can be cut into the slices of a layer, and its parts if not whole."""
+    if layer.part is not None:
+        axis = _output_axis_of_follower(layer, shapes[path], shapes[layer.path])
+        if (axis is None) != whole:
+            return False
     index = layer.index or (0,) * len(layer.axes.stacked)
     alone = dataclasses.replace(layer, index=index, follows=(path,))
     try:

@@ -33,10 +33,14 @@ def program_of(fn: Callable[..., Any], params: Any, inputs: Sequence[Any]) -> Pr
     """
     module, state = None, None
     nnx: Any = sys.modules.get("flax.nnx")
-    if nnx is not None and isinstance(fn, nnx.Module):
+
+    def is_module(x: Any) -> bool:
+        return nnx is not None and isinstance(x, nnx.Module)
+
+    if is_module(fn):
         inputs = inputs if params is None else (params, *inputs)
         module, call = fn, lambda module, *args: module(*args)
-    elif nnx is not None and isinstance(params, nnx.Module):
+    elif any(map(is_module, jax.tree.leaves(params, is_leaf=is_module))):
         module, call = params, fn
     if module is not None:
         graph, params, state = nnx.split(module, nnx.Param, ...)

@@ -92,7 +92,7 @@ def joined(values: Iterable[Value], array: Array) -> Value:
 
 
 def changed(values: Iterable[Value]) -> tuple[Value, ...]:
-    """Return the parameters that values are, but for what data does to their entries."""
+    """Return the parameters that values are, but for what data did to their entries."""
     found = {}
     for value in values:
         own = (value,) if value.kind == PARAMETER else value.kernels
@@ -138,7 +138,9 @@ class Record:
         # and whether that is a matrix for each slice along the same axis.
         self.apart: dict[int, list[tuple[int, bool]]] = {}
         # Products that only compute their own kernel, as in spectral norm.
-        self.seen, self.auxiliary = set[str](), set[int]()
+        self.auxiliary = set[int]()
+        # Parameters that meet any equation, and those that are added to data.
+        self.seen, self.added = set[str](), set[str]()
         # Parameters that were put side by side: the dimension, and where each begins.
         self.bundles: dict[str | None, tuple[int, list[tuple[int, Value]]]] = {}
 

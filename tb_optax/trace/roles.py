@@ -89,6 +89,8 @@ def _axes_of(
         reading = _read(product, record.shapes[path], record.apart.get(number, ()))
         if given is not None:
             axes[path] = given
+            if isinstance(reading, _Reading) and given not in reading[:2]:
+                turned |= {number} if _turned(given) in reading[:2] else set()
         elif record.is_left_out(path) or reading is None:
             continue
         elif isinstance(reading, str):
@@ -229,9 +231,10 @@ def _targets(
     made = {number: product.path for number, product in products.items()}
     found, why = {}, {}
     for path in acts_on.keys() | feeds.keys():
-        # What acts on a layer acts in its gradient on others, which says nothing.
+        # What scales a layer scales in its gradient others, which says nothing.
         numbers = acts_on.get(path, [])
-        numbers = [number for number in numbers if number not in turned] or numbers
+        forward = [number for number in numbers if number not in turned]
+        numbers = forward or (numbers if path in record.added else [])
         kernels = list(dict.fromkeys(made.get(number) for number in numbers))
         feeding = False
         if path in {*of_norms, *feeds} and len(kernels) < 2:

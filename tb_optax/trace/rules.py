@@ -66,10 +66,14 @@ def _elementwise(op: Op) -> Value:
         # A number that is computed from data scales a kernel, as in spectral norm.
         scaled = _of_parameters(op)
         return scaled.but(through=scaled.through | joined(data, scaled.array).through)
-    found = _of_data(op, data).but(kernels=changed(data))
+    found = _of_data(op, data)
     for value in parameters:
         found = _meet(op, value, data, found)
-    return found.but(array=_merged([found, *parameters, *constants], op.shapes[0]))
+    # Dimensions of size 1 are repeated.
+    shape, places = op.shapes[0], range(len(op.shapes[0]))
+    kernels = [moved(k, shape, views.arrange, places) for k in found.kernels]
+    array = _merged([found, *parameters, *constants], shape)
+    return found.but(array=array, kernels=tuple(kernels))
 
 
 def _merged(
@@ -171,7 +175,7 @@ def _of_data(op: Op, data: Sequence[Value]) -> Value:
     """Combine data, and note which statistics are taken out of it."""
     record, main = op.record, _main(op.record, data)
     full = [value for value in data if not value.reduced]
-    found = joined(data, data[0].array).but(last=main.last)
+    found = joined(data, data[0].array).but(last=main.last, kernels=changed(data))
     normed = frozenset()
     if op.name in _ADDING and len(full) > 1:
         # The sum of two branches feeds the next layer, not one branch's norm.
@@ -196,12 +200,26 @@ def _of_data(op: Op, data: Sequence[Value]) -> Value:
         record.follow(found.coefficients, found.last, norm=True)
         pending = found.pending | found.coefficients
         found = found.but(coefficients=frozenset(), pending=pending)
-    return found.but(array=_merged(data, op.shapes[0], normed))
+    return found.but(array=_one_hot(op, _merged(data, op.shapes[0], normed)))
+
+
+def _one_hot(op: Op, array: Array) -> Array:
+    """Mark the dimensions along which data is compared with distinct numbers."""
+    mark = frozenset([views.ONE_HOT])
+    dims = [[f._replace(of_axis=f.of_axis - mark) for f in dim] for dim in array.dims]
+    if op.name == "eq":
+        for value in [v for v in op.of_kind(CONSTANT) if v.array.dims]:
+            for i, size in enumerate(op.shapes[0]):
+                if views.DISTINCT in _labels(value.array, i):
+                    dims[i] = [Factor(size, 0, mark)]
+    return views.of_factors(dims)
 
 
 def _meet(op: Op, value: Value, data: Sequence[Value], old: Value) -> Value:
     """Let a parameter meet data: as a bias, a gain, a norm or a table of positions."""
     record, along = op.record, value.array.varying()
+    if op.name in _ADDING:
+        record.added |= value.leaves
     if value.reduced and not along:
         return old  # A penalty, which is added to a loss.
     whole = len(along) > 1 and not value.looked_up
@@ -210,19 +228,15 @@ def _meet(op: Op, value: Value, data: Sequence[Value], old: Value) -> Value:
     # A product by hand: data varies along some axes of the parameter, not along all.
     shared = [along & v.array.varying() for v in data if not v.reduced]
     by_hand = op.name == "mul" and matrices and any(s and s != along for s in shared)
-    if kernels and (by_hand or value.path is None):
+    if kernels and value.path is None:
         return Value(old.array, DATA, last=_hidden(record, kernels, ""))
-    modulated = old.but(
-        leaves=old.leaves | matrices,
-        kernels=changed([old, value] if matrices else [old]),
-    )
+    more = [value.but(mixed=bool(by_hand))] if matrices else []
+    modulated = old.but(leaves=old.leaves | matrices, kernels=changed([old, *more]))
     if by_hand:
-        record.fail(matrices, "it multiplies data: a matrix product written with `*`?")
-        return modulated
+        return modulated  # A sum tells whether it is a product.
     norm, found = old.normalized or old.reduced or value.normalized, old
-    rank = max(len(record.shapes[path]) for path in value.leaves)
     if not (old.last or value.looked_up) and all(
-        len(v.array.source) <= rank and not v.reduced for v in data
+        v.array.varying() <= along and not v.reduced for v in data
     ):
         # Data without axes of its own, as running statistics are.
         found = old.but(coefficients=old.coefficients | value.leaves)
@@ -319,6 +333,9 @@ def _dot_general(op: Op) -> Value:
             return kernel.lost(views.fresh(shape), looked_up=True)
         # An initial state is one for each row, though all start alike.
         data = Value(views.fresh(data.array.shape), DATA)
+    looks_up = [i for i, _ in contracted if views.ONE_HOT in _labels(data.array, i)]
+    if looks_up and len(looks_up) == len(contracted):
+        return _embedded(record, kernel, data, array)
     if not contracted and all(i is not None for i, _ in pairs):
         values = [
             moved(value, shape, views.arrange, [pair[k] for pair in pairs])
@@ -326,7 +343,13 @@ def _dot_general(op: Op) -> Value:
         ]
         return _elementwise(op._replace(name="mul", values=values))
     if kernel.looked_up:
-        record.fail(kernel.leaves, "constants pick its rows, which multiply data")
+        reason = "constants pick its rows, which multiply data"
+        if last := _hidden(record, kernel.leaves, reason):
+            return _after(
+                last,
+                data,
+                _result(pairs, shape, data.array.dims, _outputs(record, kernel, last)),
+            )
         return data.but(array=array, mixed=True)
     roles = {j: OUTPUT if i is None else STACKED for i, j in pairs if j is not None}
     roles |= {j: REDUCTION for _, j in contracted}
@@ -455,6 +478,9 @@ def _unchanged(op: Op, contracted: Sequence[tuple[int, int]]) -> Op:
         none = union(record.own(k) for k in value.kernels if k not in fit)
         values[side] = value.but(leaves=value.leaves - none, kernels=())
         able += [(side, kernel) for kernel in fit]
+    for _, kernel in able:
+        own = filter(lambda path: not record.is_kernel(path), record.own(kernel))
+        record.fail(own, does.BETWEEN_DATA)
     if len(able) == 1:
         (side, kernel), *_ = able
         own = record.own(kernel)
@@ -505,7 +531,8 @@ def _of_two(op: Op, array: Array, rows: bool) -> Value:
     """Multiply parameters alone: factors of a kernel, or learned queries."""
     record, (left, right) = op.record, op.values
     found = joined([left, right], array)
-    if any(map(record.is_kernel, found.leaves)):
+    alone = left.leaves == right.leaves and len(found.leaves) == 1
+    if any(map(record.is_kernel, found.leaves)) and not alone:
         last = _hidden(record, found.leaves, does.COMPUTED)
         return _after(last, Value(array), array)
     kernel = right if rows or left.path is None else left
@@ -689,12 +716,16 @@ def _gather(op: Op) -> Value:
         return _together(op)[0]
 
     def move(array: Array, shape: Sequence[int]) -> Array:
-        if numbers.operand_batching_dims:
-            raise views.Unfollowed
-        gone = numbers.collapsed_slice_dims
-        kept = [i for i in range(len(array.dims)) if i not in gone]
+        batch, own = numbers.operand_batching_dims, list(sizes)
+        gone = {*numbers.collapsed_slice_dims, *batch}
+        kept = [i for i in range(len(own)) if i not in gone]
         places = dict(zip(numbers.offset_dims, kept, strict=True))
-        array = views.cut(array, sizes, [0] * len(sizes))
+        others = [i for i in range(len(shape)) if i not in places]
+        for i, of_indices in zip(
+            batch, numbers.start_indices_batching_dims, strict=True
+        ):
+            places[others[of_indices]], own[i] = i, array.shape[i]
+        array = views.cut(array, own, [0] * len(own))
         return views.arrange(array, shape, [places.get(i) for i in range(len(shape))])
 
     found = moved(operand, op.shapes[0], move)
@@ -703,6 +734,10 @@ def _gather(op: Op) -> Value:
         return found.but(array=views.of_factors(dims))
     chosen = [i for i, size in enumerate(operand.array.shape) if size != sizes[i]]
     if sum(size > 1 for size in sizes) > 1 and found.path is not None:
+        if indices.kind == DATA:
+            op.record.note(
+                operand.leaves, does.SAID, "embedding: data looks up its rows"
+            )
         return picked(found, operand, chosen)
     array = views.fresh(op.shapes[0])
     if indices.kind == DATA:
@@ -715,12 +750,19 @@ def _reduce(op: Op) -> list[Value]:
     """Take sums or extrema over some axes; names of mesh axes say nothing."""
     axes = [int(axis) for axis in op.fields["axes"] if not isinstance(axis, str)]
     pairs = zip(op.values, op.shapes, strict=False)
-    return [_reduced(value, shape, axes) for value, shape in pairs]
+    return [_reduced(op.record, value, shape, axes) for value, shape in pairs]
 
 
-def _reduced(value: Value, shape: Sequence[int], axes: Sequence[int]) -> Value:
-    """Take a sum or an extremum of one value."""
+def _reduced(
+    record: Record, value: Value, shape: Sequence[int], axes: Sequence[int]
+) -> Value:
+    """Take a sum or an extremum of one value; it may end a product written by hand."""
     found = moved(value, shape, views.without, axes)
+    for kernel in [k for k in value.kernels if k.mixed]:
+        if not kernel.array.varying().isdisjoint(axes):
+            reason = "it multiplies data: a matrix product written with `*`?"
+            if last := _hidden(record, record.own(kernel), reason):
+                return _after(last, value, found.array)
     if all(value.array.shape[axis] == 1 for axis in axes):
         return found
     if found.kind == CONSTANT:
