@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, SupportsIndex, overload
 
 import numpy as np
@@ -327,16 +327,17 @@ def _part_of_leaf(layer, path, shape, kernel_shape) -> tuple[slice, ...]:
     if layer.part is not None:
         axis, start, stop = layer.part
         if path != layer.path:
-            axis = _output_axis_of_follower(layer, shape, kernel_shape)
+            axis = _output_axis_of_follower(layer, path, shape, kernel_shape)
         if axis is not None:
             where[axis] = slice(start, stop)
     return tuple(where)
 
 
-def _output_axis_of_follower(layer, shape, kernel_shape) -> int | None:
-    """Find the axis of a follower that runs along the split output axis, if any.
+def _output_axis_of_follower(layer, path, shape, kernel_shape) -> int | None:
+    """Find the axis of a follower that runs along the split output axis.
 
-    Without one, as in a norm before the kernel, a follower belongs to one part, whole.
+    None where it runs along the inputs, as a norm before the kernel does: such a
+    follower belongs to one part, whole.
     """
     free = [axis for axis in range(len(shape)) if axis not in layer.axes.stacked]
     outputs = layer.axes.output
@@ -345,7 +346,16 @@ def _output_axis_of_follower(layer, shape, kernel_shape) -> int | None:
     wide = [axis for axis in free if shape[axis] != 1]
     if len(wide) == 1 and shape[wide[0]] == kernel_shape[layer.part[0]]:
         return wide[0]
-    return None
+    if [shape[axis] for axis in wide] == [
+        kernel_shape[a] for a in layer.axes.reduction
+    ]:
+        return None
+    msg = (
+        f"{path!r} of shape {shape} follows a part of {layer.path!r} of shape "
+        f"{kernel_shape}, but has no axis like its output axis {layer.part[0]}; take "
+        f"it out of the layer's `follows`."
+    )
+    raise ValueError(msg)
 
 
 def parts_of(
@@ -387,11 +397,13 @@ def with_followers(
     layers: Sequence[Layer],
     targets: Mapping[str, tuple[str, bool]],
     shapes: Mapping[str, tuple[int, ...]],
+    across: Collection[str] = (),
 ) -> tuple[list[Layer], list[str]]:
     """Attach followers to layers; each is cut into slices and parts as its kernel is.
 
-    A target is the path of a follower's kernel, and whether it feeds it, as a norm does:
-    then it follows the first part alone, and if it is no stack, the first slice alone.
+    A target is the path of a follower's kernel, and whether it feeds it, as a norm
+    does: then it follows the first part alone, and the first slice if it is no stack.
+    Those that run `across` are no stacks, whatever their sizes.
 
     Returns:
         The layers, and the paths of the leaves that follow none.
@@ -403,7 +415,8 @@ def with_followers(
         own = [layer for layer in layers if layer.path == kernel]
         if feeding:
             own = list({layer.index: layer for layer in reversed(own)}.values())
-        fit = all(_fits(layer, path, shapes, whole=feeding) for layer in own)
+        fit = path not in across
+        fit = fit and all(_fits(layer, path, shapes, whole=feeding) for layer in own)
         alone = expand_stacks(own[:1], shapes)[0]
         if fit:
             for layer in own:
@@ -426,15 +439,17 @@ def with_followers(
 def _fits(
     layer: Layer, path: str, shapes: Mapping[str, tuple[int, ...]], *, whole: bool
 ) -> bool:
-    """Whether a leaf can be cut into the slices of a layer, and its parts if not whole."""
-    if layer.part is not None:
-        axis = _output_axis_of_follower(layer, shapes[path], shapes[layer.path])
-        if (axis is None) != whole:
-            return False
+    """Whether a leaf can be cut into the slices of a layer, and into its parts too."""
     index = layer.index or (0,) * len(layer.axes.stacked)
     alone = dataclasses.replace(layer, index=index, follows=(path,))
+    own = {p: shapes[p] for p in (layer.path, path)}
     try:
-        layer_of_leaf([alone], {p: shapes[p] for p in (layer.path, path)})
+        layer_of_leaf([alone], own)
+        if layer.part is None:
+            return True
+        return whole == (
+            _output_axis_of_follower(layer, path, shapes[path], shapes[layer.path])
+            is None
+        )
     except ValueError:
         return False
-    return True

@@ -50,6 +50,7 @@ STATED = (
     "complex",
     "embedding",
     "enters a product in the place of data",
+    "is where a loop starts",
     "is written into an array of data",
     "left out by axes=",
     "lies next to data in one array",

@@ -126,7 +126,7 @@ def test_a_leaf_without_an_update_keeps_its_place(kernel, bias, layers, leaf, in
 
 ONES = {
     "Conv_0": {"kernel": jnp.ones((1, 2, 6, 6)), "bias": jnp.ones(6)},
-    "Dense_0": {"kernel": jnp.ones((8, 6)), "bias": jnp.ones(6), "long": jnp.ones(8)},
+    "Dense_0": {"kernel": jnp.ones((8, 6)), "bias": jnp.ones(6), "long": jnp.ones(9)},
     "Dense_1": {"kernel": jnp.ones((6, 7))},
     "stack": {"kernel": jnp.ones((3, 8, 6)), "bias": jnp.ones(6), "two": jnp.ones(2)},
 }
@@ -176,7 +176,7 @@ MISFITS = {
     ),
     "follower of a part": (
         [Layer(D0, DENSE, ("Dense_0/long",), part=(1, 0, 3))],
-        r"'Dense_0/long' of shape \(8,\) follows a part of 'Dense_0/k.*output axis 1",
+        r"'Dense_0/long' of shape \(9,\) follows a part of 'Dense_0/k.*output axis 1",
     ),
     "matrix of a part": (
         [Layer(D0, DENSE, ("Dense_1/kernel",), part=(1, 0, 3))],

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from tb_optax import Layer, MatrixAxes
-from tb_optax.layers import expand_stacks
+from tb_optax.layers import expand_stacks, layer_of_leaf
 from tb_optax.leaves import leaves_of, path_of, shapes_of
 from tb_optax.spectrum import as_matrices
 
@@ -95,6 +95,17 @@ def test_index_names_one_slice_of_each_stacked_axis(index):
     assert str(index) in str(error.value)
     with pytest.raises(ValueError, match="index must be empty or name"):
         Layer("w", DENSE, index=(0,))
+
+
+def test_a_norm_before_a_fused_kernel_belongs_to_one_part():
+    """It runs along the inputs, so that it cannot be cut as the outputs are."""
+    parts = [Layer("kv", DENSE, part=(1, i, i + 6)) for i in (0, 6)]
+    shapes = {"kv": (8, 12), "norm": (8,), "bias": (12,)}
+    one = [dataclasses.replace(parts[0], follows=("norm",)), parts[1]]
+    assert layer_of_leaf(one, shapes)["norm"].tolist() == [0]
+    both = [dataclasses.replace(part, follows=("norm",)) for part in parts]
+    with pytest.raises(ValueError, match="'norm' belongs to two layers"):
+        layer_of_leaf(both, shapes)
 
 
 @pytest.mark.parametrize("part", [(0, 0, 4), (2, 0, 4), (1, -1, 4), (1, 4, 4)])

@@ -132,6 +132,20 @@ def test_an_nnx_model_is_called_as_it_is():
     assert trace_layers(params, *inputs) == expected
 
 
+def test_nnx_models_in_a_dict():
+    """Statistics are no parameters there either, and paths begin with the keys."""
+    params, forward, inputs = model("nnx_resnet")
+
+    def both(models, *inputs):
+        return forward(models["actor"], *inputs)
+
+    found = trace_layers(both, {"actor": params}, *inputs)
+    alone = trace_layers(forward, params, *inputs)
+    expected = [f"actor/{path}" for path in alone.notes]
+    assert list(found.notes) == expected
+    assert [layer.path for layer in found] == [f"actor/{own.path}" for own in alone]
+
+
 @pytest.mark.parametrize("train", [True, False])
 def test_state_that_is_closed_over_is_a_constant(train):
     """As state that is passed is data."""

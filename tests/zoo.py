@@ -1318,3 +1318,300 @@ def decomposed_adapter(x, w, a, b, bias, m, o):
     """DoRA: a sum of kernel and factors, rescaled to a learned magnitude."""
     w = w + a @ b
     return jnp.tanh(x @ (w / jnp.linalg.norm(w, axis=0) * m) + bias) @ o
+
+
+# ---- What data changes, chooses or carries -------------------------------------------
+
+
+@case(
+    {"kernels": arrays("a 3x3x3x4, b 3x3x4x4"), **arrays("c d 4, head 4x3")},
+    "kernels/a:ppio<c kernels/b:ppio<d head",
+    [arrays("a 3x3x3x4, b 3x3x4x4"), IMAGE],
+)
+def pruned_convolutions(masks, x, kernels, c, d, head):
+    a, b = (kernels[name] * masks[name] for name in "ab")
+    x = jax.nn.relu(conv(x, a) + c)
+    return jax.nn.relu(conv(x, b) + d).mean((1, 2)) @ head
+
+
+# A product of data with data: the kernel is named, and comes out right.
+@case("w 8x6, b 6, o 6x3", "w<b o", [array(8, 6), ROWS], named="w")
+def pruned_dense(mask, x, w, b, o):
+    return jnp.tanh(x @ (w * mask) + b) @ o
+
+
+@case(
+    "w 2x8x8, o 8x3",
+    "w[0]:sio w[1]:sio o",
+    [array(2, 8, 8), ROWS],
+    named="w",
+)
+def pruned_scan(masks, x, w, o):
+    def step(x, own):
+        return jnp.tanh(x @ (own[0] * own[1])), None
+
+    return lax.scan(step, x, (w, masks))[0] @ o
+
+
+@case("w 3x3x3x4, g c 4, o 4x3", "w:ppio<c,g o", [array(4), array(4), IMAGE])
+def folded_batch_norm(mean, var, x, w, g, c, o):
+    scale = g * lax.rsqrt(var + 1e-5)
+    return jax.nn.relu(conv(x, w * scale) + c - mean * scale).mean((1, 2)) @ o
+
+
+@case(
+    "affine 4x8, w 3x3x8x6, b 6, rgb 3x3x6x3",
+    "affine w:ppio<b rgb:ppio",
+    [array(2, 4), array(2, 4, 4, 8)],
+    given=[{"w": "ppio"}],
+)
+def modulated_convolution(z, x, affine, w, b, rgb):
+    """StyleGAN2: each example scales the inputs of a kernel, which is normalized."""
+
+    def one(x, scale):
+        own = w * scale[:, None]
+        return conv(x[None], own * lax.rsqrt((own**2).sum((0, 1, 2)) + 1e-8))[0]
+
+    return conv(jax.nn.relu(jax.vmap(one)(x, z @ affine) + b), rgb)
+
+
+@case("w 3x3x3x4, b 4, o 4x3", "w:ppio<b o", [array(2, dtype=jnp.bool_), IMAGE])
+def stochastic_depth(keep, x, w, b, o):
+    """`cond` under `vmap` selects between a parameter and itself."""
+
+    def block(x):
+        return jax.nn.relu(conv(x[None], w) + b)[0]
+
+    def one(keep, x):
+        return lax.cond(keep, block, lambda x: jnp.tile(x[..., :1], 4), x)
+
+    return jax.vmap(one)(keep, x).mean((1, 2)) @ o
+
+
+@case("inner 8x8, w 8x8, b 8, out 8x3", "inner w<b out", [ROWS], named="w")
+def test_time_training(x, inner, w, b, out):
+    """A kernel that a loop trains on its way."""
+
+    def step(w, x):
+        return w - 0.1 * jnp.outer(x, x @ w - x), x @ w + b
+
+    return lax.scan(step, w, x @ inner)[1] @ out
+
+
+@case("w 16x8, h0 2x8", "w | h0", [array(5, 2, 8)])
+def learned_initial_states(x, w, h0):
+    def step(h, x):
+        h = jnp.tanh(jnp.concatenate([x, h], -1) @ w)
+        return h, h
+
+    for start in h0:
+        x = lax.scan(step, jnp.tile(start, (2, 1)), x)[1]
+    return x
+
+
+@case(
+    "router 8x3, w 3x8x6, b 3x6, v 3x6x8, c 3x8",
+    "router w:sio<b v:sio<c",
+    [ROWS],
+)
+def experts_chosen_by_top_k(x, router, w, b, v, c):
+    gates, own = lax.top_k(jax.nn.softmax(x @ router), 2)
+    hidden = jax.nn.relu(jnp.einsum("td,tkdf->tkf", x, w[own]) + b[own])
+    return (
+        (jnp.einsum("tkf,tkfd->tkd", hidden, v[own]) + c[own]) * gates[..., None]
+    ).sum(1)
+
+
+@case(
+    "router 8x3, w 3x8x6, b 3x6, v 3x6x8, c 3x8",
+    "router w:sio<b v:sio<c",
+    [ROWS],
+)
+def experts_in_sorted_rows(x, router, w, b, v, c):
+    expert = jnp.argmax(x @ router, -1)
+    order, sizes = jnp.argsort(expert), jnp.bincount(expert, length=3)
+    hidden = jax.nn.relu(lax.ragged_dot(x[order], w, sizes) + b[expert[order]])
+    return lax.ragged_dot(hidden, v, sizes) + c[expert[order]]
+
+
+@case(
+    "embed 11x8, rows 11x2x4, gate 2x8x4, proj 2x4x8",
+    "gate[0]:sio proj[0]:sio gate[1]:sio proj[1]:sio | embed rows",
+    [TOKENS],
+)
+def embeddings_of_every_layer(tokens, embed, rows, gate, proj):
+    """Gemma 3n: rows of a table with an axis for the layers."""
+    x, own = embed[tokens], rows[tokens]
+    for i in range(2):
+        x = x + (jax.nn.gelu(x @ gate[i]) * own[:, :, i]) @ proj[i]
+    return x
+
+
+@case("table 11x2x4, w 4x6, b 6", "w<b | table", [TOKENS])
+def rows_that_enter_a_kernel(tokens, table, w, b):
+    return table[tokens] @ w + b
+
+
+@case("e 8x16, codebook 16x4x4x3", "e | codebook", [ROWS])
+def patches_of_a_codebook(x, e, codebook):
+    return codebook[(x @ e).argmax(-1)]
+
+
+@case("embed 11x8, w 8x3", "w | embed", [TOKENS])
+def one_hot_tokens(tokens, embed, w):
+    return jax.nn.one_hot(tokens, 11) @ embed @ w
+
+
+@case(
+    "w 8x6, b 6, o 6x3",
+    "w<b o",
+    [array(2, 7, dtype=jnp.int32), X],
+)
+def gathered_in_batches(index, x, w, b, o):
+    return jax.vmap(lambda x, i: jnp.tanh((x @ w)[i] + b) @ o)(x, index)
+
+
+# ---- Kernels that are computed, and products that are no `dot` -----------------------
+
+
+@case("w 8x8, d b 8", "w<b,d")
+def diagonal_added(x, w, d, b):
+    return x @ (w + jnp.diag(d)) + b
+
+
+# The factors of one kernel, which no reading tells from learned queries.
+@case("lower upper 8x8, s 8", "", named="upper lower")
+def invertible_convolution(x, lower, upper, s):
+    """Glow: the factors of an LU decomposition."""
+    lower = jnp.tril(lower, -1) + jnp.eye(8)
+    return x @ (lower @ (jnp.triu(upper, 1) + jnp.diag(jnp.exp(s))))
+
+
+@case("w 8x8, b 8, o 8x3", "w<b o", named="w", given=[{"w": "io"}])
+def symmetric_kernel(x, w, b, o):
+    return jnp.tanh(x @ ((w + w.T) / 2) + b) @ o
+
+
+@case("w 8x6, b 6, o 6x3", "w<b o", given=[{"[wo]": "io"}])
+def orthogonalized_kernel(x, w, b, o):
+    """One step of Bjorck's iteration."""
+    return jnp.tanh(x @ (1.5 * w - 0.5 * w @ w.T @ w) + b) @ o
+
+
+@case("w v 8x6", "", [ROWS], named="w")
+def product_by_hand(x, w, v):
+    return (x[..., None] * w).sum(-2) + x @ v
+
+
+@case("orbitals 8x4, sigma pi 3x4", "", [array(4, 8), array(4, 3)], named="sigma")
+def envelope(h, r, orbitals, sigma, pi):
+    """FermiNet: decay rates for each nucleus and orbital."""
+    return h @ orbitals * (jnp.exp(-r[..., None] * sigma) * pi).sum(1)
+
+
+@case(
+    "const 1x4x4x8, w 3x3x8x6, b 6, affine 4x6",
+    "w:ppio<b affine | const",
+    [array(2, 4)],
+    named="w",
+    given=[{"w": "ppio", "const": None}],
+)
+def learned_canvas(z, const, w, b, affine):
+    """StyleGAN: the first convolution has a learned image for its input."""
+    return jax.nn.relu(conv(const, w) + b) * (z @ affine)[:, None, None]
+
+
+@case("w 8x6, b 6", "w", [ROWS], named="w", free="b", given=[{"w": "io"}])
+def picked_columns(x, w, b):
+    keep = np.asarray([0, 2, 3, 5])
+    return x @ w[:, keep] + b[keep]
+
+
+# ---- Gradients read as their forward passes do ---------------------------------------
+
+
+@case("g 8, w 8x6, v 6x1", "w v | g", [ROWS], given=[{"[wv]": "io"}])
+def forces_of_a_normed_input(x, g, w, v):
+    return jax.grad(lambda x: (jnp.tanh(rms_norm(x, g) @ w) @ v).sum())(x)
+
+
+@case("w 8x6, b g c 6, v 6x1", "w<b,c,g v", [ROWS], given=[{"[wv]": "io"}])
+def forces_of_a_normed_layer(x, w, b, g, c, v):
+    return jax.grad(lambda x: (layer_norm(x @ w + b, g, c) @ v).sum())(x)
+
+
+@case("embed 11x8, pos 5x8, w 8x6, o 6x3", "w o | embed pos", [TOKENS])
+def a_step_with_learned_positions(tokens, **params):
+    def loss(p):
+        return (jnp.tanh((p["embed"][tokens] + p["pos"]) @ p["w"]) @ p["o"]).sum()
+
+    return jax.value_and_grad(loss)(params)
+
+
+# ---- Stacks and parts, whatever their sizes ------------------------------------------
+
+
+@case("w 8x8x8, g 8, o 8x3", f"{each(8, 'w[#]:sio')} o | g", [ROWS])
+def as_many_layers_as_channels(x, w, g, o):
+    x = lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+    return rms_norm(x, g) @ o
+
+
+@case(
+    "b 6, w 6x8x6, v 6x6x8",
+    "w:sio v:sio | b",
+    [ROWS],
+    axes={"w": axes("sio"), "v": axes("sio")},
+)
+def as_many_experts_as_outputs(x, b, w, v):
+    hidden = jax.nn.relu(jnp.einsum("td,edf->tef", x, w) + b)
+    return jnp.einsum("tef,efd->td", hidden, v)
+
+
+@case(
+    {"blocks": arrays("g 2x8, qkv 2x8x24, o 2x8x8")},
+    each(
+        2,
+        "blocks/qkv[#]{0:8}:sio<.g blocks/qkv[#]{8:16}:sio blocks/qkv[#]{16:24}:sio "
+        "blocks/o[#]:sio ",
+    ),
+    norms="before",
+    split={"*qkv": (2, 3)},
+)
+def scanned_parts(x, blocks):
+    def block(x, own):
+        q, k, v = jnp.split(rms_norm(x, own["g"]) @ own["qkv"], 3, -1)
+        return x + jax.nn.softmax(q @ k.swapaxes(1, 2)) @ v @ own["o"], None
+
+    return lax.scan(block, x, blocks)[0]
+
+
+# ---- Other ways to name and to average -----------------------------------------------
+
+
+@case("w 8x6, b g c 6, v 6x3", "w<b,c,g v", [ROWS])
+def batch_norm_over_a_named_axis(x, w, b, g, c, v):
+    def one(x):
+        y = x @ w + b
+        mean = lax.pmean(y, "batch")
+        spread = lax.pmean((y - mean) ** 2, "batch")
+        return ((y - mean) * lax.rsqrt(spread + 1e-5) * g + c) @ v
+
+    return jax.vmap(one, axis_name="batch")(x)
+
+
+@case("w 4x6, b 6", "w<b", [array(5, 4)])
+def bytes_of_the_data(x, w, b):
+    numbers = lax.bitcast_convert_type(x, jnp.uint8).astype(jnp.float32)
+    return numbers.mean(-1) @ w + b
+
+
+@case(
+    {"w[0]": "4x8x6", "w0": "8x6", "w*": "6x3"},
+    "",
+    [ROWS],
+    named="w[0]",
+)
+def brackets_in_names(x, **params):
+    hidden = jnp.einsum("td,edf->tef", x, params["w[0]"]).sum(1) + x @ params["w0"]
+    return hidden @ params["w*"]

@@ -25,6 +25,7 @@ COMPUTED = "it is computed with before it enters a product: its axes are lost"
 BETWEEN_DATA = (
     "it is added to or multiplied with data and then enters a product of data with data"
 )
+LOOKED_UP = "embedding: data looks up its rows"
 PRODUCT = "its product with"
 SECOND = "it is combined with another of the same axes"
 
@@ -51,6 +52,7 @@ class Value:
     # What data is, entry by entry, if data has only changed a parameter, as masks do.
     kernels: tuple["Value", ...] = ()
     looked_up: bool = False  # whether constants have picked the rows of a parameter
+    chosen: bool = False  # whether data has: slices of a stack, or rows of a table
     last: tuple[int, ...] = ()  # newest products; several of kernels side by side
     through: int = 0  # bits of all products that it depends on
     normalized: bool = False  # whether statistics, or constants, were taken out since
@@ -139,6 +141,8 @@ class Record:
         self.apart: dict[int, list[tuple[int, bool]]] = {}
         # Products that only compute their own kernel, as in spectral norm.
         self.auxiliary = set[int]()
+        # Axes of a follower, each with the axis of its kernel that it runs along.
+        self.aligned: dict[str, set[tuple[int | None, int]]] = {}
         # Parameters that meet any equation, and those that are added to data.
         self.seen, self.added = set[str](), set[str]()
         # Parameters that were put side by side: the dimension, and where each begins.

@@ -47,7 +47,8 @@ def roles_of(
     targets, why = _targets(record, products, turned, norms)
     free = [p for p in record.shapes if p not in axes and not record.is_left_out(p)]
     targets = {path: targets[path] for path in free if path in targets}
-    layers, cannot = with_followers(layers, targets, record.shapes)
+    across = {p for p in targets if _across(record, p, axes[targets[p][0]])}
+    layers, cannot = with_followers(layers, targets, record.shapes, across)
     for path in cannot:
         why[path] = f"cannot be cut as {targets[path][0]!r} is, which it acts on"
     notes, unclear = _verdicts(record, layers, why, unclear)
@@ -252,6 +253,12 @@ def _targets(
     return found, why
 
 
+def _across(record: Record, path: str, axes: MatrixAxes) -> bool:
+    """Say whether a follower runs along outputs where its kernel is stacked."""
+    pairs = record.aligned.get(path, ())
+    return any(a in axes.stacked and b not in axes.stacked for a, b in pairs)
+
+
 # ---- Verdicts -----------------------------------------------------------------------
 
 
@@ -277,8 +284,9 @@ def _verdicts(
     notes |= {path: vector for path, kernels in entered.items() if any(kernels)}
     notes |= {path: reasons[0] for path, reasons in said.items()}
     notes |= why
-    looked_up = "embedding: data looks up its rows"
-    notes |= {path: looked_up for path, kernels in entered.items() if not all(kernels)}
+    notes |= {
+        path: does.LOOKED_UP for path, kernels in entered.items() if not all(kernels)
+    }
     notes = {path: note for path, note in notes.items() if path not in failed}
     notes |= {path: f"follows {e.path}" for e in layers for path in e.follows}
     notes = {path: note for path, note in notes.items() if path not in unclear}

@@ -1,5 +1,6 @@
 """What each primitive does to the values of a forward pass: one table, by name."""
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -48,6 +49,10 @@ def _elementwise(op: Op) -> Value:
     if not parameters and not data:
         return Value(_of_constants(op))
     cases = {(v.kind, v.path, v.array) for v in op.values[1:]}
+    if data:  # Rows that meet data entry by entry are no kernels.
+        values = [_rows(op.record, v) if v in parameters else v for v in op.values]
+        op = op._replace(values=values)
+        parameters, data = op.of_kind(PARAMETER), op.of_kind(DATA)
     if op.name == "select_n" and len(cases) == 1 and op.values[1].path is not None:
         return op.values[1]  # As `cond` under `vmap` does with what it closes over.
     if not data:
@@ -262,6 +267,13 @@ def _follow(record: Record, value: Value, data: Value, norm: bool) -> bool:
     along, numbers = value.array.varying(), list(data.last)
     if not norm or len(along) > 1:
         numbers = [number for number in numbers if _fits(along, data, number, norm)]
+    for i in along if value.path is not None else ():
+        own = {factor.axis for factor in value.array.dims[i]}
+        labels = union(factor.labels for factor in data.array.dims[i])
+        outputs = {label.axis for label in labels if label.number in numbers}
+        record.aligned.setdefault(str(value.path), set()).update(
+            itertools.product(own, outputs)
+        )
     record.follow(value.leaves, numbers, norm)
     return bool(numbers)
 
@@ -319,6 +331,10 @@ def _dot_general(op: Op) -> Value:
     if not parameters:
         return _without_kernel(op, array)
     side = parameters[0] if len(parameters) == 1 else _kernel_of(record, op.values)
+    if side is None and op.values[0].chosen != op.values[1].chosen:
+        side = int(op.values[0].chosen)
+        values = [_rows(record, value) for value in op.values]
+        op = op._replace(values=values)
     if side is None:
         return _of_two(op, array, [j for _, j in contracted] == [0])
     data, kernel = op.values[1 - side], op.values[side]
@@ -373,7 +389,9 @@ def _with_kernel(
     if kernel.path is None:
         last = _hidden(record, kernel.leaves, does.COMPUTED)
     else:
-        of_dims = {i: role and frozenset([role]) for i, role in roles.items()}
+        of_dims: dict[int, Use] = {
+            i: None if role is None else frozenset([role]) for i, role in roles.items()
+        }
         found = _uses(record, kernel, of_dims, shared)
         paths = {path for path, _ in found}
         for number, made in enumerate(record.products if kernel.through else ()):
@@ -702,6 +720,13 @@ def _dynamic_slice(op: Op) -> Value:
     return found
 
 
+def _rows(record: Record, value: Value) -> Value:
+    """Take what data has chosen for rows of a table, which are data."""
+    if not value.chosen:
+        return value
+    return _embedded(record, value, Value(value.array, DATA), value.array)
+
+
 def _embedded(record: Record, value: Value, index: Value, array: Array) -> Value:
     """Write down that data looks up rows."""
     last = tuple(record.product(p, {}, kernel=False) for p in sorted(value.leaves))
@@ -734,11 +759,11 @@ def _gather(op: Op) -> Value:
         return found.but(array=views.of_factors(dims))
     chosen = [i for i, size in enumerate(operand.array.shape) if size != sizes[i]]
     if sum(size > 1 for size in sizes) > 1 and found.path is not None:
+        found = picked(found, operand, chosen)
         if indices.kind == DATA:
-            op.record.note(
-                operand.leaves, does.SAID, "embedding: data looks up its rows"
-            )
-        return picked(found, operand, chosen)
+            op.record.note(operand.leaves, does.SAID, does.LOOKED_UP)
+            return found.but(through=found.through | indices.through, chosen=True)
+        return found
     array = views.fresh(op.shapes[0])
     if indices.kind == DATA:
         return _embedded(op.record, operand, indices, array)
