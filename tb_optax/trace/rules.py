@@ -1,6 +1,7 @@
 """What each primitive does to the values of a forward pass: one table, by name."""
 
 import itertools
+import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -773,7 +774,9 @@ def _gather(op: Op) -> Value:
 
 def _reduce(op: Op) -> list[Value]:
     """Take sums or extrema over some axes; names of mesh axes say nothing."""
-    axes = [int(axis) for axis in op.fields["axes"] if not isinstance(axis, str)]
+    axes = [
+        int(axis) for axis in op.fields["axes"] if isinstance(axis, numbers.Integral)
+    ]
     pairs = zip(op.values, op.shapes, strict=False)
     return [_reduced(op.record, value, shape, axes) for value, shape in pairs]
 
