@@ -1615,3 +1615,10 @@ def bytes_of_the_data(x, w, b):
 def brackets_in_names(x, **params):
     hidden = jnp.einsum("td,edf->tef", x, params["w[0]"]).sum(1) + x @ params["w0"]
     return hidden @ params["w*"]
+
+
+@case("q k 8x8, b c 8, o 8x3", "q<b k<c o", [ROWS])
+def halves_that_are_scaled_before_their_biases(x, q, k, b, c, o):
+    both = x @ jnp.concatenate([q, k], 1)
+    left, right = jnp.tanh(both[:, :8] * 0.5 + b), jnp.tanh(both[:, 8:] * 2.0 + c)
+    return (left * right) @ o

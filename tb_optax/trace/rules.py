@@ -210,14 +210,23 @@ def _of_data(op: Op, data: Sequence[Value]) -> Value:
 
 
 def _one_hot(op: Op, array: Array) -> Array:
-    """Mark the dimensions along which data is compared with distinct numbers."""
+    """Mark the dimensions along which data is compared with distinct numbers.
+
+    What is computed from them is marked no more.
+    """
     mark = frozenset([views.ONE_HOT])
+    constants = [v.array for v in op.of_kind(CONSTANT) if op.name == "eq"]
+    hot = {
+        i
+        for constant in constants
+        for i in range(len(constant.dims))
+        if views.DISTINCT in _labels(constant, i)
+    }
+    if not hot and not any(mark & f.of_axis for dim in array.dims for f in dim):
+        return array
     dims = [[f._replace(of_axis=f.of_axis - mark) for f in dim] for dim in array.dims]
-    if op.name == "eq":
-        for value in [v for v in op.of_kind(CONSTANT) if v.array.dims]:
-            for i, size in enumerate(op.shapes[0]):
-                if views.DISTINCT in _labels(value.array, i):
-                    dims[i] = [Factor(size, 0, mark)]
+    for i in hot:
+        dims[i] = [Factor(op.shapes[0][i], 0, mark)]
     return views.of_factors(dims)
 
 
