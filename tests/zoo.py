@@ -1622,3 +1622,15 @@ def halves_that_are_scaled_before_their_biases(x, q, k, b, c, o):
     both = x @ jnp.concatenate([q, k], 1)
     left, right = jnp.tanh(both[:, :8] * 0.5 + b), jnp.tanh(both[:, 8:] * 2.0 + c)
     return (left * right) @ o
+
+
+@case("w 8x6, b 6, o 6x3", "w<b o", [array(8, 6, dtype=jnp.bool_), ROWS], named="w")
+def dropped_connections(keep, x, w, b, o):
+    return jnp.tanh(x @ jnp.where(keep, w, 0.0) + b) @ o
+
+
+# A feature that is embedded by a row of its own: no product, and no bias of one.
+@case("rows 8x6, o 6x3", "o | rows", [ROWS], named="rows", given=[{"rows": None}])
+def embedded_numbers(x, rows, o):
+    """FT-Transformer: each number scales a row."""
+    return jax.nn.relu(x[..., None] * rows) @ o

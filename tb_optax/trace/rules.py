@@ -33,6 +33,7 @@ _ADDING = frozenset({"add", "add_any"})
 _AFFINE = _NORMALIZING | _ADDING
 # What is added to logits is not multiplied with what their softmax is.
 _SOFTMAX = frozenset({"exp", "exp2", "logistic"})
+_BY_HAND = "it multiplies data: a matrix product written with `*`?"
 _TABLE = "look-up table: constants pick its rows"
 
 
@@ -49,13 +50,13 @@ def _elementwise(op: Op) -> Value:
     constants, parameters, data = (op.of_kind(kind) for kind in range(3))
     if not parameters and not data:
         return Value(_of_constants(op))
-    cases = {(v.kind, v.path, v.array) for v in op.values[1:]}
-    if data:  # Rows that meet data entry by entry are no kernels.
-        values = [_rows(op.record, v) if v in parameters else v for v in op.values]
-        op = op._replace(values=values)
-        parameters, data = op.of_kind(PARAMETER), op.of_kind(DATA)
+    cases = {(v.path, v.array) for v in op.values[1:]}
     if op.name == "select_n" and len(cases) == 1 and op.values[1].path is not None:
-        return op.values[1]  # As `cond` under `vmap` does with what it closes over.
+        return op.values[1]  # `cond` under `vmap` selects what it closes over.
+    if any(v.chosen for v in parameters) and data:
+        # Rows that meet data entry by entry are no kernels.
+        values = [_rows(op.record, value) for value in op.values]
+        return _elementwise(op._replace(values=values))
     if not data:
         # Constants are data where they vary and the parameters do not.
         beyond = _varying(constants) - _varying(parameters)
@@ -245,10 +246,11 @@ def _meet(op: Op, value: Value, data: Sequence[Value], old: Value) -> Value:
     by_hand = op.name == "mul" and matrices and any(s and s != along for s in shared)
     if kernels and value.path is None:
         return Value(old.array, DATA, last=_hidden(record, kernels, ""))
-    more = [value.but(mixed=bool(by_hand))] if matrices else []
-    modulated = old.but(leaves=old.leaves | matrices, kernels=changed([old, *more]))
+    own = [value.but(mixed=bool(by_hand))] if matrices else []
+    modulated = old.but(leaves=old.leaves | matrices, kernels=changed([old, *own]))
     if by_hand:
-        return modulated  # A sum tells whether it is a product.
+        record.fail(matrices - kernels, _BY_HAND)
+        return modulated
     norm, found = old.normalized or old.reduced or value.normalized, old
     if not (old.last or value.looked_up) and all(
         v.array.varying() <= along and not v.reduced for v in data
@@ -322,9 +324,8 @@ def _result(pairs: Pairs, shape: Sequence[int], left: Dims, right: Dims) -> Arra
     return views.of_factors(dims)
 
 
-def _dot_general(op: Op) -> Value:
-    """Follow `dot_general`, a matrix product with batches."""
-    record, shape = op.record, op.shapes[0]
+def _dimensions(op: Op) -> tuple[list[Any], list[Any]]:
+    """Return the pairs of dimensions that are summed over, and those of the result."""
     contracted, batch = (
         list(zip(*(map(int, dims) for dims in own), strict=True))
         for own in op.fields["dimension_numbers"]
@@ -334,6 +335,13 @@ def _dot_general(op: Op) -> Value:
         taken = {pair[side] for pair in [*contracted, *batch]}
         free = [i for i in range(len(value.array.dims)) if i not in taken]
         pairs += [(None, i) if side else (i, None) for i in free]
+    return contracted, pairs
+
+
+def _dot_general(op: Op) -> Value:
+    """Follow `dot_general`, a matrix product with batches."""
+    record, shape = op.record, op.shapes[0]
+    contracted, pairs = _dimensions(op)
     left, right = (value.array.dims for value in op.values)
     array = _result(pairs, shape, left, right)
     op = _unchanged(op, contracted)
@@ -341,42 +349,25 @@ def _dot_general(op: Op) -> Value:
     if not parameters:
         return _without_kernel(op, array)
     side = parameters[0] if len(parameters) == 1 else _kernel_of(record, op.values)
-    if side is None and op.values[0].chosen != op.values[1].chosen:
-        side = int(op.values[0].chosen)
-        values = [_rows(record, value) for value in op.values]
-        op = op._replace(values=values)
     if side is None:
         return _of_two(op, array, [j for _, j in contracted] == [0])
     data, kernel = op.values[1 - side], op.values[side]
     if side == 0:
         pairs, contracted = ([p[::-1] for p in own] for own in (pairs, contracted))
     if data.kind == PARAMETER:
-        record.needed |= record.own(kernel)
-        data = _in_place_of_data(record, data)
+        data = _in_place_of_data(record, data, kernel)
+    found = _look_up(record, data, kernel, {i for i, _ in contracted}, array)
+    if found is not None:
+        return found
     if data.kind == CONSTANT:
-        if kernel.looked_up or _picks_rows(data.array, {i for i, _ in contracted}):
-            record.note(filter(record.is_matrix, kernel.leaves), does.SAID, _TABLE)
-            return kernel.lost(views.fresh(shape), looked_up=True)
         # An initial state is one for each row, though all start alike.
         data = Value(views.fresh(data.array.shape), DATA)
-    looks_up = [i for i, _ in contracted if views.ONE_HOT in _labels(data.array, i)]
-    if looks_up and len(looks_up) == len(contracted):
-        return _embedded(record, kernel, data, array)
     if not contracted and all(i is not None for i, _ in pairs):
         values = [
             moved(value, shape, views.arrange, [pair[k] for pair in pairs])
             for k, value in enumerate((data, kernel))
         ]
         return _elementwise(op._replace(name="mul", values=values))
-    if kernel.looked_up:
-        reason = "constants pick its rows, which multiply data"
-        if last := _hidden(record, kernel.leaves, reason):
-            return _after(
-                last,
-                data,
-                _result(pairs, shape, data.array.dims, _outputs(record, kernel, last)),
-            )
-        return data.but(array=array, mixed=True)
     roles = {j: OUTPUT if i is None else STACKED for i, j in pairs if j is not None}
     roles |= {j: REDUCTION for _, j in contracted}
     return _with_kernel(op, data, kernel, roles, pairs)
@@ -397,7 +388,9 @@ def _with_kernel(
             axes = {factor.axis for factor in kernel.array.dims[j] if factor.varies}
             _are_apart(record, data.array.dims[i], axes, matrices)
     if kernel.path is None:
-        last = _hidden(record, kernel.leaves, does.COMPUTED)
+        picked = "constants pick its rows, which multiply data"
+        reason = picked if kernel.looked_up else does.COMPUTED
+        last = _hidden(record, kernel.leaves, reason)
     else:
         of_dims: dict[int, Use] = {
             i: None if role is None else frozenset([role]) for i, role in roles.items()
@@ -544,11 +537,16 @@ def _kernel_of(record: Record, values: Sequence[Value]) -> int | None:
         return None if all(said) else said.index(True)
     able = [v.path is not None and not stands_for_data(v) for v in values]
     fed = [i for i in (0, 1) if able[i] and stands_for_data(values[1 - i])]
+    if len(fed) != 1 and values[0].chosen != values[1].chosen:
+        return int(values[0].chosen)
     return fed[0] if len(fed) == 1 else None
 
 
-def _in_place_of_data(record: Record, value: Value) -> Value:
+def _in_place_of_data(record: Record, value: Value, kernel: Value) -> Value:
     """Take a learned query, or another activation made from parameters, for data."""
+    if value.chosen:
+        return _rows(record, value)
+    record.needed |= record.own(kernel)
     record.note(value.leaves, does.SAID, "enters a product in the place of data")
     vectors = [path for path in value.leaves if not record.is_matrix(path)]
     pending = frozenset(vectors if value.normalized else ()) - record.own(value)
@@ -576,6 +574,20 @@ def _of_two(op: Op, array: Array, rows: bool) -> Value:
     return found
 
 
+def _look_up(
+    record: Record, data: Value, kernel: Value, along: set[int], array: Array
+) -> Value | None:
+    """Take a product with rows that are one-hot for a look-up; None if it is none."""
+    constant = data.kind == CONSTANT
+    if constant and (kernel.looked_up or _picks_rows(data.array, along)):
+        record.note(filter(record.is_matrix, kernel.leaves), does.SAID, _TABLE)
+        return kernel.lost(views.fresh(array.shape), looked_up=True)
+    hot = [i for i in along if views.ONE_HOT in _labels(data.array, i)]
+    if hot and len(hot) == len(along) and not constant:
+        return _embedded(record, kernel, data, array)
+    return None
+
+
 def _picks_rows(array: Array, contracted: set[int]) -> bool:
     """Say whether a constant picks or weighs rows of what it is multiplied with.
 
@@ -601,8 +613,7 @@ def _convolution(op: Op) -> Value:
         own = record.own(kernel)
         record.likely |= own
         if all(map(record.is_kernel, own)):
-            record.needed |= own
-            data = _in_place_of_data(record, data)
+            data = _in_place_of_data(record, data, kernel)
     if (data.kind, kernel.kind) != (DATA, PARAMETER):
         if data.kind == PARAMETER and kernel.kind != CONSTANT:
             reason = "it is convolved with no data, or as in gradients only"
@@ -796,10 +807,9 @@ def _reduced(
     """Take a sum or an extremum of one value; it may end a product written by hand."""
     found = moved(value, shape, views.without, axes)
     for kernel in [k for k in value.kernels if k.mixed]:
-        if not kernel.array.varying().isdisjoint(axes):
-            reason = "it multiplies data: a matrix product written with `*`?"
-            if last := _hidden(record, record.own(kernel), reason):
-                return _after(last, value, found.array)
+        summed = not kernel.array.varying().isdisjoint(axes)
+        if summed and (last := _hidden(record, record.own(kernel), _BY_HAND)):
+            return _after(last, value, found.array)
     if all(value.array.shape[axis] == 1 for axis in axes):
         return found
     if found.kind == CONSTANT:
