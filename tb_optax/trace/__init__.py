@@ -166,6 +166,8 @@ def _with_assumptions(read: Callable[..., Roles]) -> Roles:
         roles = read(assumed)
         known = {**roles.unclear, **known}
     axes = {layer.path: layer.axes for layer in roles.layers}
+    if assumed - axes.keys():
+        roles = read(assumed & axes.keys())
     needed = [path for path in axes if path in roles.assumed]
     unclear = dict(roles.unclear)
     unclear |= {path: known[path]._replace(likely=axes[path]) for path in needed}

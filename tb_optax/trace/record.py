@@ -83,6 +83,7 @@ def joined(values: Iterable[Value], array: Array) -> Value:
         kind,
         leaves=union(value.leaves for value in own),
         looked_up=any(value.looked_up for value in own),
+        chosen=any(value.chosen for value in own),
         last=newest(own).last,
         through=functools.reduce(int.__or__, (value.through for value in own)),
         normalized=any(value.normalized for value in own),
@@ -98,11 +99,11 @@ def changed(values: Iterable[Value]) -> tuple[Value, ...]:
     found = {}
     for value in values:
         own = (value,) if value.kind == PARAMETER else value.kernels
-        found.update({kernel.path: kernel for kernel in own})
+        found.update({(kernel.path, kernel.array): kernel for kernel in own})
     return tuple(
         kernel
-        for path, kernel in found.items()
-        if path is not None and len(kernel.array.varying()) > 1
+        for kernel in found.values()
+        if kernel.path is not None and len(kernel.array.axes()) > 1
     )
 
 

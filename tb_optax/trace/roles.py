@@ -235,7 +235,8 @@ def _targets(
         # What scales a layer scales in its gradient others, which says nothing.
         numbers = acts_on.get(path, [])
         forward = [number for number in numbers if number not in turned]
-        numbers = forward or (numbers if path in record.added else [])
+        shifts = path in record.added or path in of_norms
+        numbers = forward or (numbers if shifts else [])
         kernels = list(dict.fromkeys(made.get(number) for number in numbers))
         feeding = False
         if path in {*of_norms, *feeds} and len(kernels) < 2:

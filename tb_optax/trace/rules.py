@@ -1,6 +1,5 @@
 """What each primitive does to the values of a forward pass: one table, by name."""
 
-import itertools
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -52,10 +51,11 @@ def _elementwise(op: Op) -> Value:
         return Value(_of_constants(op))
     cases = {(v.path, v.array) for v in op.values[1:]}
     if op.name == "select_n" and len(cases) == 1 and op.values[1].path is not None:
-        return op.values[1]  # `cond` under `vmap` selects what it closes over.
-    if any(v.chosen for v in parameters) and data:
-        # Rows that meet data entry by entry are no kernels.
-        values = [_rows(op.record, value) for value in op.values]
+        # `cond` under `vmap` selects what it closes over.
+        return op.values[1].but(leaves=union(v.leaves for v in op.values[1:]))
+    rows = [v for v in parameters if v.chosen and len(v.array.axes()) < 2]
+    if rows and data:
+        values = [_rows(op.record, v) if v in rows else v for v in op.values]
         return _elementwise(op._replace(values=values))
     if not data:
         # Constants are data where they vary and the parameters do not.
@@ -201,7 +201,7 @@ def _of_data(op: Op, data: Sequence[Value]) -> Value:
         # A bias of a slice that data has chosen is looked up as the slice is.
         if not record.products[number].kernel:
             record.follow([record.products[number].path], chosen, norm=False)
-    if op.name in _SOFTMAX:
+    if op.name in _SOFTMAX and (found.last or found.mixed):
         found = found.but(leaves=frozenset(), kernels=())
     if found.last and found.coefficients:
         record.follow(found.coefficients, found.last, norm=True)
@@ -215,19 +215,18 @@ def _one_hot(op: Op, array: Array) -> Array:
 
     What is computed from them is marked no more.
     """
-    mark = frozenset([views.ONE_HOT])
     constants = [v.array for v in op.of_kind(CONSTANT) if op.name == "eq"]
     hot = {
         i
         for constant in constants
         for i in range(len(constant.dims))
         if views.DISTINCT in _labels(constant, i)
-    }
-    if not hot and not any(mark & f.of_axis for dim in array.dims for f in dim):
-        return array
-    dims = [[f._replace(of_axis=f.of_axis - mark) for f in dim] for dim in array.dims]
+    } - _varying(op.of_kind(DATA))
+    if not hot:
+        return array.marked(views.ONE_HOT, ())
+    dims = list(array.dims)
     for i in hot:
-        dims[i] = [Factor(op.shapes[0][i], 0, mark)]
+        dims[i] = (Factor(op.shapes[0][i], 0, frozenset([views.ONE_HOT])),)
     return views.of_factors(dims)
 
 
@@ -246,11 +245,16 @@ def _meet(op: Op, value: Value, data: Sequence[Value], old: Value) -> Value:
     by_hand = op.name == "mul" and matrices and any(s and s != along for s in shared)
     if kernels and value.path is None:
         return Value(old.array, DATA, last=_hidden(record, kernels, ""))
-    own = [value.but(mixed=bool(by_hand))] if matrices else []
-    modulated = old.but(leaves=old.leaves | matrices, kernels=changed([old, *own]))
-    if by_hand:
-        record.fail(matrices - kernels, _BY_HAND)
-        return modulated
+    along_data = union(shared) if by_hand else frozenset()
+    own = [value.but(array=value.array.marked(views.SHARED, along_data))]
+    own = changed([old, *own] if matrices else [old])
+    if not old.last:
+        own = tuple(k.but(leaves=k.leaves | value.leaves) for k in own)
+    modulated = old.but(leaves=old.leaves | matrices, kernels=own)
+    chosen = [None in (record.products[n].uses or {}).values() for n in old.last]
+    if by_hand or (value.chosen and not any(chosen)):
+        record.note(value.leaves, does.SAID, "acts on no outputs of a layer")
+        return modulated  # A sum tells whether it is a product.
     norm, found = old.normalized or old.reduced or value.normalized, old
     if not (old.last or value.looked_up) and all(
         v.array.varying() <= along and not v.reduced for v in data
@@ -280,11 +284,14 @@ def _follow(record: Record, value: Value, data: Value, norm: bool) -> bool:
     if not norm or len(along) > 1:
         numbers = [number for number in numbers if _fits(along, data, number, norm)]
     for i in along if value.path is not None else ():
-        own = {factor.axis for factor in value.array.dims[i]}
-        labels = union(factor.labels for factor in data.array.dims[i])
-        outputs = {label.axis for label in labels if label.number in numbers}
+        own, outputs = value.array.dims[i], data.array.dims[i]
+        if [f.size for f in own] != [f.size for f in outputs]:
+            continue
         record.aligned.setdefault(str(value.path), set()).update(
-            itertools.product(own, outputs)
+            (factor.axis, label.axis)
+            for factor, output in zip(own, outputs, strict=True)
+            for label in output.labels
+            if label.number in numbers
         )
     record.follow(value.leaves, numbers, norm)
     return bool(numbers)
@@ -321,7 +328,7 @@ def _result(pairs: Pairs, shape: Sequence[int], left: Dims, right: Dims) -> Arra
     for size, (i, j) in zip(shape, pairs, strict=True):
         own = [*([] if i is None else [left[i]]), *([] if j is None else [right[j]])]
         dims.append(_one_of(own) if own else [Factor(size)])
-    return views.of_factors(dims)
+    return views.of_factors(dims).marked(views.ONE_HOT, ())
 
 
 def _dimensions(op: Op) -> tuple[list[Any], list[Any]]:
@@ -352,6 +359,10 @@ def _dot_general(op: Op) -> Value:
     if side is None:
         return _of_two(op, array, [j for _, j in contracted] == [0])
     data, kernel = op.values[1 - side], op.values[side]
+    if kernel.chosen and not _sums(kernel, contracted, side):
+        # Rows of a table, in the gradient of the kernel after it.
+        values = [_rows(record, value) for value in op.values]
+        return _dot_general(op._replace(values=values))
     if side == 0:
         pairs, contracted = ([p[::-1] for p in own] for own in (pairs, contracted))
     if data.kind == PARAMETER:
@@ -483,6 +494,12 @@ def _hidden(record: Record, leaves: Iterable[str], reason: str) -> tuple[int, ..
     return tuple(record.product(path, None) for path in kernels)
 
 
+def _sums(kernel: Value, contracted: Sequence[tuple[int, int]], side: int) -> bool:
+    """Say whether a product sums over axes of a kernel alone."""
+    array, along = kernel.array, [pair[side] for pair in contracted]
+    return {i for i in along if array.shape[i] > 1} <= array.varying()
+
+
 def _unchanged(op: Op, contracted: Sequence[tuple[int, int]]) -> Op:
     """Take what data has changed for the kernel of a product, if it is said to be one.
 
@@ -494,11 +511,12 @@ def _unchanged(op: Op, contracted: Sequence[tuple[int, int]]) -> Op:
         return op
     able = []
     for side, value in enumerate(values):
-        along = {pair[side] for pair in contracted}
-        fit = [k for k in value.kernels if along <= k.array.varying()]
-        none = union(record.own(k) for k in value.kernels if k not in fit)
+        own = changed([value])
+        fit = [k for k in own if _sums(k, contracted, side)]
+        none = union(record.own(k) for k in own if k not in fit)
         values[side] = value.but(leaves=value.leaves - none, kernels=())
-        able += [(side, kernel) for kernel in fit]
+        left_out = [k for k in fit if all(map(record.is_left_out, record.own(k)))]
+        able += [(side, kernel) for kernel in fit if kernel not in left_out]
     for _, kernel in able:
         own = filter(lambda path: not record.is_kernel(path), record.own(kernel))
         record.fail(own, does.BETWEEN_DATA)
@@ -583,7 +601,8 @@ def _look_up(
         record.note(filter(record.is_matrix, kernel.leaves), does.SAID, _TABLE)
         return kernel.lost(views.fresh(array.shape), looked_up=True)
     hot = [i for i in along if views.ONE_HOT in _labels(data.array, i)]
-    if hot and len(hot) == len(along) and not constant:
+    rows = len(kernel.array.axes()) <= len(along) + 1
+    if hot and len(hot) == len(along) and rows and not constant:
         return _embedded(record, kernel, data, array)
     return None
 
@@ -634,11 +653,12 @@ def _convolution(op: Op) -> Value:
 
 def _in_kernels_place(op: Op) -> Value:
     """Return the second operand; a kernel that data has only changed is one here."""
-    value = op.values[1]
-    if len(value.kernels) == 1:
-        return value.kernels[0]
+    value, record = op.values[1], op.record
+    own = [k for k in changed([value]) if not record.is_left_out(str(k.path))]
+    if value.kind == DATA and len(own) == 1:
+        return own[0]
     if value.kind == op.values[0].kind == DATA:
-        _hidden(op.record, value.leaves, does.BETWEEN_DATA)
+        _hidden(record, value.leaves, does.BETWEEN_DATA)
     return value
 
 
@@ -722,7 +742,8 @@ def _side_by_side(op: Op, values: Sequence[Value], along: int) -> Value:
         dims = list(newest(data).array.dims)
         dims[along] = [Factor(op.shapes[0][along])]
         last = _main(op.record, data).last
-        return found.but(array=views.of_factors(dims), last=last)
+        array = views.of_factors(dims).marked(views.ONE_HOT, ())
+        return found.but(array=array, last=last)
     if all(value.path is not None for value in values):
         return found.but(path=op.record.bundle(along, values))
     return found
@@ -775,10 +796,11 @@ def _gather(op: Op) -> Value:
         return views.arrange(array, shape, [places.get(i) for i in range(len(shape))])
 
     found = moved(operand, op.shapes[0], move)
+    chosen = [i for i, size in enumerate(operand.array.shape) if size != sizes[i]]
     if found.kind == DATA:
+        found = picked(found, operand, chosen)
         dims = [[f._replace(axis=0) for f in dim] for dim in found.array.dims]
         return found.but(array=views.of_factors(dims))
-    chosen = [i for i, size in enumerate(operand.array.shape) if size != sizes[i]]
     if sum(size > 1 for size in sizes) > 1 and found.path is not None:
         found = picked(found, operand, chosen)
         if indices.kind == DATA:
@@ -806,15 +828,17 @@ def _reduced(
 ) -> Value:
     """Take a sum or an extremum of one value; it may end a product written by hand."""
     found = moved(value, shape, views.without, axes)
-    for kernel in [k for k in value.kernels if k.mixed]:
-        summed = not kernel.array.varying().isdisjoint(axes)
-        if summed and (last := _hidden(record, record.own(kernel), _BY_HAND)):
+    for kernel in value.kernels:
+        summed = union(f.labels for axis in axes for f in kernel.array.dims[axis])
+        if views.SHARED in summed and (
+            last := _hidden(record, record.own(kernel), _BY_HAND)
+        ):
             return _after(last, value, found.array)
     if all(value.array.shape[axis] == 1 for axis in axes):
         return found
     if found.kind == CONSTANT:
         return Value(views.unlabelled(found.array))
-    return found.lost(found.array, reduced=True)
+    return found.lost(found.array.marked(views.ONE_HOT, ()), reduced=True)
 
 
 # ---- Everything else ----------------------------------------------------------------
@@ -830,7 +854,7 @@ def _together(op: Op, mixed: bool = False) -> list[Value]:
         mixed = found.mixed or (mixed and len(data) > 1)
         last = _main(op.record, data).last
         found = found.but(leaves=found.leaves | leaves, mixed=mixed, last=last)
-    known = {value.array.shape: value.array for value in data[:1]}
+    known = {v.array.shape: v.array.marked(views.ONE_HOT, ()) for v in data[:1]}
     arrays = [known.get(shape) or views.fresh(shape) for shape in op.shapes]
     return [found.but(array=array) for array in arrays]
 

@@ -6,7 +6,7 @@ a reshape joins from several remains known.  Moves change factors and take no me
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
 
@@ -25,8 +25,9 @@ class Label(NamedTuple):
 
 # Axes over which data was normalized; of constants, those along which all entries
 # differ, those along which one entry is 1 and the others are 0, and those whose places
-# are compared with the places along another.
-NORMED, DISTINCT, ONE_HOT, PLACES = Label(-1), Label(-2), Label(-3), Label(-4)
+# are compared with the places along another; of parameters, those along which data that
+# they multiply varies too.
+NORMED, DISTINCT, ONE_HOT, PLACES, SHARED = map(Label, (-1, -2, -3, -4, -5))
 Labels: TypeAlias = frozenset[Label]
 
 
@@ -83,6 +84,25 @@ class Array(NamedTuple):
         """Return the dimensions along which entries may differ."""
         dims = enumerate(self.dims)
         return frozenset(i for i, dim in dims if any(f.varies for f in dim))
+
+    def axes(self) -> frozenset[int]:
+        """Return the axes of the source along which entries may differ."""
+        factors = [factor for dim in self.dims for factor in dim if factor.varies]
+        return frozenset(f.axis for f in factors if f.axis is not None)
+
+    def marked(self, label: Label, dimensions: Collection[int]) -> "Array":
+        """Put a label on some dimensions, and take it off the others."""
+        mark = frozenset([label])
+        dims = [
+            [
+                f._replace(
+                    of_axis=f.of_axis | mark if i in dimensions else f.of_axis - mark
+                )
+                for f in dim
+            ]
+            for i, dim in enumerate(self.dims)
+        ]
+        return self._replace(dims=tuple(map(tuple, dims)))
 
     def low(self) -> list[int]:
         """Return the smallest index along each axis of the source."""

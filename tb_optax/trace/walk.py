@@ -124,9 +124,12 @@ def moved(
 
 def picked(value: Value, before: Value, gone: Iterable[int]) -> Value:
     """Mark a value as one slice along some dimensions, unknown which."""
+    gone = list(gone)
     factors = [factor for i in gone for factor in before.array.dims[i]]
     axes = frozenset(factor.axis for factor in factors if factor.axis is not None)
-    return value.but(unknown=value.unknown | axes)
+    pairs = zip(value.kernels, before.kernels, strict=False)
+    kernels = tuple(picked(kernel, old, gone) for kernel, old in pairs)
+    return value.but(unknown=value.unknown | axes, kernels=kernels)
 
 
 def _call(op: Op) -> list[Value]:
@@ -213,10 +216,15 @@ def _loop(op: Op, body, fixed, carry, slices, turns) -> list[Value]:
         known, carry = kinds, either(carry, once(carry))
         del events[mark:]
     for start, value in zip(starts, carry, strict=True):
-        if value.kind == DATA:
-            paths = start.leaves if start.kind == PARAMETER else ()
+        if (
+            start.kind == PARAMETER
+            and value.kind == DATA
+            and len(start.array.axes()) < 2
+        ):
+            paths = start.leaves if start.path in op.record.shapes else ()
             op.record.note(paths, SAID, "is where a loop starts")
-    stacks = union(value.leaves for value in slices if value.kind == PARAMETER)
+    sliced = [own for value in slices for own in (value, *value.kernels)]
+    stacks = union(value.leaves for value in sliced if value.kind == PARAMETER)
     results = [Value(views.fresh(shape)) for shape in op.shapes]
     for turn in turns:
         mark = len(events)
@@ -231,7 +239,9 @@ def _slice_of(record: Record, value: Value, turn: int) -> Value:
     """Take one iteration's slice of what is scanned."""
     shape = value.array.shape[1:]
     if value.kind != PARAMETER:
-        return moved(value, shape, views.without, [0])
+        kernels = [_slice_of(record, kernel, turn) for kernel in value.kernels]
+        found = moved(value, shape, views.without, [0])
+        return found.but(kernels=tuple(kernels))
     dimension, parts = record.bundles.get(value.path, (0, []))
     whole = value.array == views.fresh(value.array.shape)
     if parts and dimension == 0 and whole:
