@@ -1471,6 +1471,99 @@ def gathered_in_batches(index, x, w, b, o):
     return jax.vmap(lambda x, i: jnp.tanh((x @ w)[i] + b) @ o)(x, index)
 
 
+@case(
+    "w 3x3x3x8x8, o 8x3",
+    f"{each(3, 'w[#]:sppio')} o",
+    [array(3, 3, 3, 8, 8), array(2, 4, 4, 8)],
+)
+def pruned_scan_of_convolutions(masks, x, w, o):
+    """The stack is changed as a whole, and sliced by the loop."""
+    x = lax.scan(lambda x, w: (jax.nn.relu(conv(x, w)), None), x, w * masks)[0]
+    return x.mean((1, 2)) @ o
+
+
+@case(
+    "w 3x3x3x8x6, o 6x3",
+    "w:sppio o",
+    [array(dtype=jnp.int32), array(3, 3, 3, 8, 6), array(2, 4, 4, 8)],
+)
+def a_pruned_kernel_that_data_picks(i, masks, x, w, o):
+    return conv(x, (w * masks)[i]).mean((1, 2)) @ o
+
+
+@case(
+    "w 4x8x6, scale 4x6, o 6x3",
+    "w:sio o | scale",
+    [array(5, dtype=jnp.int32), ROWS],
+    named="w",
+)
+def scaled_experts(own, x, w, scale, o):
+    """Experts in low precision, each with a scale for each output."""
+    return jnp.einsum("ti,tio->to", x, w[own] * scale[own][:, None]) @ o
+
+
+@case("w 2x3x3x8x6, o 6x3", "", [array(dtype=jnp.bool_), array(2, 4, 4, 8)], named="w")
+def one_of_two_convolutions(flag, x, w, o):
+    return conv(x, jnp.where(flag, w[0], w[1])).mean((1, 2)) @ o
+
+
+@case(
+    "w 8x8, v 8x6, o 6x3",
+    "v w:oi o",
+    [array(8, 8, dtype=jnp.bool_), array(8, 8)],
+    named="w",
+)
+def learned_mixing_with_a_mask(mask, x, w, v, o):
+    return jax.nn.softmax(jnp.where(mask, w, -jnp.inf)) @ (x @ v) @ o
+
+
+@case("w 11x8, b 8, o 8x3", "w<b o", [array(5, 5), array(5, dtype=jnp.int32)])
+def atoms_of_a_graph(adjacency, atoms, w, b, o):
+    """Sums of one-hot rows are data."""
+    return jnp.tanh((adjacency @ jax.nn.one_hot(atoms, 11)) @ w + b) @ o
+
+
+@case("w 8x6, styles 11x2x6, o 6x3", "w o | styles", [TOKENS, X])
+def scales_and_shifts_of_a_class(classes, x, w, styles, o):
+    own = styles[classes]
+    return (x @ w * (1 + own[..., 0, :]) + own[..., 1, :]) @ o
+
+
+@case("rows 11x2x8, w 8x6, b 6", "w<b | rows", [TOKENS])
+def a_step_with_rows_of_two_axes(tokens, **params):
+    def loss(p):
+        return jnp.tanh(p["rows"][tokens] @ p["w"] + p["b"]).sum()
+
+    return jax.value_and_grad(loss)(params)
+
+
+@case("w 8x6, g c 6, pos 5x6, o 6x3", "w<c,g o | pos", [array(2, 5, 1), X])
+def positions_where_nothing_is_masked(mask, x, w, g, c, pos, o):
+    """A row that is scaled and then averaged over its own entries is no product."""
+    return layer_norm(mask * pos + (1 - mask) * (x @ w), g, c) @ o
+
+
+@case("w 3x3x3x4, g c 4, o 4x3", "w:ppio<c,g o", [array(4), IMAGE])
+def a_gain_after_the_statistics(var, x, w, g, c, o):
+    return (conv(x, w * lax.rsqrt(var) * g) + c).mean((1, 2)) @ o
+
+
+@case("w 8x6, g b 6, o 6x3", "w<b,g o", [ROWS])
+def a_gain_where_a_kernel_is_positive(x, w, g, b, o):
+    return jnp.tanh(x @ jnp.where(w > 0, g * w, w) + b) @ o
+
+
+@case("w 2x4x3, b 2x3, o 6x3", "w:sio<b o", [ROWS])
+def blocks_with_a_flat_bias(x, w, b, o):
+    return (jnp.einsum("thi,hio->tho", heads(x), w).reshape(5, 6) + b.reshape(-1)) @ o
+
+
+@case("w 8x6, b g c 6, d s t 8", "w<b,c,d,g,s,t", [ROWS])
+def tied_autoencoder_with_norms(x, w, b, g, c, d, s, t):
+    code = jnp.tanh(layer_norm(x @ w + b, g, c))
+    return layer_norm(code @ w.T + d, s, t)
+
+
 # ---- Kernels that are computed, and products that are no `dot` -----------------------
 
 
