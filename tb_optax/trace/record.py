@@ -167,6 +167,11 @@ class Record:
         self.note([path], ENTERS, len(self.products) - 1)
         return len(self.products) - 1
 
+    def chosen(self, numbers: Iterable[int]) -> list[int]:
+        """Return the products with slices that data chooses."""
+        uses = ((number, self.products[number].uses or {}) for number in numbers)
+        return [number for number, own in uses if None in own.values()]
+
     def follow(self, paths: Iterable[str], numbers: Iterable[int], norm: bool) -> None:
         """Write down that parameters act on the outputs of products."""
         for number in numbers:

@@ -1,7 +1,7 @@
 """What each primitive does to the values of a forward pass: one table, by name."""
 
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from tb_optax.trace import record as does
@@ -196,7 +196,7 @@ def _of_data(op: Op, data: Sequence[Value]) -> Value:
         taken_out |= bool(found.last) and not all(value.last for value in full)
         found = found.but(normalized=found.normalized or taken_out)
         normed = union(_varying(full) - value.array.varying() for value in statistics)
-    chosen = [n for n in found.last if None in (record.products[n].uses or {}).values()]
+    chosen = record.chosen(found.last)
     for number in [n for v in data for n in v.last if chosen and op.name in _ADDING]:
         # A bias of a slice that data has chosen is looked up as the slice is.
         if not record.products[number].kernel:
@@ -245,14 +245,8 @@ def _meet(op: Op, value: Value, data: Sequence[Value], old: Value) -> Value:
     by_hand = op.name == "mul" and matrices and any(s and s != along for s in shared)
     if kernels and value.path is None:
         return Value(old.array, DATA, last=_hidden(record, kernels, ""))
-    along_data = union(shared) if by_hand else frozenset()
-    own = [value.but(array=value.array.marked(views.SHARED, along_data))]
-    own = changed([old, *own] if matrices else [old])
-    if not old.last:
-        own = tuple(k.but(leaves=k.leaves | value.leaves) for k in own)
-    modulated = old.but(leaves=old.leaves | matrices, kernels=own)
-    chosen = [None in (record.products[n].uses or {}).values() for n in old.last]
-    if by_hand or (value.chosen and not any(chosen)):
+    modulated = _modulated(value, old, matrices, union(shared) if by_hand else ())
+    if by_hand or (value.chosen and not record.chosen(old.last)):
         record.note(value.leaves, does.SAID, "acts on no outputs of a layer")
         return modulated  # A sum tells whether it is a product.
     norm, found = old.normalized or old.reduced or value.normalized, old
@@ -271,6 +265,17 @@ def _meet(op: Op, value: Value, data: Sequence[Value], old: Value) -> Value:
     of_norm = norm and (follows or not whole or _fits(along, old, -1, norm))
     more = value.leaves if of_norm and not value.looked_up else frozenset()
     return found.but(pending=found.pending | more)
+
+
+def _modulated(
+    value: Value, data: Value, matrices: set[str], shared: Collection[int]
+) -> Value:
+    """Remember the kernel that data has changed, and the vectors that act on it."""
+    own = value.but(array=value.array.marked(views.SHARED, shared))
+    kernels = changed([data, own] if matrices else [data])
+    if not data.last:
+        kernels = tuple(k.but(leaves=k.leaves | value.leaves) for k in kernels)
+    return data.but(leaves=data.leaves | matrices, kernels=kernels)
 
 
 def _follow(record: Record, value: Value, data: Value, norm: bool) -> bool:
