@@ -39,6 +39,13 @@ def pytest_sessionstart(session):
         shutil.rmtree(PROGRAMS)
 
 
+@pytest.fixture
+def alike():
+    """Compiler options that give one formula in two programs the same bits."""
+    quick = "emitters=false" in os.environ.get("XLA_FLAGS", "")
+    return (("xla_cpu_use_fusion_emitters", True),) if quick else ()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def no_old_programs():
     """Frees what a module has compiled: a process can map only so many programs."""
