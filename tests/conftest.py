@@ -55,7 +55,7 @@ def alike():
 
 @pytest.fixture(scope="module", autouse=True)
 def no_old_programs():
-    """Frees what modules have compiled: a process can map only 65,530 pieces of memory."""
+    """Frees what modules have compiled: a process can map only so many programs."""
     yield
     maps = Path("/proc/self/maps")
     if not maps.exists() or maps.read_bytes().count(b"\n") > 10_000:
