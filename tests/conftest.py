@@ -113,10 +113,12 @@ FEW_OR_SMALL_LAYERS = (
 # Modules that take long go first: the last ones to end decide how long all take.
 SLOWEST = (
     *("test_golden_metrics", "test_golden_rates", "test_golden_edge_cases"),
-    *("test_sharding", "test_family_golden", "test_windows", "test_analysis"),
-    *("test_golden_trajectory", "test_family", "test_quadrature", "test_command"),
-    *("test_faults", "test_benchmarks_language", "test_spread", "test_contract"),
-    *("test_when", "test_family_training", "test_benchmarks_runs", "test_processes"),
+    *("test_sharding", "test_family_golden", "test_windows", "test_contract_wrappers"),
+    *("test_analysis", "test_contract", "test_family", "test_golden_trajectory"),
+    *("test_spectrum", "test_spread", "test_lanczos", "test_golden_checkpoints"),
+    *("test_faults", "test_power_law", "test_processes", "test_quadrature"),
+    *("test_benchmarks_runs", "test_command", "test_frameworks_training"),
+    *("test_symptoms", "test_benchmarks_language", "test_when", "test_family_training"),
 )
 
 
