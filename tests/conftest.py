@@ -1,9 +1,13 @@
 """Fixtures that every test module may use, and the runs that are only for long ones."""
 
+import gc
 import logging
 import os
 import shutil
 from pathlib import Path
+
+# Threads of BLAS wait for each other in loops, which takes the cores from all others.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import jax
 import pytest
@@ -15,6 +19,8 @@ for option, value in {
     "jax_compilation_cache_dir": str(PROGRAMS),
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
+    # No program says which lines of Python it comes from.
+    "jax_traceback_in_locations_limit": 0,
 }.items():
     jax.config.update(option, value)
     os.environ[option.upper()] = str(value)  # For the processes that tests start.
@@ -27,6 +33,10 @@ if jax.__version__.startswith("0.10.") and "fusion_emitters" not in FLAGS:
     os.environ["XLA_FLAGS"] = f"{FLAGS} --xla_cpu_use_fusion_emitters=false"
 
 
+# Traces are many objects that no cycle holds.
+gc.set_threshold(100_000, 50, 50)
+
+
 def pytest_sessionstart(session):
     """Deletes the compiled programs of earlier runs if they have become too many."""
     if hasattr(session.config, "workerinput"):
@@ -36,11 +46,20 @@ def pytest_sessionstart(session):
         shutil.rmtree(PROGRAMS)
 
 
+@pytest.fixture
+def alike():
+    """Compiler options that give one formula in two programs the same bits."""
+    quick = "emitters=false" in os.environ.get("XLA_FLAGS", "")
+    return (("xla_cpu_use_fusion_emitters", True),) if quick else ()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def no_old_programs():
-    """Frees what a module has compiled: a process can map only so many programs."""
+    """Frees what modules have compiled: a process can map only so many programs."""
     yield
-    jax.clear_caches()
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or maps.read_bytes().count(b"\n") > 10_000:
+        jax.clear_caches()
 
 
 # Why a matrix may be neither a layer nor a follower.
@@ -95,10 +114,12 @@ FEW_OR_SMALL_LAYERS = (
 # Modules that take long go first: the last ones to end decide how long all take.
 SLOWEST = (
     *("test_golden_metrics", "test_golden_rates", "test_golden_edge_cases"),
-    *("test_sharding", "test_family_golden", "test_windows", "test_analysis"),
-    *("test_golden_trajectory", "test_family", "test_quadrature", "test_command"),
-    *("test_faults", "test_benchmarks_language", "test_spread", "test_contract"),
-    *("test_when", "test_family_training", "test_benchmarks_runs", "test_processes"),
+    *("test_sharding", "test_family_golden", "test_windows", "test_contract_wrappers"),
+    *("test_analysis", "test_contract", "test_family", "test_golden_trajectory"),
+    *("test_spectrum", "test_spread", "test_lanczos", "test_golden_checkpoints"),
+    *("test_faults", "test_power_law", "test_processes", "test_quadrature"),
+    *("test_benchmarks_runs", "test_command", "test_frameworks_training"),
+    *("test_symptoms", "test_benchmarks_language", "test_when", "test_family_training"),
 )
 
 
@@ -143,7 +164,7 @@ def x64():
 
 # Modules that compile as users do: they prove numbers, memory, or speed.
 AS_USERS_DO = (
-    *("test_accuracy", "test_concurrency", "test_eigenvalues", "test_golden"),
+    *("test_concurrency", "test_eigenvalues", "test_golden_trajectory"),
     *("test_lanczos", "test_memory", "test_power_law", "test_spectrum"),
 )
 

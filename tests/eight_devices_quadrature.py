@@ -9,13 +9,13 @@ import numpy as np
 import optax
 import pytest
 from compiled import largest_moved
+from eight_devices import DENSE, make_mesh, or_long
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import tb_optax
 from tb_optax import Layer, MatrixAxes
 
-DENSE = MatrixAxes((0,), (1,))
 # Kernels of every kind, larger than their vectors; one that no mesh axis divides.
 ZOO = {
     "conv": ((2, 2, 96, 128), MatrixAxes((2,), (3,), pooled=(0, 1))),
@@ -62,10 +62,6 @@ PLACEMENTS = {
     },
     "stacked": {"conv": P("y", None, "x"), "stack": P("x", "y"), "tall": P(None, "x")},
 }
-
-
-def make_mesh(axis_type):
-    return jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
 
 
 def make_params():
@@ -132,12 +128,12 @@ def test_there_are_eight_devices():
 @pytest.mark.parametrize(
     ("placement", "axis_type"),
     [
-        ("replicated", AxisType.Auto),
+        or_long("replicated", AxisType.Auto),
         ("fsdp", AxisType.Auto),
         ("tensor", AxisType.Explicit),
-        ("mixed", AxisType.Auto),
+        or_long("mixed", AxisType.Auto),
         ("mixed", AxisType.Explicit),
-        ("stacked", AxisType.Explicit),
+        or_long("stacked", AxisType.Explicit),
     ],
     ids=str,
 )
@@ -152,7 +148,7 @@ def test_a_mesh_that_is_set():
         check(ANALYZE.__call__, place(make_params(), mesh, "fsdp"))
 
 
-@pytest.mark.parametrize("manual", [("x", "y"), ("x",)], ids=str)
+@pytest.mark.parametrize("manual", [or_long(("x", "y")), ("x",)], ids=str)
 def test_inside_shard_map(manual):
     """Kernels that every device holds; the rest of the mesh may shard them."""
     mesh = make_mesh(AxisType.Auto)
@@ -187,7 +183,11 @@ def run(spread, params):
 
 @pytest.mark.parametrize(
     ("spread", "axis_type"),
-    [(False, AxisType.Explicit), (True, AxisType.Auto), (True, AxisType.Explicit)],
+    [
+        (False, AxisType.Explicit),
+        (True, AxisType.Auto),
+        or_long(True, AxisType.Explicit),
+    ],
     ids=str,
 )
 def test_training_goes_as_on_one_device(spread, axis_type):

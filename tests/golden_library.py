@@ -6,6 +6,7 @@ Everything is computed once and shared by the test modules: compiling is what co
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -101,6 +102,36 @@ def run_together(analyses: Sequence[Any], params: Any, then: Any = None) -> list
     return jax.device_get(run(jax.tree.map(jnp.asarray, params)))
 
 
+# Fits whose work grows with the square of the width are given spectra up to this many
+# eigenvalues, then the wider ones.
+WIDTHS = (150, 600, math.inf)
+
+
+def fitted(spectra: Any, factors: np.ndarray, options: Any) -> list[dict[str, Any]]:
+    """The columns of a table under each row of factors, all of them fitted together."""
+    layers = np.tile(np.arange(len(spectra.count)), len(factors))
+    spectra = jax.tree.map(lambda column: column[layers], spectra)
+    spectra = spectra._replace(factor=factors.ravel())
+    widths = WIDTHS if getattr(options.fit, "whole_spectrum", False) else WIDTHS[-1:]
+    group = np.searchsorted(widths, spectra.count)
+    parts, order = [], []
+    for number in np.unique(group):
+        rows = np.flatnonzero(group == number)
+        part = jax.tree.map(lambda column, rows=rows: column[rows], spectra)
+        width = part.count.max()
+        part = part._replace(
+            log_eigenvalues=part.log_eigenvalues[:, -width:],
+            weights=part.weights[:, -width:],
+        )
+        parts.append(pipeline.measured(part, options))
+        order += rows.tolist()
+    columns = jax.tree.map(lambda *own: jnp.concatenate(own)[np.argsort(order)], *parts)
+    return [
+        {name: column.reshape(len(factors), -1)[i] for name, column in columns.items()}
+        for i in range(len(factors))
+    ]
+
+
 def analyze_together(
     trees: Mapping[str, Any],
     layers: Mapping[str, Sequence[tb_optax.Layer]],
@@ -143,28 +174,31 @@ def analyze_together(
         for config in configs
     ]
     pooled = np.asarray([bool(layer.axes.pooled) for layer in flat])
+    kinds: dict[tuple[Any, ...], list[int]] = {}
+    for i, analysis in enumerate(analyses):
+        options = dataclasses.replace(analysis.options, conv_norm=1)
+        kinds.setdefault((pipeline.route_of(options), options), []).append(i)
 
-    @functools.partial(jax.jit, static_argnums=(1, 2))
-    def run(kernels, route, rows):
+    @functools.partial(jax.jit, static_argnums=1)
+    def run(kernels, route):
         """Configurations of one route: the spectra once, fits and metrics of each."""
         spectra = pipeline.layer_spectra(kernels, flat, 1.0, route)
-        tables = []
-        for i in rows:
-            options = analyses[i].options
-            factor = np.where(pooled, options.conv_norm, 1).astype(spectra.factor.dtype)
-            own = spectra._replace(factor=factor)
-            table = pipeline.untuned_table(flat, pipeline.measured(own, options))
-            tables.append(pipeline.assigned_table(table, options))
+        tables = {}
+        for (own, options), rows in kinds.items():
+            if own is not route:
+                continue
+            norms = np.asarray([[configs[i]["conv_norm"]] for i in rows])
+            factors = np.where(pooled, norms, 1).astype(spectra.factor.dtype)
+            for i, columns in zip(rows, fitted(spectra, factors, options), strict=True):
+                table = pipeline.untuned_table(flat, columns)
+                tables[i] = pipeline.assigned_table(table, options)
         return tables
 
-    routes = [pipeline.route_of(analysis.options) for analysis in analyses]
     results: dict[int, tb_optax.Analysis] = {}
     with precision(precision_name):
         _, kernels, _ = analyses[0].resolve(jax.tree.map(jnp.asarray, dict(trees)))
-        for route in dict.fromkeys(routes):
-            rows = tuple(i for i, other in enumerate(routes) if other is route)
-            found = jax.device_get(run(kernels, route, rows))
-            results |= dict(zip(rows, found, strict=True))
+        for route in dict.fromkeys(route for route, _ in kinds):
+            results |= jax.device_get(run(kernels, route))
     names = [
         f.name for f in dataclasses.fields(tb_optax.Analysis) if f.name != "layers"
     ]

@@ -126,7 +126,11 @@ def trajectory(arm, steps=4):
 
 
 @pytest.mark.parametrize(
-    "name", ["temp_balance", "llr", "alpha_decay", "model_balancing"]
+    "name",
+    [
+        *("temp_balance", "alpha_decay"),
+        *(pytest.param(x, marks=pytest.mark.long) for x in ("llr", "model_balancing")),
+    ],
 )
 def test_a_control_that_changes_nothing_is_the_method(name):
     arm = language.ARMS[name]

@@ -195,7 +195,9 @@ def rule_of(config, kind):
     return config["temp_balance"], family.map_of_balancing(config, kind)
 
 
-@every_precision
+@pytest.mark.parametrize(
+    "precision", [pytest.param("float32", marks=pytest.mark.long), "x64"]
+)
 @pytest.mark.parametrize("method", ["alpha_decay", "model_balancing"])
 def test_maps_of_given_scores(method, precision):
     info, arrays = recorded(f"{method}_maps")

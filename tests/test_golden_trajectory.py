@@ -21,6 +21,18 @@ import tb_optax
 
 RECORD = golden_record.Record()
 NAMES = ("plain", "linear_map", "sqrt_order")
+# Held in the other precision by default.
+SLOW = (("plain", "float32"), ("sqrt_order", "float32"))
+CASES = [
+    pytest.param(
+        name,
+        precision_name,
+        marks=[pytest.mark.long] if (name, precision_name) in SLOW else [],
+    )
+    for name in NAMES
+    for precision_name in golden.PRECISIONS
+]
+every_training = pytest.mark.parametrize(("name", "precision_name"), CASES)
 
 # The recorded float32 and float64 runs of one training differ by up to 3e-4 (a relu
 # flip is enough), so that float32 cannot be held tighter; two float32 runs can differ
@@ -207,8 +219,7 @@ def targets(name, precision_name):
     ]
 
 
-@pytest.mark.parametrize("precision_name", golden.PRECISIONS)
-@pytest.mark.parametrize("name", NAMES)
+@every_training
 def test_loss_of_every_step(name, precision_name):
     _, loss, *_ = replay(name, precision_name)
     for target, run, tolerance in targets(name, precision_name):
@@ -216,8 +227,7 @@ def test_loss_of_every_step(name, precision_name):
         check(what, precision_name, loss, run["loss"], tolerance, name)
 
 
-@pytest.mark.parametrize("precision_name", golden.PRECISIONS)
-@pytest.mark.parametrize("name", NAMES)
+@every_training
 def test_final_parameters(name, precision_name):
     """The recorded float32 ones lie so close to these that they say nothing more."""
     final, *_ = replay(name, precision_name)
@@ -230,8 +240,7 @@ def test_final_parameters(name, precision_name):
         check(what, precision_name, final[param], expected, tolerance, where)
 
 
-@pytest.mark.parametrize("precision_name", golden.PRECISIONS)
-@pytest.mark.parametrize("name", NAMES)
+@every_training
 def test_rate_of_every_parameter_in_every_epoch(name, precision_name):
     *_, rates, leaves, _ = replay(name, precision_name)
     base = recording(name).info["lr0"]
@@ -247,8 +256,7 @@ def test_rate_of_every_parameter_in_every_epoch(name, precision_name):
         assert run["untuned_lr"][-1] == 0
 
 
-@pytest.mark.parametrize("precision_name", golden.PRECISIONS)
-@pytest.mark.parametrize("name", NAMES[1:])
+@pytest.mark.parametrize(("name", "precision_name"), CASES[2:])
 def test_alpha_of_every_refresh(name, precision_name):
     _, _, alpha, _, _, last = replay(name, precision_name)
     per_epoch = recording(name).info["batches_per_epoch"]

@@ -7,17 +7,29 @@ from pathlib import Path
 
 import pytest
 
+# Without the quick emitters of `conftest` tables of kernels in pieces are those of one
+# device to the bit.
+EMITTERS = {"eight_devices": "true", "eight_devices_quadrature": "false"}
 
-@pytest.mark.parametrize("name", ["eight_devices", "eight_devices_quadrature"])
-def test_on_eight_devices(name):
+
+@pytest.mark.parametrize("name", EMITTERS)
+@pytest.mark.parametrize(
+    "cases", ["not long", pytest.param("long", marks=pytest.mark.long)]
+)
+def test_on_eight_devices(name, cases):
     """In a process of its own: the number of devices is fixed when JAX starts."""
-    cases = Path(__file__).parent / f"{name}.py"
+    file = Path(__file__).parent / f"{name}.py"
+    flags = os.environ.get("XLA_FLAGS", "")
     finished = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)],
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-m", cases),
+            *("-p", "no:cacheprovider", str(file)),
+        ],
         env={
             **os.environ,
             "JAX_NUM_CPU_DEVICES": "8",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "XLA_FLAGS": flags.replace("emitters=false", f"emitters={EMITTERS[name]}"),
         },
         capture_output=True,
         text=True,
