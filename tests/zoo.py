@@ -1564,6 +1564,24 @@ def tied_autoencoder_with_norms(x, w, b, g, c, d, s, t):
     return layer_norm(code @ w.T + d, s, t)
 
 
+@case("r 8x4, up 4x8x6, down 4x6x8, o 8x3", "r up:sio down:sio o", [ROWS])
+def experts_whose_gates_enter_the_product(x, r, up, down, o):
+    gates, own = lax.top_k(jax.nn.softmax(x @ r), 2)
+    hidden = jax.nn.relu(jnp.einsum("td,tkdf->tkf", x, up[own]))
+    return jnp.einsum("tkf,tkfd,tk->td", hidden, down[own], gates) @ o
+
+
+@case("w 8x6, v 6x8, b scale 8, o 8x3", "w v<b,scale o", [array(2, 1, 1), X])
+def layer_scale_with_stochastic_depth(keep, x, w, v, b, scale, o):
+    return (x + keep * scale * (jnp.tanh(x @ w) @ v + b)) @ o
+
+
+@case("q k v o 8x8, bias 2x5x5", "q k v o | bias", [array(2, 1, 1, 5), X])
+def a_masked_bias_of_scores(mask, x, q, k, v, o, bias):
+    q, k, v = (heads(x @ own) for own in (q, k, v))
+    return attend(q, k, v, bias * mask) @ o
+
+
 # ---- Kernels that are computed, and products that are no `dot` -----------------------
 
 

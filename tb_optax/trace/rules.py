@@ -250,10 +250,12 @@ def _meet(op: Op, value: Value, data: Sequence[Value], old: Value) -> Value:
         record.note(value.leaves, does.SAID, "acts on no outputs of a layer")
         return modulated  # A sum tells whether it is a product.
     norm, found = old.normalized or old.reduced or value.normalized, old
-    if not (old.last or value.looked_up) and all(
-        v.array.varying() <= along and not v.reduced for v in data
+    if not (old.last or value.looked_up or len(along) > 1) and all(
+        not v.reduced and (v.array.varying() <= along or not v.array.varying() & along)
+        for v in data
     ):
-        # Data without axes of its own, as running statistics are.
+        # Data without axes of its own, as running statistics are, or a number for each
+        # example.
         found = old.but(coefficients=old.coefficients | value.leaves)
         norm = False
     follows = op.name in _AFFINE and not value.looked_up and (norm or not old.mixed)
@@ -500,9 +502,17 @@ def _hidden(record: Record, leaves: Iterable[str], reason: str) -> tuple[int, ..
 
 
 def _sums(kernel: Value, contracted: Sequence[tuple[int, int]], side: int) -> bool:
-    """Say whether a product sums over axes of a kernel alone."""
-    array, along = kernel.array, [pair[side] for pair in contracted]
-    return {i for i in along if array.shape[i] > 1} <= array.varying()
+    """Say whether a product sums over axes of a kernel.
+
+    It may sum over some of the choices that data made among several, as a mixture of
+    experts does; the gradient of the kernel after an embedding sums over all of them.
+    """
+    array, along = kernel.array, {pair[side] for pair in contracted}
+    long = {i for i, size in enumerate(array.shape) if size > 1}
+    own, choices = array.varying(), long - array.varying()
+    if choices.isdisjoint(along):
+        return True
+    return kernel.chosen and bool(own & along) and not choices <= along
 
 
 def _unchanged(op: Op, contracted: Sequence[tuple[int, int]]) -> Op:
@@ -518,7 +528,7 @@ def _unchanged(op: Op, contracted: Sequence[tuple[int, int]]) -> Op:
     for side, value in enumerate(values):
         own = changed([value])
         fit = [k for k in own if _sums(k, contracted, side)]
-        none = union(record.own(k) for k in own if k not in fit)
+        none = union(record.own(k) for k in value.kernels if k not in fit)
         values[side] = value.but(leaves=value.leaves - none, kernels=())
         left_out = [k for k in fit if all(map(record.is_left_out, record.own(k)))]
         able += [(side, kernel) for kernel in fit if kernel not in left_out]
@@ -825,15 +835,13 @@ def _reduce(op: Op) -> list[Value]:
         int(axis) for axis in op.fields["axes"] if isinstance(axis, numbers.Integral)
     ]
     pairs = zip(op.values, op.shapes, strict=False)
-    return [_reduced(op.record, value, shape, axes) for value, shape in pairs]
+    return [_reduced(op, value, shape, axes) for value, shape in pairs]
 
 
-def _reduced(
-    record: Record, value: Value, shape: Sequence[int], axes: Sequence[int]
-) -> Value:
-    """Take a sum or an extremum of one value; it may end a product written by hand."""
-    found = moved(value, shape, views.without, axes)
-    for kernel in value.kernels:
+def _reduced(op: Op, value: Value, shape: Sequence[int], axes: Sequence[int]) -> Value:
+    """Take a sum or an extremum of one value; a sum may end a product by hand."""
+    record, found = op.record, moved(value, shape, views.without, axes)
+    for kernel in value.kernels if op.name == "reduce_sum" else ():
         summed = union(f.labels for axis in axes for f in kernel.array.dims[axis])
         if views.SHARED in summed and (
             last := _hidden(record, record.own(kernel), _BY_HAND)
@@ -843,7 +851,9 @@ def _reduced(
         return found
     if found.kind == CONSTANT:
         return Value(views.unlabelled(found.array))
-    return found.lost(found.array.marked(views.ONE_HOT, ()), reduced=True)
+    leaves = found.leaves - union(record.own(kernel) for kernel in value.kernels)
+    array = found.array.marked(views.ONE_HOT, ())
+    return found.lost(array, reduced=True, leaves=leaves, coefficients=frozenset())
 
 
 # ---- Everything else ----------------------------------------------------------------
