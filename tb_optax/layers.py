@@ -346,9 +346,8 @@ def _output_axis_of_follower(layer, path, shape, kernel_shape) -> int | None:
     wide = [axis for axis in free if shape[axis] != 1]
     if len(wide) == 1 and shape[wide[0]] == kernel_shape[layer.part[0]]:
         return wide[0]
-    if [shape[axis] for axis in wide] == [
-        kernel_shape[a] for a in layer.axes.reduction
-    ]:
+    inputs = [kernel_shape[axis] for axis in layer.axes.reduction]
+    if [shape[axis] for axis in wide] == inputs:
         return None
     msg = (
         f"{path!r} of shape {shape} follows a part of {layer.path!r} of shape "
@@ -447,9 +446,7 @@ def _fits(
         layer_of_leaf([alone], own)
         if layer.part is None:
             return True
-        return whole == (
-            _output_axis_of_follower(layer, path, shapes[path], shapes[layer.path])
-            is None
-        )
+        axis = _output_axis_of_follower(layer, path, own[path], own[layer.path])
+        return whole == (axis is None)
     except ValueError:
         return False

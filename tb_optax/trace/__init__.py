@@ -45,7 +45,7 @@ def trace_layers(
     | used both ways, as in a gradient | one layer; the first use names the outputs |
     | looked up, by data or by constants | no layer; one if it is a head too |
     | a vector that a kernel is applied to (a learned query) | no layer |
-    | changed by data entry by entry, as by a mask | a kernel, which a product asks for |
+    | changed by data, entry by entry (a mask) | a kernel; a product asks for its axes |
     | added to or multiplied with a kernel's output | its follower: bias, layer scale |
     | the scale or offset of a norm | a follower as `norms` says |
     | what a kernel is computed from (gain, LoRA factors) | the kernel's follower |
