@@ -110,12 +110,11 @@ def weightwatcher(results: Results) -> Iterator[str]:
     names = {
         "fit": "fit, eigenvalues given",
         "whole": "whole analysis",
-        "command": "whole process, from a file",
+        "process": "whole process, from a file",
     }
     rows = []
-    for part, bound in _OF_WEIGHTWATCHER.items():
-        if part not in results:
-            continue
+    for part in [part for part in names if part in results]:
+        bound = _OF_WEIGHTWATCHER.get(part)
         seconds, alphas = results[part]["seconds"], results[part]["alphas"]
         ratio = _ratio(seconds, _OURS, _WEIGHTWATCHER)
         row = _against(f"{names[part]}, {_OURS} / {_WEIGHTWATCHER}", ratio, bound)

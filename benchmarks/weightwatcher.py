@@ -1,13 +1,12 @@
-"""Time a minimum-KS fit, an analysis and a whole command against WeightWatcher.
+"""Time a minimum-KS fit, an analysis and a whole process against WeightWatcher.
 
     pip install weightwatcher torch
     python -m benchmarks.weightwatcher
 
 One Gaussian matrix; both fit a power law at every eigenvalue and keep the one with the
-smallest Kolmogorov-Smirnov distance. The command is a new process that reads the matrix
-from a file; WeightWatcher, which has no command, runs in the script that its users
-write. Samples are taken in turn. Faults of the arguments are one line on stderr and
-exit code 2.
+smallest Kolmogorov-Smirnov distance. The process reads the matrix from a file;
+WeightWatcher, which has no command, runs in the script that its users write. Samples
+are taken in turn. Faults of the arguments are one line on stderr and exit code 2.
 """
 
 import argparse
@@ -57,19 +56,18 @@ def _measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     rng = np.random.default_rng(0)
     shape = options.size, options.size
     kernel = rng.standard_normal(shape, np.float32) / options.size**0.5
-    folder = tempfile.TemporaryDirectory()
-    path = Path(folder.name) / "kernel.npz"
-    np.savez(path, kernel=kernel)
-    parts = {"fit": _fits(kernel), "whole": _wholes(kernel), "command": _commands(path)}
 
     def measured(calls: dict[str, Callable[[], float]]) -> dict[str, Any]:
         alphas = {name: call() for name, call in calls.items()}  # Compiles, too.
         seconds = timing.interleave(calls, options.repeats)
         return {"alphas": alphas, "seconds": seconds}
 
-    with folder:
-        for part, calls in parts.items():
-            yield {"size": options.size, part: measured(calls)}
+    yield {"size": options.size, "fit": measured(_fits(kernel))}
+    yield {"whole": measured(_wholes(kernel))}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.npz"
+        np.savez(path, kernel=kernel)
+        yield {"process": measured(_processes(path))}
 
 
 def _fits(kernel: np.ndarray) -> dict[str, Callable[[], float]]:
@@ -110,7 +108,7 @@ def _wholes(kernel: np.ndarray) -> dict[str, Callable[[], float]]:
     }
 
 
-def _commands(path: Path) -> dict[str, Callable[[], float]]:
+def _processes(path: Path) -> dict[str, Callable[[], float]]:
     """Return ways from a file to alpha, each in a new process."""
     table = path.with_suffix(".json")
     options = ["--fit", "min_ks", "--floor", "1e-5", "--json", table, "--force"]

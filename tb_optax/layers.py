@@ -416,11 +416,10 @@ def with_followers(
             own = list({layer.index: layer for layer in reversed(own)}.values())
         fit = path not in across
         fit = fit and all(_fits(layer, path, shapes, whole=feeding) for layer in own)
-        alone = expand_stacks(own[:1], shapes)[0]
         if fit:
             for layer in own:
                 follows.setdefault(layer, []).append(path)
-        elif feeding and len(own) == 1 and alone != own[0]:
+        elif feeding and len(own) == 1 and own[0].axes.stacked and not own[0].index:
             first.setdefault(own[0], []).append(path)
         else:
             cannot.append(path)

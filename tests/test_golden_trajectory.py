@@ -256,7 +256,7 @@ def test_rate_of_every_parameter_in_every_epoch(name, precision_name):
         assert run["untuned_lr"][-1] == 0
 
 
-@pytest.mark.parametrize(("name", "precision_name"), CASES[2:])
+@pytest.mark.parametrize(("name", "precision_name"), CASES[len(golden.PRECISIONS) :])
 def test_alpha_of_every_refresh(name, precision_name):
     _, _, alpha, _, _, last = replay(name, precision_name)
     per_epoch = recording(name).info["batches_per_epoch"]

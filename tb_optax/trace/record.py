@@ -67,8 +67,7 @@ class Value:
 
     def lost(self, array: Array, **changes: Any) -> "Value":
         """Return a value that is no longer its leaf, entry by entry, nor its number."""
-        kept = {"kernels": (), **changes}
-        return self.but(array=array, path=None, literal=None, **kept)
+        return self.but(array=array, path=None, literal=None, kernels=(), **changes)
 
 
 def joined(values: Iterable[Value], array: Array) -> Value:
@@ -202,6 +201,12 @@ class Record:
     def is_kernel(self, path: str) -> bool:
         """Say whether a parameter is given or assumed to be a kernel."""
         return self.given.get(path) is not None or path in self.assumed
+
+    def is_said(self, value: Value) -> bool:
+        """Note that a parameter is likely a kernel; say whether it is taken for one."""
+        own = self.own(value)
+        self.likely |= own
+        return all(map(self.is_kernel, own))
 
     def is_left_out(self, path: str) -> bool:
         """Say whether a parameter is given as no kernel, or cannot be one."""

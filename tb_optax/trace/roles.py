@@ -90,8 +90,9 @@ def _axes_of(
         reading = _read(product, record.shapes[path], record.apart.get(number, ()))
         if given is not None:
             axes[path] = given
-            if isinstance(reading, _Reading) and given not in reading[:2]:
-                turned |= {number} if _turned(given) in reading[:2] else set()
+            own = reading[:2] if isinstance(reading, _Reading) else ()
+            if given not in own and _turned(given) in own:
+                turned.add(number)
         elif record.is_left_out(path) or reading is None:
             continue
         elif isinstance(reading, str):

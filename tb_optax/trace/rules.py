@@ -1,7 +1,7 @@
 """What each primitive does to the values of a forward pass: one table, by name."""
 
-import numbers
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from tb_optax.trace import record as does
@@ -537,10 +537,8 @@ def _unchanged(op: Op, contracted: Sequence[tuple[int, int]]) -> Op:
         record.fail(own, does.BETWEEN_DATA)
     if len(able) == 1:
         (side, kernel), *_ = able
-        own = record.own(kernel)
-        record.likely |= own
-        if all(map(record.is_kernel, own)):
-            record.needed |= own
+        if record.is_said(kernel):
+            record.needed |= record.own(kernel)
             values[side] = kernel
     return op._replace(values=values)
 
@@ -643,11 +641,9 @@ def _convolution(op: Op) -> Value:
     rows, features, *_ = map(int, numbers.lhs_spec)
     if data.kind == CONSTANT and kernel.kind == PARAMETER:
         data = Value(views.fresh(data.array.shape), DATA)
-    if data.kind == kernel.kind == PARAMETER and kernel.path is not None:
-        own = record.own(kernel)
-        record.likely |= own
-        if all(map(record.is_kernel, own)):
-            data = _in_place_of_data(record, data, kernel)
+    both = data.kind == kernel.kind == PARAMETER and kernel.path is not None
+    if both and record.is_said(kernel):
+        data = _in_place_of_data(record, data, kernel)
     if (data.kind, kernel.kind) != (DATA, PARAMETER):
         if data.kind == PARAMETER and kernel.kind != CONSTANT:
             reason = "it is convolved with no data, or as in gradients only"
@@ -831,9 +827,7 @@ def _gather(op: Op) -> Value:
 
 def _reduce(op: Op) -> list[Value]:
     """Take sums or extrema over some axes; names of mesh axes say nothing."""
-    axes = [
-        int(axis) for axis in op.fields["axes"] if isinstance(axis, numbers.Integral)
-    ]
+    axes = [int(axis) for axis in op.fields["axes"] if isinstance(axis, Integral)]
     pairs = zip(op.values, op.shapes, strict=False)
     return [_reduced(op, value, shape, axes) for value, shape in pairs]
 

@@ -240,7 +240,7 @@ def _slice_of(record: Record, value: Value, turn: int) -> Value:
     shape = value.array.shape[1:]
     if value.kind != PARAMETER:
         kernels = [_slice_of(record, kernel, turn) for kernel in value.kernels]
-        found = moved(value, shape, views.without, [0])
+        found = moved(value.but(kernels=()), shape, views.without, [0])
         return found.but(kernels=tuple(kernels))
     dimension, parts = record.bundles.get(value.path, (0, []))
     whole = value.array == views.fresh(value.array.shape)
