@@ -163,8 +163,9 @@ def compute_spectra(
 
     On CPU, where matrices are decomposed one by one, temporary memory is a copy of the
     kernels, 2·(n·m + n²)·itemsize for the largest matrix of n x m, n <= m, and
-    40·itemsize for each matrix and each row of the largest. Elsewhere it is that of the
-    matrices that `eigenvalues.CHUNK_BYTES` holds, with their Gram matrices.
+    40·itemsize for each matrix and each row of the largest; all but the copy twice for
+    singular values, which are computed in float64. Elsewhere it is that of the matrices
+    that `eigenvalues.CHUNK_BYTES` holds, with their Gram matrices.
 
     Args:
         stacks: kernels as matrices, (layers, pooled, rows, columns) each, of any

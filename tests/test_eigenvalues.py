@@ -162,20 +162,22 @@ def test_buckets_of_any_shape_and_scale(decompose, platform, monkeypatch):
     scaled = [jnp.asarray(matrices) for matrices in scaled]
     # A function of its own: the way of the other platform is not in its cache.
     found = jax.jit(lambda buckets: decompose(buckets))(scaled)
-    for matrices, own in zip(buckets, found, strict=True):
+    for matrices, own in zip(scaled, found, strict=True):
         n = min(matrices.shape[1:])
         assert own.values.shape == (7, n)
         np.testing.assert_array_equal(own.finite, FINITE)
         assert not own.values[3:].any()
-        exact = np.linalg.svd(matrices[:3].astype(np.float64), compute_uv=False)
-        unit = 2.0 ** np.asarray(own.exponent[:3], np.float64)
-        exact = exact[:, ::-1] * SCALES[:3, None].astype(np.float64) / unit[:, None]
+        unit = 2.0 ** np.asarray(own.exponent[:3, None, None], np.float64)
+        exact = np.linalg.svd(matrices[:3] / unit, compute_uv=False)[:, ::-1]
         if decompose is gram_eigenvalues:
             exact = exact**2
         assert (np.diff(own.values) >= 0).all()
         error = np.abs(np.asarray(own.values[:3], np.float64) - exact)
         bound = 8.4 * eps_of(np.float32) * math.sqrt(n) * exact[:, -1:]
         assert (error <= bound).all()
+        if decompose is singular_values and platform == "cpu":
+            noise = 8.4 * eps_of(np.float64) * math.sqrt(n) * exact[:, -1:] ** 2
+            assert (error <= 0.51 * eps_of(np.float32) * exact + noise / exact).all()
 
 
 def test_division_by_the_scale_is_exact():

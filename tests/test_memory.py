@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import tb_optax
-from tb_optax.spectrum import GRAM, compute_spectra
+from tb_optax.spectrum import GRAM, SINGULAR_VALUES, compute_spectra
 
 ITEM = 4
 
@@ -21,6 +21,9 @@ def reserved(function, *args):
 
 
 @pytest.mark.parametrize(
+    ("route", "factor"), [(GRAM, 1), (SINGULAR_VALUES, 2)], ids=["gram", "singular"]
+)
+@pytest.mark.parametrize(
     "shapes",
     [
         [(1, 1, 600, 1000)],
@@ -32,14 +35,14 @@ def reserved(function, *args):
     ],
     ids=str,
 )
-def test_an_analysis_reserves_what_is_documented(shapes):
+def test_an_analysis_reserves_what_is_documented(shapes, route, factor):
     stacks = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    found = reserved(lambda *s: compute_spectra(s, [1.0] * len(s), GRAM), *stacks)
+    found = reserved(lambda *s: compute_spectra(s, [1.0] * len(s), route), *stacks)
     kernels = sum(math.prod(shape) for shape in shapes)
     count = sum(layers * pooled for layers, pooled, _, _ in shapes)
     one = max(n * m + min(n, m) ** 2 for _, _, n, m in shapes)
     rows = max(min(n, m) for _, _, n, m in shapes)
-    assert found <= ITEM * (kernels + 2 * one + 40 * count * rows)
+    assert found <= ITEM * (kernels + factor * (2 * one + 40 * count * rows))
 
 
 def step_of(tx, width, batch):
