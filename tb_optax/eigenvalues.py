@@ -282,8 +282,8 @@ def _bisect(
     column = np.arange(forms.shape[2])
     within = column < sizes[:, None]
     beside = jnp.where(within & (column > 0), jnp.abs(forms[:, 1]), 0)
-    # Gershgorin's discs hold all eigenvalues, so that all of T / unit are in (-1, 1); the
-    # nearest power of two to the radius is at least two thirds of it.
+    # Gershgorin's discs hold all eigenvalues. The power of two nearest to the radius is
+    # at least two thirds of it, so that all of T / unit are in (-1, 1).
     reach = jnp.abs(forms[:, 0]) + beside + jnp.pad(beside[:, 1:], ((0, 0), (0, 1)))
     radius = jnp.max(reach, axis=1, initial=0, where=within)[:, None]
     unit = 2 * jax.lax.reduce_precision(radius, jnp.finfo(dtype).nexp, 0)
