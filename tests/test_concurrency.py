@@ -18,7 +18,6 @@ analyses = [
     tb_optax.layer_analysis(layers),
     tb_optax.layer_analysis(layers[::2]),
     tb_optax.layer_analysis(layers, fit=tb_optax.fit_min_ks()),
-    tb_optax.layer_analysis(layers[1:], eigenvalue_floor=1e-5),
 ]
 together = jax.jit(lambda params: [analyze(params) for analyze in analyses])
 for _ in range(50):

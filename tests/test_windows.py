@@ -53,16 +53,25 @@ def windows_of(config, kind="metrics", shape=()):
     return windows(config["Q_ratio"], rows, count, step, published)
 
 
-def spectra(kernel, axes, cut):
-    """The eigenvalues of each block, by NumPy, at `conv_norm` 1."""
+@functools.cache
+def entries_of(kernels, cut):
+    """Positions in kernels, given as (shape, axes), of the entries of their blocks."""
 
     @jax.jit
-    def read(kernel):
-        stack = as_matrices(kernel, axes)
-        return stack if cut is None else cut.cut(stack, bool(axes.pooled))
+    def read(numbers):
+        found = []
+        for kernel, (_, axes) in zip(numbers, kernels, strict=True):
+            stack = as_matrices(kernel, axes)
+            found.append(stack if cut is None else cut.cut(stack, bool(axes.pooled)))
+        return found
 
-    blocks = np.asarray(read(kernel))
-    assert blocks.dtype == kernel.dtype
+    numbers = [np.arange(np.prod(s), dtype=np.float32).reshape(s) for s, _ in kernels]
+    return [np.asarray(entries).astype(int) for entries in read(numbers)]
+
+
+def spectra(kernel, entries):
+    """The eigenvalues of each block, by NumPy, at `conv_norm` 1."""
+    blocks = np.asarray(kernel).ravel()[entries]
     singular = np.linalg.svd(blocks, compute_uv=False)
     return np.sort((singular**2).reshape(len(blocks), -1), axis=-1)
 
@@ -70,10 +79,12 @@ def spectra(kernel, axes, cut):
 @functools.cache
 def spectra_of(name, layer, cut, precision):
     """The same of a recorded layer."""
-    kernel = recorded(name)[1][f"param/{layer}.weight"]
+    names, arrays = recorded(name)[0]["layer_names"], recorded(name)[1]
+    shapes = [arrays[f"param/{each}.weight"].shape for each in names]
+    entries = entries_of(tuple((s, axes_of(s, cut is not None)) for s in shapes), cut)
+    kernel = arrays[f"param/{layer}.weight"]
     kernel = kernel.astype(golden_library.dtype_of(precision))
-    with golden_library.precision(precision):
-        return spectra(kernel, axes_of(kernel.shape, cut is not None), cut)
+    return spectra(kernel, entries[names.index(layer)])
 
 
 FITS = {
@@ -244,7 +255,9 @@ def test_a_windowed_analysis_is_one_of_its_windows():
     analyze = tb_optax.layer_analysis(LAYERS, windows=CUT, min_eigenvalues=1)
     table = analyze(KERNELS)
     for i, layer in enumerate(LAYERS):
-        rows = spectra(KERNELS[layer.path], layer.axes, CUT)
+        kernel = KERNELS[layer.path]
+        (entries,) = entries_of(((kernel.shape, layer.axes),), CUT)
+        rows = spectra(kernel, entries)
         rows = rows * (0.5 if layer.axes.pooled else 1)
         own = columns(rows, {"pl_fitting": "median", "xmin_pos": 2})
         np.testing.assert_allclose(table.alpha[i], own["alpha"], rtol=1e-4)
