@@ -341,7 +341,7 @@ def quadrature_spectra(
         slices.append(places)
     groups = _groups(operators, method)
     read = [_read([operators[i] for i in group], method) for group in groups]
-    read = jax.tree.map(lambda *columns: jnp.concatenate(columns), *read)
+    read = jax.tree.map(_joined, *read)
 
     operator_of, first, start = {}, np.zeros(len(layers), int), 0
     for i in np.concatenate(groups):
@@ -407,6 +407,12 @@ def _cropped(kernel, axes: MatrixAxes, indices: Sequence[tuple[int, ...]]):
         asked[0] -= start
     sizes = [kernel.shape[axis] for axis in axes.stacked]
     return kernel, np.ravel_multi_index(tuple(asked), sizes)
+
+
+def _joined(*columns):
+    """Put columns together, in the widest of their dtypes."""
+    dtype = max((column.dtype for column in columns), key=lambda own: own.itemsize)
+    return jnp.concatenate([column.astype(dtype) for column in columns])
 
 
 def _groups(operators: Sequence[Operator], method: quadrature) -> list[list[int]]:

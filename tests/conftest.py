@@ -179,6 +179,25 @@ def quick_compilation(request):
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+# Modules in which code of others promotes types or ranks: Adam and schedules of Optax,
+# norms of Flax, models and steps that are written as people write them.
+PROMOTING = (
+    *("test_benchmarks", "test_contract", "test_family_training", "test_frameworks"),
+    *("test_fuzz", "test_golden_trajectory", "test_placement", "test_site"),
+    *("test_symptoms", "test_trac", "test_when"),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_implicit_promotion(request):
+    """Makes implicit promotion of types and ranks an error."""
+    if request.path.name.startswith(PROMOTING):
+        yield
+        return
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
 @pytest.fixture
 def compilations(caplog):
     """A function that lists what JAX has compiled since the test's start.

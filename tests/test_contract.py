@@ -5,6 +5,7 @@ optimizer plays no part, only the ways to refresh are run.
 """
 
 import functools
+from pathlib import Path
 
 import configurations as table
 import jax
@@ -439,3 +440,12 @@ def test_fields_on_disk_are_those_of_the_state(tmp_path):
         raw = checkpointer.restore(tmp_path / "state")
     assert set(raw) == {"count", "multipliers", "alpha", "target", "refreshed"}
     table.assert_equal(jnp.asarray(raw["alpha"]), tb_optax.get_state(state).alpha)
+
+
+def test_types_are_checked_wherever_arrays_have_one(pytestconfig):
+    """Other rooms walk programs and trees, where checks cost more than their use."""
+    root, use = Path(tb_optax.__file__).parent, "from jaxtyping import"
+    typed = {f"tb_optax.{f.stem}" for f in root.rglob("*.py") if use in f.read_text()}
+    *checked, checker = pytestconfig.getoption("--jaxtyping-packages").split(",")
+    assert {*checked} == typed
+    assert checker == "beartype.beartype"
