@@ -86,14 +86,14 @@ def singular_values(buckets: Sequence[Bucket]) -> list[Decomposed]:
             noise = 8 * np.finfo(np.float64).eps * np.sqrt(n) * top
             return jnp.sqrt(jnp.where(squared > noise, squared, 0)).astype(unit.dtype)
 
-    def decomposed(buckets, unit):
+    def directly(buckets, unit):
         def ascending(matrix):
             return jnp.linalg.svd(matrix, compute_uv=False)[::-1]
 
         return _one_by_one(ascending, buckets, unit, (int(_sides(buckets).max()),))
 
-    wide = buckets[0].dtype == jnp.float64
-    return _decomposed(buckets, decomposed if wide else in_float64, of_both_signs)
+    on_cpu = directly if buckets[0].dtype == jnp.float64 else in_float64
+    return _decomposed(buckets, on_cpu, of_both_signs)
 
 
 def of_both_signs(matrix: Float[Array, "_ _"]) -> Float[Array, " n"]:

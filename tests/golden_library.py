@@ -269,6 +269,19 @@ def scores_of(analysis: tb_optax.Analysis, config: Mapping[str, Any]) -> np.ndar
     return getattr(analysis, metric) if isinstance(metric, str) else metric(analysis)
 
 
+def mapped(
+    config: Mapping[str, Any], scores: np.ndarray, tuned: np.ndarray, dtype: Any
+) -> np.ndarray:
+    """What the map of a configuration makes of the scores of tuned layers."""
+    count, rows = len(scores), 64  # Of one size, so that nothing recompiles.
+    inside = np.ones(rows, dtype)
+    inside[:count] = np.where(tuned, scores, 1)
+    acting = np.arange(rows) < count
+    acting[:count] = tuned
+    found = map_of(config)(jnp.asarray(inside), jnp.asarray(acting))
+    return np.asarray(found)[:count]
+
+
 def balance(
     analysis: tb_optax.Analysis, config: Mapping[str, Any]
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -280,16 +293,10 @@ def balance(
     Returns:
         The multipliers, and which layers are tuned.
     """
-    count, rows = len(analysis.layers), 64  # Of one size, so that nothing recompiles.
     scores = scores_of(analysis, config)
     enough = analysis.eigenvalue_count >= config["eigs_thresh"]
     tuned = analysis.fitted & enough & np.isfinite(scores)
-    inside = np.ones(rows, analysis.alpha.dtype)
-    inside[:count] = np.where(tuned, scores, 1)
-    acting = np.arange(rows) < count
-    acting[:count] = tuned
-    found = map_of(config)(jnp.asarray(inside), jnp.asarray(acting))
-    multipliers = np.asarray(found)[:count]
+    multipliers = mapped(config, scores, tuned, analysis.alpha.dtype)
     tuned = tuned & np.isfinite(multipliers)
     return np.where(tuned, multipliers, 1), tuned
 

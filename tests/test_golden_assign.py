@@ -3,7 +3,6 @@
 import golden
 import golden_library
 import golden_record
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -76,14 +75,9 @@ def print_table():
 
 def multipliers(scores, config, precision_name):
     """The library's map on a vector, layers without a finite score not tuned."""
-    count, rows = len(scores), 64  # Of one size, so that nothing recompiles.
-    tuned = np.arange(rows) < count
-    tuned[:count] = np.isfinite(scores)
+    dtype = golden_library.dtype_of(precision_name)
     with golden_library.precision(precision_name):
-        inside = np.ones(rows, golden_library.dtype_of(precision_name))
-        inside[:count] = np.where(tuned[:count], scores, 1)
-        found = golden_library.map_of(config)(jnp.asarray(inside), jnp.asarray(tuned))
-        return np.asarray(found)[:count]
+        return golden_library.mapped(config, scores, np.isfinite(scores), dtype)
 
 
 @pytest.mark.parametrize("precision_name", golden.PRECISIONS)

@@ -79,7 +79,8 @@ def spectra(kernel, entries):
 @functools.cache
 def spectra_of(name, layer, cut, precision):
     """The same of a recorded layer."""
-    names, arrays = recorded(name)[0]["layer_names"], recorded(name)[1]
+    info, arrays = recorded(name)
+    names = info["layer_names"]
     shapes = [arrays[f"param/{each}.weight"].shape for each in names]
     entries = entries_of(tuple((s, axes_of(s, cut is not None)) for s in shapes), cut)
     kernel = arrays[f"param/{layer}.weight"]
