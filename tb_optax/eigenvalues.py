@@ -31,6 +31,10 @@ _SMALL = 128
 # Rows in one step of that loop: an even number.
 _ROWS = 8
 
+# Singular values of float32 matrices are found from Gram matrices up to this smaller
+# side: XLA holds two Gram matrices, or one and the matrix itself, in float64.
+_GRAM_SIDE = 4096
+
 
 class Decomposed(NamedTuple):
     """What is known of the matrices of one bucket.
@@ -71,28 +75,36 @@ def gram_eigenvalues(buckets: Sequence[Bucket]) -> list[Decomposed]:
 def singular_values(buckets: Sequence[Bucket]) -> list[Decomposed]:
     """Compute the singular values σ of each matrix, exact to a few eps·σ_max.
 
-    On CPU, those of float32 matrices are square roots of eigenvalues λ in float64, or
-    zero where rounding hides λ. The others are exact to the last digit, in two thirds
-    of the time of a decomposition in float32, and less if the matrix is not square. On
-    GPU, JAX computes singular values one matrix at a time, and with errors of 1e-5;
-    there they come from eigenvalues of both signs.
+    On CPU, float64 is used throughout. For float32 matrices, they are square roots of
+    eigenvalues λ, or zero where rounding hides λ. The others are exact to the last
+    digit, in two thirds of the time of a decomposition in float32, and less if the
+    matrix is not square. If the smaller side of one exceeds 4096, all are decomposed
+    directly: slower, but in little more than three times its memory. On GPU, JAX
+    computes singular values one matrix at a time, and with errors of 1e-5; there they
+    come from eigenvalues of both signs.
     """
+    n = _sides(buckets)
 
-    def in_float64(buckets, unit):
-        with jax.enable_x64(True):
-            squared = _by_bisection(buckets, unit, jnp.float64)
-            n = _sides(buckets)[:, None]
-            top = jnp.take_along_axis(squared, n - 1, axis=1)
-            noise = 8 * np.finfo(np.float64).eps * np.sqrt(n) * top
-            return jnp.sqrt(jnp.where(squared > noise, squared, 0)).astype(unit.dtype)
+    def from_gram(buckets, unit):
+        squared = _by_bisection(buckets, unit, jnp.float64)
+        top = jnp.take_along_axis(squared, n[:, None] - 1, axis=1)
+        noise = 8 * np.finfo(np.float64).eps * np.sqrt(n)[:, None] * top
+        return jnp.sqrt(jnp.where(squared > noise, squared, 0))
 
     def directly(buckets, unit):
         def ascending(matrix):
-            return jnp.linalg.svd(matrix, compute_uv=False)[::-1]
+            matrix = matrix.astype(jnp.float64)
+            found = jnp.linalg.svd(matrix, full_matrices=False, compute_uv=False)
+            return found[::-1]
 
-        return _one_by_one(ascending, buckets, unit, (int(_sides(buckets).max()),))
+        return _one_by_one(ascending, buckets, unit, (int(n.max()),), jnp.float64)
 
-    on_cpu = directly if buckets[0].dtype == jnp.float64 else in_float64
+    def on_cpu(buckets, unit):
+        direct = unit.dtype == jnp.float64 or n.max() > _GRAM_SIDE
+        with jax.enable_x64(True):
+            found = (directly if direct else from_gram)(buckets, unit)
+            return found.astype(unit.dtype)
+
     return _decomposed(buckets, on_cpu, of_both_signs)
 
 

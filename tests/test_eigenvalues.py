@@ -139,9 +139,17 @@ SCALES = float32([1, 1e-30, 1e30, 0, 1e-40, 1, 1])
 FINITE = np.asarray([True] * 5 + [False] * 2)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "default"])
-@pytest.mark.parametrize("decompose", [gram_eigenvalues, singular_values])
-def test_buckets_of_any_shape_and_scale(decompose, platform, monkeypatch):
+@pytest.mark.parametrize(
+    ("decompose", "platform", "gram_side"),
+    [
+        (gram_eigenvalues, "cpu", None),
+        (gram_eigenvalues, "default", None),
+        (singular_values, "cpu", 70),
+        (singular_values, "cpu", 63),  # Too small for one of the matrices.
+        (singular_values, "default", None),
+    ],
+)
+def test_buckets_of_any_shape_and_scale(decompose, platform, gram_side, monkeypatch):
     """W = 2^exponent · (a matrix of these values).
 
     What is not finite has only zeros, and numbers that are not normal count as zeros.
@@ -153,6 +161,7 @@ def test_buckets_of_any_shape_and_scale(decompose, platform, monkeypatch):
 
     monkeypatch.setattr(jax.lax, "platform_dependent", chosen)
     monkeypatch.setattr(eigenvalues, "CHUNK_BYTES", 3 * 64 * 64 * 4)
+    monkeypatch.setattr(eigenvalues, "_GRAM_SIDE", gram_side)
     rng = np.random.default_rng(3)
     shapes = [(3, 5), (1, 1), (70, 64), (2, 300), (300, 2), (64, 64)]
     buckets = [rng.normal(size=(7, *shape)).astype(np.float32) for shape in shapes]

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import tb_optax
+from tb_optax import eigenvalues
 from tb_optax.spectrum import GRAM, SINGULAR_VALUES, compute_spectra
 
 ITEM = 4
@@ -21,7 +22,9 @@ def reserved(function, *args):
 
 
 @pytest.mark.parametrize(
-    ("route", "factor"), [(GRAM, 1), (SINGULAR_VALUES, 2)], ids=["gram", "singular"]
+    ("route", "factor", "gram_side"),
+    [(GRAM, 1, None), (SINGULAR_VALUES, 2, 4096), (SINGULAR_VALUES, 2, 0)],
+    ids=["gram", "singular", "directly"],
 )
 @pytest.mark.parametrize(
     "shapes",
@@ -35,7 +38,10 @@ def reserved(function, *args):
     ],
     ids=str,
 )
-def test_an_analysis_reserves_what_is_documented(shapes, route, factor):
+def test_an_analysis_reserves_what_is_documented(
+    shapes, route, factor, gram_side, monkeypatch
+):
+    monkeypatch.setattr(eigenvalues, "_GRAM_SIDE", gram_side)
     stacks = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     found = reserved(lambda *s: compute_spectra(s, [1.0] * len(s), route), *stacks)
     kernels = sum(math.prod(shape) for shape in shapes)
