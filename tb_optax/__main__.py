@@ -87,9 +87,17 @@ class Report:
         return self.checkpoint.names[layer.path] + layer.name[len(layer.path) :]
 
     def kernels(self) -> Iterator[tuple[Layer, jax.Array]]:
-        """Read the kernels of the layers, slice by slice, one leaf at a time."""
+        """Read the kernels of the layers, slice by slice, one leaf at a time.
+
+        Those of equal shape and axes follow each other.
+        """
+
+        def kind(layer):
+            name = self.checkpoint.names[layer.path]
+            return self.checkpoint.leaves[name].shape, dataclasses.astuple(layer.axes)
+
         path, leaf = None, None
-        for layer in self.layers:
+        for layer in sorted(self.layers, key=kind):
             if layer.path != path:
                 leaf = None  # Before the next is read.
                 path = layer.path
@@ -329,27 +337,34 @@ def _rows(
     analysis: functools.partial[LayerAnalysis],
     spectra: dict[str, np.ndarray] | None,
 ) -> list[dict[str, Any]]:
-    """Analyze layer by layer; fill in `spectra` if it is given."""
+    """Analyze layer by layer; fill in `spectra` if it is given.
+
+    Layers of equal shape and axes share a compiled program. It is freed after them:
+    those of sixty shapes would take more memory than most kernels.
+    """
     with optional("files"):
         from tqdm import tqdm
 
-    rows = []
+    rows, compiled = {}, None
     with tqdm(total=len(report.layers), unit="layer", disable=None) as progress:
         for layer, kernel in report.kernels():
-            # Layers of equal shape and axes share one compilation: all are `kernel`.
             alone, params = Layer("kernel", _plain(layer.axes)), {"kernel": kernel}
+            if compiled != (kernel.shape, alone):
+                jax.clear_caches()
+                compiled = kernel.shape, alone
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "no layer reaches|only one layer")
                 (row,) = analysis([alone])(params).rows()
             name, sides = report.name(layer), sorted(alone.matrix_shape(kernel.shape))
             row |= {"layer": name, "shape": kernel.shape, "aspect": sides[0] / sides[1]}
-            rows.append(row)
+            rows[name] = row
             if spectra is not None and sides[0] <= analysis.keywords["spectrum"].above:
                 (spectra[name],) = esd(params, [alone])
             progress.update()
             del kernel, params  # Before the next is read.
-    _assign(rows)
-    return rows
+    ordered = [rows[report.name(layer)] for layer in report.layers]
+    _assign(ordered)
+    return ordered
 
 
 def _on_device(checkpoint: Checkpoint, path: str) -> jax.Array:

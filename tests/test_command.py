@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 import flax.serialization
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -343,6 +344,20 @@ def test_a_trained_language_encoder(tmp_path, capsys):
     assert "mean of 37 fitted of 37" in table
     names = [row["layer"] for row in rows if "query" in row["layer"]]
     assert names == [f"encoder.layer.{i}.attention.self.query.weight" for i in range(6)]
+
+
+def test_programs_are_freed_after_the_layers_of_one_shape(tmp_path, monkeypatch):
+    """Programs of sixty shapes would take 800 MB; the table has the order of names."""
+    compiled = []
+    monkeypatch.setattr(jax, "clear_caches", lambda: compiled.append("shape"))
+    shapes = [(12, 8), (9, 8), (12, 8), (9, 8)]
+    kernels = {f"h.{i}.fc.weight": normal(*shape) for i, shape in enumerate(shapes)}
+    save(tmp_path / "a.npz", kernels)
+    rows = rows_of(tmp_path, tmp_path / "a.npz")
+    assert [row["layer"] for row in rows] == list(kernels)
+    columns = [row["frobenius_norm"] for row in rows]
+    assert columns == pytest.approx([np.linalg.norm(w) for w in kernels.values()])
+    assert len(compiled) == 2
 
 
 # Runs the command, and prints the peak of its memory in kilobytes, as Linux counts it.
