@@ -87,7 +87,7 @@ class Report:
         return self.checkpoint.names[layer.path] + layer.name[len(layer.path) :]
 
     def kernels(self) -> Iterator[tuple[Layer, jax.Array]]:
-        """Read the kernels of the layers, slice by slice, one leaf at a time.
+        """Read the kernels of the layers, one at a time.
 
         Those of equal shape and axes follow each other.
         """
@@ -96,13 +96,29 @@ class Report:
             name = self.checkpoint.names[layer.path]
             return self.checkpoint.leaves[name].shape, dataclasses.astuple(layer.axes)
 
-        path, leaf = None, None
+        path, leaf = None, np.empty(0)
         for layer in sorted(self.layers, key=kind):
+            if self.has_slice(layer):
+                yield layer, self.kernel(layer)
+                continue
             if layer.path != path:
-                leaf = None  # Before the next is read.
+                leaf = np.empty(0)  # Before the next is read.
                 path = layer.path
-                leaf = _on_device(self.checkpoint, path)
-            yield layer, _slice(leaf, layer)
+                leaf = self.checkpoint.read(self.checkpoint.names[path])
+            yield layer, _on_device(_slice(leaf, layer))
+
+    def has_slice(self, layer: Layer) -> bool:
+        """Return whether the kernel of a layer can be read without others."""
+        name = self.checkpoint.names[layer.path]
+        stored = self.checkpoint.leaves[name].load_slice is not None
+        return stored and layer.axes.stacked == tuple(range(len(layer.index)))
+
+    def kernel(self, layer: Layer) -> jax.Array:
+        """Read the kernel of one layer."""
+        name = self.checkpoint.names[layer.path]
+        if self.has_slice(layer):
+            return _on_device(self.checkpoint.read(name, layer.index))
+        return _on_device(_slice(self.checkpoint.read(name), layer))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -367,13 +383,12 @@ def _rows(
     return ordered
 
 
-def _on_device(checkpoint: Checkpoint, path: str) -> jax.Array:
-    """Read a leaf in JAX's default float dtype, which `JAX_ENABLE_X64` widens."""
-    leaf = checkpoint.read(checkpoint.names[path])
-    return jnp.asarray(leaf.astype(jnp.zeros(()).dtype, copy=False))
+def _on_device(kernel: np.ndarray) -> jax.Array:
+    """Return a kernel in JAX's default float dtype, which `JAX_ENABLE_X64` widens."""
+    return jnp.asarray(kernel.astype(jnp.zeros(()).dtype, copy=False))
 
 
-def _slice(leaf: Any, layer: Layer) -> jax.Array:
+def _slice(leaf: np.ndarray, layer: Layer) -> np.ndarray:
     """Return the slice of a stack that belongs to a layer."""
     if not layer.index:
         return leaf
@@ -413,9 +428,8 @@ def _compare(
             shapes = f"{first[name]['shape']} and {second[name]['shape']}"
             msg = f"{name!r} has shapes {shapes}: two checkpoints of one model?"
             raise CheckpointError(msg)
-        leaf = _on_device(reports[1].checkpoint, layer.path)
         norm = jnp.linalg.norm(kernel)
-        moved = jnp.linalg.norm(_slice(leaf, layer) - kernel)
+        moved = jnp.linalg.norm(reports[1].kernel(layer) - kernel)
         row, other = first[name], second[name]
         both = row["fitted"] and other["fitted"]
         row |= {

@@ -46,12 +46,15 @@ class StoredLeaf(NamedTuple):
         dtype: its dtype; None for what is no array.
         problem: why it cannot be read; empty if it can.
         load: reads it.
+        load_slice: reads what an index of its first axes selects, and nothing else;
+            None where a file holds no leaf in this order.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype | None
     problem: str
     load: Callable[[], Shaped[np.ndarray, "..."]]
+    load_slice: Callable[[tuple[int, ...]], Shaped[np.ndarray, "..."]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +69,12 @@ class Checkpoint:
     path: Path
     leaves: Mapping[str, StoredLeaf]
 
-    def read(self, name: str) -> Shaped[np.ndarray, "..."]:
-        """Read one leaf, in the dtype that it is stored in.
+    def read(self, name: str, index: tuple[int, ...] = ()) -> Shaped[np.ndarray, "..."]:
+        """Read one leaf, or a slice of it, in the dtype that it is stored in.
 
         Args:
             name: one of `leaves`.
+            index: of its first axes, none of them negative; () reads all.
 
         Raises:
             CheckpointError: if it is not there, or cannot be read.
@@ -83,7 +87,9 @@ class Checkpoint:
             msg = f"{self.path}: {name!r} cannot be read: {leaf.problem}."
             raise CheckpointError(msg)
         with _one_line(self.path, f"leaf {name!r}"):
-            return leaf.load()
+            if not index:
+                return leaf.load()
+            return leaf.load_slice(index) if leaf.load_slice else leaf.load()[index]
 
     @functools.cached_property
     def names(self) -> Mapping[str, str]:
@@ -243,19 +249,28 @@ def _raw_leaf(
     _check(fits, f"shape {shape} of {dtype} does not take {size} bytes")
     problem = "it holds Python objects, never unpickled" if dtype.hasobject else ""
     load = functools.partial(_read_pieces, path, shape, dtype, pieces)
-    return StoredLeaf(shape, dtype, problem, load)
+    return StoredLeaf(shape, dtype, problem, load, load)
 
 
-def _read_pieces(path, shape, dtype, pieces):
-    array = np.empty(shape, dtype)
+def _read_pieces(path, shape, dtype, pieces, index=()):
+    array, before = _room(shape, dtype, index)
     target = array.reshape(-1).view(np.uint8).data
     with path.open("rb") as file:
         for piece in pieces:
-            file.seek(piece.start)
-            length = piece.stop - piece.start
+            skipped = min(before, piece.stop - piece.start)
+            before -= skipped
+            file.seek(piece.start + skipped)
+            length = min(piece.stop - piece.start - skipped, len(target))
             _check(file.readinto(target[:length]) == length, "the file ends early")
             target = target[length:]
     return array
+
+
+def _room(shape, dtype, index) -> tuple[np.ndarray, int]:
+    """Return an array for a slice, and how many bytes of the leaf lie before it."""
+    array = np.empty(shape[len(index) :], dtype)
+    place = np.ravel_multi_index(index, shape[: len(index)]) if index else 0
+    return array, int(place) * array.nbytes
 
 
 def _no_array(shape: tuple[int, ...], problem: str) -> StoredLeaf:
@@ -343,7 +358,7 @@ def _npy_leaf(path: Path, info: zipfile.ZipInfo, member) -> StoredLeaf:
     read_header = _NPY_HEADERS[np.lib.format.read_magic(member)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # That Python 2 wrote the header.
-        shape, _, dtype = read_header(member)
+        shape, is_fortran, dtype = read_header(member)
     if dtype.hasobject:
         return _no_array(shape, "it holds Python objects, which are never unpickled")
     size = info.file_size - member.tell()
@@ -352,14 +367,22 @@ def _npy_leaf(path: Path, info: zipfile.ZipInfo, member) -> StoredLeaf:
     _check(fits, f"{place} does not take {size} bytes")
     if dtype == np.dtype("V2"):  # What NumPy makes of bfloat16, which it does not know.
         dtype = np.dtype(jnp.bfloat16)
-    load = functools.partial(_read_member, path, info.filename, dtype)
-    return StoredLeaf(shape, dtype, "", load)
+    start = info.file_size - size
+    if is_fortran:
+        turned = (path, info.filename, start, shape[::-1], dtype)
+        return StoredLeaf(shape, dtype, "", lambda: _read_member(*turned).T)
+    load = functools.partial(_read_member, path, info.filename, start, shape, dtype)
+    return StoredLeaf(shape, dtype, "", load, load)
 
 
-def _read_member(path, filename, dtype):
-    with zipfile.ZipFile(path) as archive, archive.open(filename) as member:
-        array = np.lib.format.read_array(member, allow_pickle=False)
-    return array if array.dtype == dtype else array.view(dtype)
+def _read_member(path, filename, start, shape, dtype, index=()):
+    array, before = _room(shape, dtype, index)
+    target = array.reshape(-1).view(np.uint8).data
+    with zipfile.ZipFile(path) as archive, archive.open(filename) as stream:
+        member: Any = stream  # Its type lacks `readinto`.
+        member.seek(start + before)
+        _check(member.readinto(target) == len(target), "the file ends early")
+    return array
 
 
 # --- Flax: MessagePack ----------------------------------------------------------------
