@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import reference
 from family import has_floor, recorded
-from golden import CONV, LINEAR, PRECISIONS
+from golden import CONV, DTYPES, LINEAR, PRECISIONS
 
 import tb_optax
 from tb_optax import Layer, MatrixAxes, windows
@@ -20,18 +20,12 @@ from tb_optax.analysis import COLUMNS
 from tb_optax.spectrum import as_matrices
 from tb_optax.submatrices import cut_of
 
-RECORD = golden_record.Record()
+RECORD = golden_record.Record("windows")
 check = RECORD.hold
 FARMS = ("farms_linear", "farms_smallconv", "farms_resnet18_w0.125")
 
 # Published code reads a convolution by its positions where these outnumber channels.
 SWAPPED = MatrixAxes((3,), (2,), pooled=(0, 1))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def print_table():
-    yield
-    print(RECORD.table("windows"))
 
 
 def axes_of(shape, windowed=True):
@@ -84,7 +78,7 @@ def spectra_of(name, layer, cut, precision):
     shapes = [arrays[f"param/{each}.weight"].shape for each in names]
     entries = entries_of(tuple((s, axes_of(s, cut is not None)) for s in shapes), cut)
     kernel = arrays[f"param/{layer}.weight"]
-    kernel = kernel.astype(golden_library.dtype_of(precision))
+    kernel = kernel.astype(DTYPES[precision])
     return spectra(kernel, entries[names.index(layer)])
 
 
@@ -97,7 +91,7 @@ FITS = {
 }
 
 
-def columns(rows, config):
+def by_numpy(rows, config):
     """The columns of one layer, means over its blocks, by the reference in NumPy."""
     floor = 1e-5 if has_floor(config) else None
     kept = [reference.above_floor(row.astype(np.float64), floor) for row in rows]
@@ -120,7 +114,7 @@ def columns_of(name, layer, config, precision, kind="metrics"):
     """The columns of a recorded layer under a configuration."""
     shape = recorded(name)[1][f"param/{layer}.weight"].shape
     rows = spectra_of(name, layer, windows_of(config, kind, shape), precision)
-    return columns(rows * (config["conv_norm"] if len(shape) == 4 else 1), config)
+    return by_numpy(rows * (config["conv_norm"] if len(shape) == 4 else 1), config)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -184,15 +178,19 @@ def test_older_records_and_their_rates(name):
             values = [values[column] for values in rows]
             own = published[kept, place(column)]
             check("older windows", "float32", values, own, f"{name}, {row}, {column}")
-        table = golden_library.Table(
-            dict.fromkeys(COLUMNS, np.asarray([values["alpha"] for values in rows]))
-            | {"fitted": np.ones(len(names), bool)}
-            | {"eigenvalue_count": np.asarray([values["eigs_num"] for values in rows])}
+        alphas, counts = (
+            np.asarray([values[column] for values in rows])
+            for column in ("alpha", "eigs_num")
         )
+        columns: dict[str, Any] = dict.fromkeys(COLUMNS, alphas)
+        columns["eigenvalue_count"] = counts
+        columns["fitted"] = np.ones(len(names), bool)
+        table = tb_optax.Analysis(layers=(), **columns)
         for over, rates in zip(info["lr_configs"], arrays["lr_f32"][row], strict=True):
             rule = {"esd_metric_for_tb": "alpha"} | config | over
             own, part = golden_library.selected_layers(net, rule, names)
-            multipliers, tuned = golden_library.balance(table.analysis(own, part), rule)
+            some = golden_library.rows_of(table, own, part)
+            multipliers, tuned = golden_library.balance(some, rule)
             if tuned.sum() == 1:  # There it has an end of the map.
                 assert (multipliers == 1).all()
                 continue
@@ -220,7 +218,7 @@ def test_a_whole_analysis_of_windows_is_the_published_one(precision):
             if not np.isfinite(own[0]) or axes_of(kernel.shape) == SWAPPED:
                 continue
             path = f"{name}:{layer}"
-            kernels[path] = kernel.astype(golden_library.dtype_of(precision))
+            kernels[path] = kernel.astype(DTYPES[precision])
             layers.append(Layer(path, axes_of(kernel.shape)))
             expected.append(own[:6])
     analyze = tb_optax.layer_analysis(layers, windows=cut, min_eigenvalues=0)
@@ -260,7 +258,7 @@ def test_a_windowed_analysis_is_one_of_its_windows():
         (entries,) = entries_of(((kernel.shape, layer.axes),), CUT)
         rows = spectra(kernel, entries)
         rows = rows * (0.5 if layer.axes.pooled else 1)
-        own = columns(rows, {"pl_fitting": "median", "xmin_pos": 2})
+        own = by_numpy(rows, {"pl_fitting": "median", "xmin_pos": 2})
         np.testing.assert_allclose(table.alpha[i], own["alpha"], rtol=1e-4)
         np.testing.assert_allclose(table.ks_distance[i], own["D"], atol=1e-3)
         top, norm = np.sqrt(own["spectral_norm"]), np.sqrt(own["norm"])
