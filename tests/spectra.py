@@ -36,21 +36,6 @@ def pareto_quantiles(alpha, count, xmin=1.0):
     return xmin * survival ** (-1 / (alpha - 1))
 
 
-def hill_of_pareto_quantiles(alpha, tail_size, *, include_threshold=True):
-    """What the Hill estimator makes of `pareto_quantiles`, in closed form.
-
-    Counted from the top, the k-th quantile is ((k - 1/2) / N)^(-1/(alpha-1)), so that
-    the excesses over the threshold, the n-th or the (n+1)-th, sum to
-
-        Σ_k ln((n ∓ 1/2) / (k - 1/2)) / (alpha - 1)
-            = (n ln(n ∓ 1/2) - lnΓ(n + 1/2) + lnΓ(1/2)) / (alpha - 1).
-    """
-    n = tail_size
-    threshold = n - 0.5 if include_threshold else n + 0.5
-    total = n * math.log(threshold) - math.lgamma(n + 0.5) + math.lgamma(0.5)
-    return 1 + (alpha - 1) * n / total
-
-
 def marchenko_pastur(aspect, count):
     """Ascending quantiles at (j + 1/2) / N of the eigenvalues of WᵀW / rows.
 
