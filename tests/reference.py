@@ -157,15 +157,6 @@ PUBLISHED_MAPS: dict[str, Callable[[np.ndarray, float, float], np.ndarray]] = {
 DOMAIN = {"tb_linear_map": -math.inf, "tb_sqrt": 0, "tb_log2": 1, "tb_step": -math.inf}
 
 
-def published_multipliers(
-    scores: np.ndarray, kind: str, low: float, high: float
-) -> np.ndarray:
-    """Multipliers as published, NaN, infinities and degenerate cases included."""
-    scores = np.asarray(scores, np.float64)
-    with np.errstate(all="ignore"):
-        return PUBLISHED_MAPS[kind](scores, low, high) if scores.size else scores
-
-
 def multipliers(scores: np.ndarray, kind: str, low: float, high: float) -> np.ndarray:
     """Multipliers as the library defines them.
 
@@ -176,12 +167,10 @@ def multipliers(scores: np.ndarray, kind: str, low: float, high: float) -> np.nd
     result = np.ones(len(scores))
     inside = np.isfinite(scores) & (np.nan_to_num(scores) >= DOMAIN[kind])
     some = scores[inside]
-    if not some.size:
-        return result
-    largest = np.abs(some).max()
-    if np.ptp(some) <= 8 * np.finfo(np.float64).eps * largest:
-        return result
-    result[inside] = published_multipliers(some, kind, low, high)
+    # Equal up to rounding; a single one, or none, is equal.
+    spread = np.ptp(some) if some.size else 0
+    if spread > 8 * np.finfo(np.float64).eps * np.abs(some).max(initial=0):
+        result[inside] = PUBLISHED_MAPS[kind](some, low, high)
     return result
 
 

@@ -79,42 +79,6 @@ def hill_tolerance(logs, size, dtype):
     return (size + 4) * eps_of(dtype) * (1 + span / mean)
 
 
-# --- known answers ------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("x64")
-def test_small_tails_by_hand():
-    """Tails of logarithms 0, 1, 3, worked with a pencil; position 2."""
-    rows = [[0.0], [0.0, 2.0], [0.0, 1.0, 3.0], [0.0, 1.0, 2.0, 4.0]]
-    law = fit_rows(fit_median(), rows)
-    # 1 + 1/0, 1 + 1/0, 1 + 2/(0 + 2), 1 + 2/(0 + 2)
-    np.testing.assert_array_equal(law.alpha, [np.inf, np.inf, 2.0, 2.0])
-    np.testing.assert_array_equal(law.tail_size, [1, 1, 2, 2])
-    np.testing.assert_allclose(law.xmin, np.exp([0.0, 2.0, 1.0, 2.0]), rtol=1e-15)
-    # m = 0: |1 - 1 - 0|; m = 1: |1 - exp(-2) - 1/2|.
-    distances = [0, 0, 0.5 - math.exp(-2), 0.5 - math.exp(-2)]
-    np.testing.assert_allclose(law.ks_distance, distances, rtol=1e-14)
-
-    law = fit_rows(fit_median(include_threshold=False), rows)
-    # No λ below the only one; 1 + 1/2; 1 + 2/(1 + 3); 1 + 2/(1 + 3)
-    np.testing.assert_array_equal(law.alpha, [0.0, 1.5, 1.5, 1.5])
-    np.testing.assert_array_equal(law.tail_size, [0, 1, 2, 2])
-    np.testing.assert_allclose(law.xmin, [0, 1, 1, math.e], rtol=1e-15)
-
-    law = fit_rows(fit_min_ks(), rows)
-    # With x = (alpha - 1)·ln(λ/xmin), D = max |1 - e^-x - m/n|. One λ has no tail. Two:
-    # x = 0, 2. Three: x = 0, 3/4, 9/4, better than its upper two, which are as any two.
-    # Four: x = 0, 4/7, 8/7, 16/7, D at m = 1; its upper three are the three before.
-    np.testing.assert_array_equal(law.tail_size, [0, 2, 3, 4])
-    np.testing.assert_allclose(law.alpha, [0, 2, 1.75, 1 + 4 / 7], rtol=1e-15)
-    expected = [
-        0.5 - math.exp(-2),
-        1 / 3 - math.exp(-9 / 4),
-        3 / 4 - math.exp(-4 / 7),
-    ]
-    np.testing.assert_allclose(law.ks_distance[1:], expected, rtol=1e-14)
-
-
 @pytest.mark.parametrize("position", [1.0001, 1.1, 2, 10 / 3, 49.0, 1e9])
 def test_tail_starts_at_the_floor_of_n_over_position(position):
     """33 / 1.1 is just below 30 in float64 and 30 in float32: floor decides."""
@@ -242,24 +206,6 @@ def test_degenerate_rows(fit):
             check_degenerate(fit, Law(*map(np.asarray, function(*table))))
 
 
-@pytest.mark.usefixtures("x64")
-def test_ties_count_each_time():
-    """Ties at the threshold: all of them above i are in the tail, none below."""
-    row = [0.0, 1.0, 1.0, 1.0, 1.0, 2.0, 2.0]
-    law = fit_rows(fit_median(), [row])
-    # i = 3, n = 4, excesses 0, 0, 1, 1.
-    assert law.alpha[0] == 3
-    assert law.tail_size[0] == 4
-    law = fit_rows(fit_median(include_threshold=False), [row])
-    assert law.alpha[0] == 3
-    law = fit_rows(fit_median(1.5, include_threshold=False), [row])
-    # i = 4: threshold the tie below, tail of 3, excesses 0, 1, 1.
-    assert law.alpha[0] == 2.5
-    assert law.tail_size[0] == 3
-    law = fit_rows(fit_min_ks(), [row])
-    check_best_tails(law, [np.asarray(row)], [None], np.float64)
-
-
 # --- invariances --------------------------------------------------------------------
 
 
@@ -329,7 +275,7 @@ LOGS = st.one_of(
 )
 @pytest.mark.usefixtures("x64")
 def test_median_fit_of_any_row(values, position, include_threshold):
-    """Against the definition, with its own answer where there is no tail."""
+    """Against the definition, ties and zeros included; zeros where there is no tail."""
     logs = sorted(values)
     law = fit_rows(fit_median(position, include_threshold), [logs])
     first = math.floor(len(logs) / position)
@@ -338,18 +284,20 @@ def test_median_fit_of_any_row(values, position, include_threshold):
         assert [column[0] for column in law] == [0, 0, 0, 0]
         return
     size = len(logs) - first
-    total = math.fsum(value - logs[threshold] for value in logs[first:])
+    excess = np.asarray(logs[first:]) - logs[threshold]
+    total, rank = math.fsum(excess), np.arange(size) / size
     assert law.tail_size[0] == size
     assert law.xmin[0] == pytest.approx(math.exp(logs[threshold]), rel=1e-13)
     if total == 0:
         assert law.alpha[0] == math.inf
-    else:
-        # Excesses are differences of exact numbers: each is rounded once.
-        tolerance = (size + 4) * eps_of(np.float64)
-        assert law.alpha[0] - 1 == pytest.approx(
-            size / total, rel=tolerance, abs=eps_of(np.float64)
-        )
-    assert 0 <= law.ks_distance[0] < 1
+        assert law.ks_distance[0] == pytest.approx(rank[-1], rel=1e-15)
+        return
+    # Excesses are differences of exact numbers: each is rounded once.
+    tolerance, eps = (size + 4) * eps_of(np.float64), eps_of(np.float64)
+    slope = pytest.approx(size / total, rel=tolerance, abs=eps)
+    assert law.alpha[0] - 1 == slope
+    distance = np.abs(1 - np.exp(-size / total * excess) - rank).max()
+    assert law.ks_distance[0] == pytest.approx(distance, abs=tolerance)
 
 
 @spectra.PROFILE
