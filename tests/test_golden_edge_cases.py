@@ -161,29 +161,3 @@ def test_a_map_is_a_function():
     # A TypeError where the types of arguments are checked, as in these tests.
     with pytest.raises((ValueError, TypeError), match="assign"):
         tb_optax.layer_analysis(assign=nonsense)
-
-
-@every_precision
-def test_degenerate_layers_leave_the_others_alone(precision_name):
-    """Two ordinary layers get the same multipliers whoever stands beside them."""
-    ordinary = ["0", "1"]
-    sick = ("nan_weight", "inf_weight", "all_zero_weight", "identity", "rank_one")
-    net = CASES["two_layers"]
-    params = net.tree(precision_name)
-    layers = net.layers(ordinary)
-    beside = {f"{name}.weight": CASES[name].kernel("0") for name in sick}
-    extra = [tb_optax.Layer(name, golden.LINEAR) for name in beside]
-    options = {"min_eigenvalues": 0}
-    with golden_library.precision(precision_name):
-        alone = tb_optax.layer_analysis(layers, **options)(params)
-        dtype = golden.DTYPES[precision_name]
-        params |= {name: kernel.astype(dtype) for name, kernel in beside.items()}
-        among = tb_optax.layer_analysis([*extra, *layers], **options)(params)
-    np.testing.assert_array_equal(among.fitted, [False] * len(sick) + [True] * 2)
-    np.testing.assert_array_equal(among.multipliers[: len(sick)], 1)
-    np.testing.assert_allclose(
-        among.multipliers[len(sick) :],
-        alone.multipliers,
-        rtol=1e-5 if precision_name == "float32" else 1e-12,
-    )
-    assert sorted(alone.multipliers.tolist()) == [0.5, 1.5]

@@ -159,7 +159,14 @@ PROMISED = {
 }
 
 
-def check_promises(sizes):
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (3, 63, 64, 65, 257),
+        pytest.param((511, 512, 513, 1025), marks=pytest.mark.long),
+    ],
+)
+def test_what_float32_promises(sizes):
     """λ within 1e-6·sqrt(n)·λ_max, and alpha within 1e-5 or 1e-4 of float64."""
     rng, kernels = np.random.default_rng(0), {}
     for kind, sigma in PROMISED.items():
@@ -180,15 +187,6 @@ def check_promises(sizes):
             tolerance = alpha_tolerance(alpha, exact[-size:], n, EPS)
         assert row["fitted"], layer
         assert row["alpha"] == pytest.approx(alpha, rel=tolerance), layer
-
-
-def test_what_float32_promises():
-    check_promises((3, 63, 64, 65, 257))
-
-
-@pytest.mark.long
-def test_what_float32_promises_of_large_matrices():
-    check_promises((511, 512, 513, 1025))
 
 
 @pytest.mark.parametrize("spectrum", [tb_optax.exact(), tb_optax.quadrature(above=8)])
@@ -212,19 +210,17 @@ def test_every_platform_lowers_a_whole_analysis(platform, spectrum):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
-        ({"path": "v"}, ["layer 'v'", "is not in the parameters", "'w'"]),
-        ({"axes": CONV}, ["layer 'w'", "rank 4", "(6, 5)"]),
-        ({"part": (1, 3, 9)}, ["layer 'w'", "(1, 3, 9)"]),
+        ({"path": "v"}, "layer 'v'.* is not in the parameters.*'w'"),
+        ({"axes": CONV}, r"layer 'w'.*rank 4.*\(6, 5\)"),
+        ({"part": (1, 3, 9)}, r"layer 'w'.*\(1, 3, 9\)"),
     ],
 )
-def test_esd_refuses_layers_that_do_not_fit(change, words):
+def test_esd_refuses_layers_that_do_not_fit(change, message):
     layer = dataclasses.replace(Layer("w", DENSE), **change)
-    with pytest.raises(ValueError, match="layer") as error:
+    with pytest.raises(ValueError, match=message):
         esd({"w": jnp.ones((6, 5))}, [layer])
-    for word in words:
-        assert word in str(error.value)
 
 
 @pytest.mark.parametrize("conv_norm", [0, -1.0, math.inf, math.nan])
