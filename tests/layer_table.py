@@ -64,12 +64,6 @@ def columns_of(analysis) -> dict[str, Any]:
     return {name: np.asarray(getattr(analysis, name)) for name in names}
 
 
-def where_a_tail_exists(fit):
-    """A reference fit that finds nothing in a single eigenvalue."""
-    nothing = reference.Fit(0, 1, 0, 0)
-    return lambda row: fit(row) if len(row) > 1 else nothing
-
-
 def assert_same(one, other, columns=None, rows=slice(None)):
     """To the bit."""
     one, other = columns_of(one), columns_of(other)

@@ -90,6 +90,8 @@ def candidates(eigenvalues: np.ndarray, window: np.ndarray | None = None) -> Can
 
 def best_of(eigenvalues: np.ndarray, tried: Candidates) -> Fit:
     """The first of the candidates with the smallest distance."""
+    if not tried.alpha.size:
+        return Fit(0, 1, 0, 0)
     best = int(np.argmin(tried.ks_distance))
     return Fit(
         float(tried.alpha[best]),
@@ -119,9 +121,17 @@ def peak_window(
     return (eigenvalues >= lower) & (eigenvalues <= 1.5 * peak)
 
 
-def fit_peak(eigenvalues: np.ndarray, bins: int = 100) -> Fit:
+def fit_peak(eigenvalues: np.ndarray) -> Fit:
     """As `fit_min_ks`, with xmin in the published window ("fix-finger")."""
-    return best_of(eigenvalues, candidates(eigenvalues, peak_window(eigenvalues, bins)))
+    return best_of(eigenvalues, candidates(eigenvalues, peak_window(eigenvalues)))
+
+
+# By the published names, of eigenvalues and the position of the median fit.
+FITS: dict[str, Callable[[np.ndarray, float], Fit]] = {
+    "median": fit_median,
+    "goodness-of-fit": lambda eigenvalues, _: fit_min_ks(eigenvalues),
+    "fix-finger": lambda eigenvalues, _: fit_peak(eigenvalues),
+}
 
 
 def select(

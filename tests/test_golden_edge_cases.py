@@ -37,12 +37,10 @@ def reference_alpha(eigenvalues, config, precision_name):
     In float32 these are all that rounding hides in products in float64.
     """
     kept = reference.above_floor(eigenvalues, golden.floor_of(config))
-    if config["pl_fitting"] == "median":
-        return reference.fit_median(kept, config["xmin_pos"]).alpha
-    if config["pl_fitting"] == "goodness-of-fit":
-        return reference.fit_min_ks(kept).alpha
-    hidden = 0 if precision_name == "x64" else 1e-14 * eigenvalues[-1]
-    return reference.fit_peak(kept[kept > hidden]).alpha
+    if config["pl_fitting"] == "fix-finger":
+        hidden = 0 if precision_name == "x64" else 1e-14 * eigenvalues[-1]
+        kept = kept[kept > hidden]
+    return reference.FITS[config["pl_fitting"]](kept, config["xmin_pos"]).alpha
 
 
 def alpha_tolerance(kernel, config, alpha, ratio, precision_name):

@@ -83,11 +83,10 @@ def spectra_of(name, layer, cut, precision):
 
 
 FITS = {
-    "median": reference.fit_median,
-    "goodness-of-fit": lambda row, _: reference.fit_min_ks(row),
-    "xmin_peak": lambda row, _: reference.fit_peak(row),
+    **reference.FITS,
+    "xmin_peak": reference.FITS["fix-finger"],
     # There an unknown name is the goodness of fit.
-    "fix-finger": lambda row, _: reference.fit_min_ks(row),
+    "fix-finger": reference.FITS["goodness-of-fit"],
 }
 
 
