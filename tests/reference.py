@@ -62,10 +62,16 @@ def _alphas(logs: np.ndarray) -> np.ndarray:
         return 1 + size / np.maximum(sums, 0)
 
 
-def _distance(tail: np.ndarray, alpha: float) -> float:
-    rank = np.arange(len(tail)) / len(tail)
+def _distances(
+    eigenvalues: np.ndarray, starts: np.ndarray, alphas: np.ndarray
+) -> np.ndarray:
+    """KS distances of the tails from these entries on, all compared at once."""
+    first, count = starts[0], len(eigenvalues)
+    rank = (np.arange(first, count) - starts[:, None]) / (count - starts[:, None])
     with np.errstate(all="ignore"):
-        return float(np.max(np.abs(1 - (tail / tail[0]) ** (1 - alpha) - rank)))
+        ratio = eigenvalues[first:] / eigenvalues[starts, None]
+        terms = np.abs(1 - ratio ** (1 - alphas[:, None]) - rank)
+    return np.where(rank < 0, 0, terms).max(axis=1)
 
 
 def fit_median(eigenvalues: np.ndarray, position: float = 2) -> Fit:
@@ -74,7 +80,9 @@ def fit_median(eigenvalues: np.ndarray, position: float = 2) -> Fit:
     logs = np.log(tail)
     excess = np.sum(logs) - len(tail) * logs[0]
     alpha = 1 + len(tail) / excess if excess != 0 else math.inf
-    return Fit(alpha, _distance(tail, alpha), float(tail[0]), len(tail))
+    first = np.asarray([len(eigenvalues) - len(tail)])
+    (distance,) = _distances(eigenvalues, first, np.asarray([alpha]))
+    return Fit(alpha, float(distance), float(tail[0]), len(tail))
 
 
 def candidates(eigenvalues: np.ndarray, window: np.ndarray | None = None) -> Candidates:
@@ -83,8 +91,10 @@ def candidates(eigenvalues: np.ndarray, window: np.ndarray | None = None) -> Can
     with np.errstate(all="ignore"):
         alpha = np.where(allowed, _alphas(np.log(eigenvalues)), 0)[:-1]
     distance = np.ones(len(alpha))
-    for i in np.flatnonzero(alpha > 1):
-        distance[i] = _distance(eigenvalues[i:], alpha[i])
+    tails = np.flatnonzero(alpha > 1)
+    for starts in np.split(tails, range(64, len(tails), 64)):
+        if len(starts):
+            distance[starts] = _distances(eigenvalues, starts, alpha[starts])
     return Candidates(alpha, distance)
 
 

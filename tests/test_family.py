@@ -197,19 +197,6 @@ def test_a_map_may_see_layers_and_sizes():
     assert seen == [(LAYERS[0], sizes[0] + sizes[1]), (LAYERS[2], sizes[2] + sizes[3])]
 
 
-@pytest.mark.parametrize(
-    ("make", "option", "value"),
-    [
-        (tb_optax.sigmoid, "below", -1),
-        (tb_optax.sigmoid, "temperature", 0),
-        (tb_optax.standard_sigmoid, "temperature", 0),
-    ],
-)
-def test_what_makes_no_map_raises(make, option, value):
-    with pytest.raises(ValueError, match=f"{option} must be a finite number"):
-        make(**{option: value})
-
-
 def run_once(tx: Any, params: Any) -> Any:
     """Updates and state after one update, of the parameters themselves."""
     return tx.update(params, tx.init(params), params)

@@ -13,7 +13,6 @@ from spectra import eps_of
 from tb_optax import Layer, MatrixAxes, fit_median
 from tb_optax.lanczos import (
     Operator,
-    exact,
     gauss_quadrature,
     lanczos,
     quadrature,
@@ -23,30 +22,6 @@ from tb_optax.lanczos import (
 
 DENSE = MatrixAxes((0,), (1,))
 EPS = eps_of(np.float32)
-
-
-# --- options ------------------------------------------------------------------------
-
-
-def test_options_are_values():
-    assert quadrature() == quadrature(above=1024, probes=8, steps=32)
-    assert hash(quadrature(steps=64)) == hash(quadrature(steps=64))
-    assert exact() == exact() != quadrature()
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "bound"),
-    [
-        ("above", -1, ">= 0"),
-        ("probes", 0, ">= 1"),
-        ("probes", True, ">= 1"),
-        ("steps", 1, ">= 2"),
-        ("steps", -5, ">= 2"),
-    ],
-)
-def test_options_out_of_range(field, value, bound):
-    with pytest.raises(ValueError, match=rf"{field} must be an int {bound}, got"):
-        quadrature(**{field: value})
 
 
 # --- the recurrence -----------------------------------------------------------------

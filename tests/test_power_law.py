@@ -328,40 +328,6 @@ def test_best_tail_of_any_row(values, fit):
         assert law.ks_distance[0] <= distances.min() + 1e-9
 
 
-# --- construction -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("fit", "bound", "values"),
-    [
-        (fit_median, "position must be", [1, 1.0, 0.5, 0, -2, math.inf, math.nan]),
-        (fit_peak, "bins must be an int >= 1", [0, -3, True]),
-    ],
-)
-def test_options_out_of_range(fit, bound, values):
-    for value in values:
-        with pytest.raises(ValueError, match=bound) as error:
-            fit(value)
-        assert f"{bound.split()[0]} = {value!r}" in str(error.value)
-
-
-def test_fits_compare_by_value():
-    makers = [
-        lambda: fit_median(),
-        lambda: fit_median(3),
-        lambda: fit_median(include_threshold=False),
-        lambda: fit_min_ks(),
-        lambda: fit_peak(),
-        lambda: fit_peak(50),
-        lambda: fit_peak(published_window=False),
-    ]
-    for i, make in enumerate(makers):
-        for j, other in enumerate(makers):
-            assert (make() == other()) == (i == j)
-        assert hash(make()) == hash(make())
-    assert len({make() for make in makers * 2}) == len(makers)
-
-
 def test_fits_say_what_they_need():
     """The analysis chooses the route and the unit by these."""
     whole = [fit.whole_spectrum for fit in ALL_FITS]

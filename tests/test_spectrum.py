@@ -221,9 +221,3 @@ def test_esd_refuses_layers_that_do_not_fit(change, message):
     layer = dataclasses.replace(Layer("w", DENSE), **change)
     with pytest.raises(ValueError, match=message):
         esd({"w": jnp.ones((6, 5))}, [layer])
-
-
-@pytest.mark.parametrize("conv_norm", [0, -1.0, math.inf, math.nan])
-def test_esd_refuses_a_bad_conv_norm(conv_norm):
-    with pytest.raises(ValueError, match="conv_norm must be a finite number > 0"):
-        esd({"w": jnp.ones((6, 5))}, [Layer("w", DENSE)], conv_norm=conv_norm)

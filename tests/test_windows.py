@@ -307,8 +307,6 @@ def test_windows_fit_into_any_kernel(shape):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ratio": 0}, "ratio must be a finite number > 0"),
-        ({"rows": 0}, "rows must be an int >= 1"),
         ({"count": None}, "need count or step"),
         ({"count": 3, "step": 2}, "need count or step"),
         ({"count": 1, "published": True}, "count must be an int >= 2"),
