@@ -71,14 +71,13 @@ def spectra(kernel, entries):
 
 
 @functools.cache
-def spectra_of(name, layer, cut, precision):
-    """The same of a recorded layer."""
+def spectra_of(name, layer, cut):
+    """The same of a recorded layer, in float64."""
     info, arrays = recorded(name)
     names = info["layer_names"]
     shapes = [arrays[f"param/{each}.weight"].shape for each in names]
     entries = entries_of(tuple((s, axes_of(s, cut is not None)) for s in shapes), cut)
-    kernel = arrays[f"param/{layer}.weight"]
-    kernel = kernel.astype(DTYPES[precision])
+    kernel = arrays[f"param/{layer}.weight"].astype(np.float64)
     return spectra(kernel, entries[names.index(layer)])
 
 
@@ -109,10 +108,10 @@ def by_numpy(rows, config):
     }
 
 
-def columns_of(name, layer, config, precision, kind="metrics"):
+def columns_of(name, layer, config, kind="metrics"):
     """The columns of a recorded layer under a configuration."""
     shape = recorded(name)[1][f"param/{layer}.weight"].shape
-    rows = spectra_of(name, layer, windows_of(config, kind, shape), precision)
+    rows = spectra_of(name, layer, windows_of(config, kind, shape))
     return by_numpy(rows * (config["conv_norm"] if len(shape) == 4 else 1), config)
 
 
@@ -137,7 +136,7 @@ def test_windows_are_those_of_the_published_code(name, kind, least, precision):
             differs = info["geometry"][row][layer].get("differs", True)
             if not np.isfinite(expected[0]) or (kind == "intended" and not differs):
                 continue
-            found = columns_of(name, layer, config, precision, kind)
+            found = columns_of(name, layer, config, kind)
             for column, own in zip(info["metric_columns"], expected, strict=True):
                 where = f"{name}, {kind}, {row}, {layer}, {column}"
                 check("windows", precision, found[column], own, where)
@@ -172,7 +171,7 @@ def test_older_records_and_their_rates(name):
         published = arrays["metrics_f32"][row]
         kept = np.isfinite(published[:, 0])  # There the small ones are dropped first.
         names = [x for x, own in zip(info["layer_names"], kept, strict=True) if own]
-        rows = [columns_of(name, layer, config, "x64") for layer in names]
+        rows = [columns_of(name, layer, config) for layer in names]
         for column in rows[0]:
             values = [values[column] for values in rows]
             own = published[kept, place(column)]
