@@ -62,6 +62,14 @@ def no_old_programs():
         jax.clear_caches()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def print_record(request):
+    """Prints what a module of golden tests has compared, where `-s` shows it."""
+    yield
+    if hasattr(request.module, "RECORD"):
+        print(request.module.RECORD.table())
+
+
 # Why a matrix may be neither a layer nor a follower.
 STATED = (
     "acts on",
@@ -116,7 +124,7 @@ SLOWEST = (
     *("test_golden_metrics", "test_golden_rates", "test_golden_edge_cases"),
     *("test_sharding", "test_family_golden", "test_windows", "test_contract_wrappers"),
     *("test_analysis", "test_contract", "test_family", "test_golden_trajectory"),
-    *("test_spectrum", "test_spread", "test_lanczos", "test_golden_checkpoints"),
+    *("test_spectrum", "test_spread", "test_lanczos"),
     *("test_faults", "test_power_law", "test_processes", "test_quadrature"),
     *("test_benchmarks_runs", "test_command", "test_frameworks_training"),
     *("test_symptoms", "test_benchmarks_language", "test_when", "test_family_training"),

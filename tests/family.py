@@ -99,7 +99,7 @@ def fit_key(config: Mapping[str, Any]) -> tuple[str, Any, bool]:
 
 
 @functools.cache
-def tables(precision: str) -> dict[Any, dict[str, golden_library.Table]]:
+def tables(precision: str) -> dict[Any, dict[str, tb_optax.Analysis]]:
     """The tables of all nets for each fit that one of them asks for."""
     wanted = [{"fix_fingers": fit, "xmin_pos": 2} for fit in ("xmin_mid", "xmin_peak")]
     for name in NETS:
@@ -112,18 +112,13 @@ def tables(precision: str) -> dict[Any, dict[str, golden_library.Table]]:
         for fit, at, floor in keys
     ]
     # The last one balances D, and so takes singular values.
-    found = golden_library.analyze_together(
-        {name: net(name).tree(precision) for name in NETS},
-        {name: net(name).layers() for name in NETS},
-        [*configs, configs[0] | {"esd_metric_for_tb": "D"}],
-        precision,
-    )
+    configs.append(configs[0] | {"esd_metric_for_tb": "D"})
+    nets = {name: net(name) for name in NETS}
+    found = golden_library.analyze_together(nets, configs, precision)
     return dict(zip([*keys, "singular values"], found, strict=True))
 
 
-def table_of(
-    name: str, config: Mapping[str, Any], precision: str
-) -> golden_library.Table:
+def table_of(name: str, config: Mapping[str, Any], precision: str) -> tb_optax.Analysis:
     """The table of a net under a configuration."""
     return tables(precision)[fit_key(config)][name]
 

@@ -24,7 +24,10 @@ LINEAR = tb_optax.MatrixAxes((1,), (0,))
 NETS = tuple(
     sorted(path.stem.removeprefix("metrics_") for path in DATA.glob("metrics_*.npz"))
 )
-PRECISIONS = ("float32", "x64")
+TRAINED = ("resnet20_cifar10", "resnet32_cifar10")
+DTYPES = {"float32": np.float32, "x64": np.float64}
+PRECISIONS = tuple(DTYPES)
+FITS = ("median", "goodness-of-fit", "fix-finger")
 
 
 def read_json(name: str) -> Any:
@@ -87,7 +90,7 @@ class Net:
 
     def tree(self, precision_name: str) -> dict[str, np.ndarray]:
         """The parameters in the dtype of a precision."""
-        dtype = np.float64 if precision_name == "x64" else np.float32
+        dtype = DTYPES[precision_name]
         return {name: value.astype(dtype) for name, value in self.params.items()}
 
     def norms(self, config: Mapping[str, Any]) -> dict[str, str]:
@@ -127,9 +130,19 @@ def shared() -> dict[str, Any]:
     return read_json("metrics")
 
 
+def metric_configs(name: str) -> list[dict[str, Any]]:
+    """The metric configurations that a net is recorded under."""
+    configs = shared()["metric_configs"]
+    if name in TRAINED:
+        return [configs[0] | {"pl_fitting": kind} for kind in FITS]
+    return configs
+
+
 @functools.cache
 def net(name: str) -> Net:
-    """One of `NETS`."""
+    """One of `NETS` or `TRAINED`."""
+    if name in TRAINED:
+        return _trained(name)
     info, arrays = read_json(f"metrics_{name}"), read_arrays(f"metrics_{name}")
     params = {
         param: arrays.pop(f"param/{param}", np.zeros(shape, np.float32))
@@ -143,6 +156,33 @@ def net(name: str) -> Net:
         params=params,
         info=info,
         arrays=arrays,
+    )
+
+
+def _trained(name: str) -> Net:
+    """A trained ResNet; its norms are zeros."""
+    info, kernels = read_json(f"checkpoint_{name}"), read_arrays(f"checkpoint_{name}")
+    tables = [info["configs"][f"{kind}/f64d"] for kind in FITS]
+    layers = tuple(tables[0]["longname"])
+    rates = info["lr_tb_linear_map_bnname_thresh50_untuned0.1"]
+    columns = shared()["metric_columns"]
+    params = {param: kernels.get(param, np.zeros(1, np.float32)) for param in rates}
+    kinds = {
+        module: "Conv2d" if module in layers else "BatchNorm2d"
+        for module in dict.fromkeys(param.rpartition(".")[0] for param in params)
+    }
+    modules = tuple((kinds | {"linear": "Linear"}).items())
+    return Net(
+        name=name,
+        layer_names=layers,
+        param_names=tuple(params),
+        modules=modules,
+        params=params,
+        info={"bn_map_name": reference.norm_by_name(modules)},
+        arrays={
+            "metrics_f64d": np.asarray([[t[c] for c in columns] for t in tables]).mT,
+            "lr_f32": np.asarray([*rates.values()]),
+        },
     )
 
 
@@ -203,9 +243,8 @@ def own_layers(net: Net) -> list[str]:
 
 def metric_row(config: Mapping[str, Any]) -> int:
     """The metric configuration that a rate configuration builds on."""
-    rows = shared()["metric_configs"]
     return next(
         row
-        for row, options in enumerate(rows)
-        if all(config[option] == value for option, value in options.items())
+        for row, options in enumerate(shared()["metric_configs"])
+        if options.items() <= config.items()
     )

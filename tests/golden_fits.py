@@ -1,4 +1,4 @@
-"""Fits of the recorded spectra in float64, and where float32 may choose otherwise."""
+"""Fits of the nets in float64, and where float32 may choose otherwise."""
 
 import functools
 
@@ -6,7 +6,6 @@ import golden
 import numpy as np
 import reference
 
-CONFIGS = golden.shared()["metric_configs"]
 EPS = float(np.finfo(np.float32).eps)
 
 # Two tails whose float64 distances are this close are a tie: rounding may choose
@@ -19,6 +18,7 @@ CLOSE_FITS = {
         ("custom_heavy", "block.conv1", "fix-finger"),
         ("resnet18_w0.25_init", "layer4.0.shortcut.0", "goodness-of-fit"),
         ("wrn10x1_init", "layer2.0.shortcut.0", "goodness-of-fit"),
+        ("resnet32_cifar10", "layer2.4.conv1", "goodness-of-fit"),
     },
     "x64": set(),
 }
@@ -37,13 +37,16 @@ NOT_FITTED = {
 }
 
 
+@functools.cache
+def eigenvalues_of(name: str, layer: str, conv_norm: float) -> np.ndarray:
+    """All eigenvalues of a layer in float64."""
+    return reference.spectrum(golden.net(name).kernel(layer), conv_norm)
+
+
 def spectrum(name: str, layer: str, row: int) -> np.ndarray:
-    """The recorded float64 eigenvalues that a fit is given."""
-    net, config = golden.net(name), CONFIGS[row]
-    position = net.layer_names.index(layer)
-    pooled = net.kernel(layer).ndim == 4
-    factor = config["conv_norm"] / 0.5 if pooled else 1
-    eigenvalues = factor * golden.eigenvalues_of(net)[position]
+    """The eigenvalues that a fit is given."""
+    config = golden.metric_configs(name)[row]
+    eigenvalues = eigenvalues_of(name, layer, config["conv_norm"])
     return reference.above_floor(eigenvalues, golden.floor_of(config))
 
 
@@ -51,7 +54,7 @@ def spectrum(name: str, layer: str, row: int) -> np.ndarray:
 def tried(name: str, layer: str, row: int) -> reference.Candidates:
     """The candidate tails of a layer, those of the peak fit in its own window."""
     eigenvalues = spectrum(name, layer, row)
-    peak = CONFIGS[row]["pl_fitting"] == "fix-finger"
+    peak = golden.metric_configs(name)[row]["pl_fitting"] == "fix-finger"
     window = reference.peak_window(eigenvalues) if peak else None
     return reference.candidates(eigenvalues, window)
 
@@ -59,9 +62,9 @@ def tried(name: str, layer: str, row: int) -> reference.Candidates:
 @functools.cache
 def best_fit(name: str, layer: str, row: int) -> reference.Fit:
     """The fit of a layer."""
-    eigenvalues = spectrum(name, layer, row)
-    if CONFIGS[row]["pl_fitting"] == "median":
-        return reference.fit_median(eigenvalues, CONFIGS[row]["xmin_pos"])
+    eigenvalues, config = spectrum(name, layer, row), golden.metric_configs(name)[row]
+    if config["pl_fitting"] == "median":
+        return reference.fit_median(eigenvalues, config["xmin_pos"])
     return reference.best_of(eigenvalues, tried(name, layer, row))
 
 
@@ -76,10 +79,9 @@ def accepted_alpha(
     name: str, layer: str, row: int, precision_name: str, alpha: float
 ) -> float:
     """The published alpha, or that of a tied tail where it is nearer to `alpha`."""
-    position = golden.net(name).layer_names.index(layer)
-    published = golden.net(name).arrays["metrics_f64d"][row, position, 0]
-    close = (name, layer, CONFIGS[row]["pl_fitting"])
-    if close not in CLOSE_FITS[precision_name]:
+    net, kind = golden.net(name), golden.metric_configs(name)[row]["pl_fitting"]
+    published = net.arrays["metrics_f64d"][row, net.layer_names.index(layer), 0]
+    if (name, layer, kind) not in CLOSE_FITS[precision_name]:
         return published
     others = [published, *tied_alphas(name, layer, row, precision_name)]
     return min(others, key=lambda other: abs(alpha / other - 1))

@@ -7,7 +7,8 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import golden
@@ -29,20 +30,9 @@ METRICS = {
 }
 
 
-@contextlib.contextmanager
-def precision(name: str) -> Iterator[None]:
-    """Runs the library in float32 or with 64-bit types, and restores what was set."""
-    before = jax.config.read("jax_enable_x64")
-    jax.config.update("jax_enable_x64", name == "x64")
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_x64", before)
-
-
-def dtype_of(precision_name: str) -> type:
-    """Dtype of the parameters under a precision."""
-    return np.float64 if precision_name == "x64" else np.float32
+def precision(name: str) -> contextlib.AbstractContextManager[None]:
+    """Runs the library in float32 or with 64-bit types."""
+    return jax.enable_x64(name == "x64")
 
 
 def fit_of(config: Mapping[str, Any]) -> Any:
@@ -65,15 +55,12 @@ def map_of(config: Mapping[str, Any]) -> Any:
     }[config["assign_func"]]()
 
 
-class Table(dict[str, np.ndarray]):
-    """The columns of an analysis for one net, on the host."""
-
-    def analysis(
-        self, layers: Sequence[tb_optax.Layer], rows: slice
-    ) -> tb_optax.Analysis:
-        """Some of the rows as the library's table, with these layers."""
-        columns: dict[str, Any] = {name: col[rows] for name, col in self.items()}
-        return tb_optax.Analysis(layers=tuple(layers), **columns)
+def rows_of(
+    table: tb_optax.Analysis, layers: Sequence[tb_optax.Layer], rows: slice
+) -> tb_optax.Analysis:
+    """Some of the rows of a table on the host, with these layers."""
+    part = jax.tree.map(lambda column: column[rows], table)
+    return dataclasses.replace(part, layers=tuple(layers))
 
 
 def is_gram(config: Mapping[str, Any]) -> bool:
@@ -81,25 +68,6 @@ def is_gram(config: Mapping[str, Any]) -> bool:
     distance = config.get("esd_metric_for_tb") == "D"
     median = config["pl_fitting"] == "median"
     return median and not config["filter_zeros"] and not distance
-
-
-def run_together(analyses: Sequence[Any], params: Any, then: Any = None) -> list[Any]:
-    """Several analyses in one compilation, so that what they share is done once.
-
-    That is most of their work where layers and route are the same.
-
-    Args:
-        analyses: what `layer_analysis` returned.
-        params: the parameters.
-        then: what to do with each result.
-    """
-
-    @jax.jit
-    def run(params):
-        results = [analyze(params) for analyze in analyses]
-        return [then(result) for result in results] if then else results
-
-    return jax.device_get(run(jax.tree.map(jnp.asarray, params)))
 
 
 # Fits whose work grows with the square of the width are given spectra up to this many
@@ -133,12 +101,11 @@ def fitted(spectra: Any, factors: np.ndarray, options: Any) -> list[dict[str, An
 
 
 def analyze_together(
-    trees: Mapping[str, Any],
-    layers: Mapping[str, Sequence[tb_optax.Layer]],
+    nets: Mapping[str, golden.Net],
     configs: Sequence[Mapping[str, Any]],
     precision_name: str,
-) -> list[dict[str, Table]]:
-    """Every configuration on every net, one decomposition for each route.
+) -> list[dict[str, tb_optax.Analysis]]:
+    """For each configuration the table of each net, with one program for each route.
 
     Put together from the parts of the library's pipeline, since the spectra are the
     same for all configurations of a route; that `layer_analysis` is these parts in a
@@ -146,22 +113,13 @@ def analyze_together(
 
     The nets are branches of one tree, so that matrices of equal size are decomposed
     together.
-
-    Args:
-        trees: parameters by net.
-        layers: layers by net.
-        configs: metric configurations.
-        precision_name: one of `golden.PRECISIONS`.
-
-    Returns:
-        For each configuration, the table of each net.
     """
-    flat = [
+    layers = {name: net.layers(golden.own_layers(net)) for name, net in nets.items()}
+    flat = tuple(
         dataclasses.replace(layer, path=f"{name}/{layer.path}", follows=())
         for name, some in layers.items()
         for layer in some
-    ]
-    flat = tuple(flat)
+    )
     analyses = [
         tb_optax.layer_analysis(
             flat,
@@ -196,24 +154,24 @@ def analyze_together(
 
     results: dict[int, tb_optax.Analysis] = {}
     with precision(precision_name):
-        _, kernels, _ = analyses[0].resolve(jax.tree.map(jnp.asarray, dict(trees)))
+        trees = {name: net.tree(precision_name) for name, net in nets.items()}
+        _, kernels, _ = analyses[0].resolve(jax.tree.map(jnp.asarray, trees))
         for route in dict.fromkeys(route for route, _ in kinds):
             results |= jax.device_get(run(kernels, route))
-    names = [
-        f.name for f in dataclasses.fields(tb_optax.Analysis) if f.name != "layers"
-    ]
     ends = np.cumsum([0, *map(len, layers.values())])
     return [
         {
-            name: Table({c: getattr(results[i], c)[start:stop] for c in names})
-            for name, start, stop in zip(layers, ends[:-1], ends[1:], strict=True)
+            name: rows_of(results[i], own, slice(start, stop))
+            for (name, own), start, stop in zip(
+                layers.items(), ends[:-1], ends[1:], strict=True
+            )
         }
         for i in range(len(configs))
     ]
 
 
 @functools.cache
-def analyses(precision_name: str) -> list[dict[str, Table]]:
+def analyses(precision_name: str) -> list[dict[str, tb_optax.Analysis]]:
     """All metric configurations on all nets, the degenerate ones by "edge/<name>".
 
     Behind them the one that balances D, which takes another route to the eigenvalues.
@@ -221,17 +179,23 @@ def analyses(precision_name: str) -> list[dict[str, Table]]:
     """
     nets = {name: golden.net(name) for name in golden.NETS}
     edge = golden.edge_cases().items()
-    configs = golden.shared()["metric_configs"]
     nets |= {f"edge/{name}": net for name, net in edge if net.layer_names}
-    return analyze_together(
-        {name: net.tree(precision_name) for name, net in nets.items()},
-        {name: net.layers(golden.own_layers(net)) for name, net in nets.items()},
-        [*configs, configs[0] | {"esd_metric_for_tb": "D"}],
-        precision_name,
-    )
+    configs = golden.shared()["metric_configs"]
+    by_distance = configs[0] | {"esd_metric_for_tb": "D"}
+    return analyze_together(nets, [*configs, by_distance], precision_name)
 
 
-def tables_of(config: Mapping[str, Any], precision_name: str) -> dict[str, Table]:
+@functools.cache
+def analyses_of_trained(precision_name: str) -> list[dict[str, tb_optax.Analysis]]:
+    """The trained nets under every fit."""
+    nets = {name: golden.net(name) for name in golden.TRAINED}
+    configs = golden.metric_configs(golden.TRAINED[0])
+    return analyze_together(nets, configs, precision_name)
+
+
+def tables_of(
+    config: Mapping[str, Any], precision_name: str
+) -> dict[str, tb_optax.Analysis]:
     """What `analyses` holds for a rate configuration."""
     row = golden.metric_row(config)
     by_distance = config["esd_metric_for_tb"] == "D"
@@ -239,18 +203,11 @@ def tables_of(config: Mapping[str, Any], precision_name: str) -> dict[str, Table
     return analyses(precision_name)[-1 if by_distance else row]
 
 
-def structure_of(config: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The options of a rate configuration that decide who follows whom."""
-    return tuple(
-        config[option]
-        for option in (
-            "remove_first_layer",
-            "remove_last_layer",
-            "batchnorm",
-            "batchnorm_type",
-            "layernorm",
-        )
-    )
+# The options of a rate configuration that decide who follows whom.
+structure_of = operator.itemgetter(
+    *("remove_first_layer", "remove_last_layer"),
+    *("batchnorm", "batchnorm_type", "layernorm"),
+)
 
 
 def selected_layers(

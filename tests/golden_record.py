@@ -11,9 +11,10 @@ TOLERANCE = {"x64": 1e-9, "float32": 1e-4}
 
 
 class Record:
-    """What a test module has compared, for the table it prints at its end."""
+    """What a test module has compared, for the table that `conftest` prints."""
 
-    def __init__(self):
+    def __init__(self, title: str):
+        self.title = title
         self._worst: dict[tuple[str, str], tuple[float, float, str]] = {}
         self._rows: collections.Counter[tuple[str, str]] = collections.Counter()
         self._excused: collections.Counter[tuple[str, str]] = collections.Counter()
@@ -24,23 +25,25 @@ class Record:
         precision_name: str,
         deviation: Any,
         tolerance: Any,
-        where: Sequence[str],
-    ) -> list[str]:
-        """Notes the deviations and returns the places beyond tolerance."""
-        deviation = np.atleast_1d(np.asarray(deviation, np.float64))
+        where: str | Sequence[str],
+    ) -> None:
+        """Notes the deviations, and asserts that none is beyond tolerance."""
+        deviation = np.ravel(np.asarray(deviation, np.float64))
         tolerance = np.broadcast_to(tolerance, deviation.shape)
+        places = [where] * deviation.size if isinstance(where, str) else where
         share = np.where(np.isfinite(deviation), deviation, np.inf) / tolerance
         key = (what, precision_name)
         self._rows[key] += share.size
         if share.size:
             worst = int(np.argmax(share))
-            entry = (float(share[worst]), float(deviation[worst]), where[worst])
+            entry = (float(share[worst]), float(deviation[worst]), places[worst])
             self._worst[key] = max(self._worst.get(key, (-1.0, 0.0, "")), entry)
-        return [
-            f"{precision_name}, {where[int(i)]}: {what} off by {deviation[i]:.3g}, "
+        beyond = [
+            f"{precision_name}, {places[int(i)]}: {what} off by {deviation[i]:.3g}, "
             f"tolerance {tolerance[i]:.3g}"
             for i in np.flatnonzero(~(share <= 1))
         ]
+        assert not beyond, "\n".join(beyond[:20])
 
     def hold(
         self,
@@ -52,30 +55,18 @@ class Record:
         tolerance: float | None = None,
     ) -> None:
         """Asserts that numbers agree, relatively or, below 1, absolutely."""
-        tolerance = tolerance or TOLERANCE[precision_name]
         published = np.asarray(published, np.float64)
         deviation = np.abs(found - published) / np.maximum(1, np.abs(published))
-        places = [where] * np.size(deviation)
-        beyond = self.compare(
-            what, precision_name, np.ravel(deviation), tolerance, places
-        )
-        assert not beyond, "\n".join(beyond[:10])
+        tolerance = tolerance or TOLERANCE[precision_name]
+        self.compare(what, precision_name, deviation, tolerance, where)
 
-    def excuse(self, rule: str, precision_name: str, rows: int = 1) -> None:
-        """Counts rows that a rule excuses."""
-        self._excused[rule, precision_name] += rows
+    def excuse(self, rule: str, precision_name: str) -> None:
+        """Counts a row that a rule excuses."""
+        self._excused[rule, precision_name] += 1
 
-    def excused(self, precision_name: str) -> dict[str, int]:
-        """How many rows each rule has excused."""
-        return {
-            rule: n
-            for (rule, name), n in self._excused.items()
-            if name == precision_name
-        }
-
-    def table(self, title: str) -> str:
+    def table(self) -> str:
         """What was compared, the largest deviations, and the excused rows."""
-        lines = [f"\n{title}: largest deviation, of its tolerance, rows, where"]
+        lines = [f"\n{self.title}: largest deviation, of its tolerance, rows, where"]
         for (what, name), (share, deviation, where) in sorted(self._worst.items()):
             rows = self._rows[what, name]
             lines.append(

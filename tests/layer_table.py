@@ -64,12 +64,6 @@ def columns_of(analysis) -> dict[str, Any]:
     return {name: np.asarray(getattr(analysis, name)) for name in names}
 
 
-def where_a_tail_exists(fit):
-    """A reference fit that finds nothing in a single eigenvalue."""
-    nothing = reference.Fit(0, 1, 0, 0)
-    return lambda row: fit(row) if len(row) > 1 else nothing
-
-
 def assert_same(one, other, columns=None, rows=slice(None)):
     """To the bit."""
     one, other = columns_of(one), columns_of(other)
@@ -154,15 +148,14 @@ def check_table(analysis, kernels, fit, *, floor=None, conv_norm=0.5, dtype=None
     return np.asarray(alphas)
 
 
-def check_multipliers(analysis, alphas, low=0.5, high=1.5):
+def check_multipliers(analysis, alphas):
     """The linear map of the reference's alphas, with the error of its range."""
     eps = float(np.finfo(analysis.alpha.dtype).eps)
     tuned = (alphas > 0) & (np.asarray(analysis.eigenvalue_count) >= 20)
     np.testing.assert_array_equal(analysis.tuned, tuned)
-    expected = reference.multipliers(
-        np.where(tuned, alphas, np.nan), "tb_linear_map", low, high
-    )
+    scores = np.where(tuned, alphas, np.nan)
+    expected = reference.multipliers(scores, "tb_linear_map", 0.5, 1.5)
     error = np.abs(np.asarray(analysis.alpha) - alphas)[tuned].max()
-    tolerance = 4 * error / np.ptp(alphas[tuned]) * abs(high - low)
-    np.testing.assert_allclose(analysis.multipliers, expected, atol=tolerance + 4 * eps)
+    tolerance = 4 * error / np.ptp(alphas[tuned]) + 4 * eps
+    np.testing.assert_allclose(analysis.multipliers, expected, atol=tolerance)
     np.testing.assert_array_equal(analysis.multipliers[~tuned], 1)

@@ -1,4 +1,4 @@
-"""Ten steps of a small ResNet in one of several processes: `test_processes` starts it.
+"""Ten steps of a small network in one of several processes: `test_processes` starts it.
 
     python tests/one_of_two.py PROCESSES INDEX PORT OUT
 
@@ -13,81 +13,66 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import tb_optax
-from benchmarks import models
+from tb_optax import Layer, MatrixAxes
 
 DEVICES = 4
 STEPS = 10
-BATCH = 8
+SHAPES = {"conv": (3, 3, 4, 16), "dense": (16, 24), "head": (24, 8)}
+LAYERS = (
+    Layer("conv", MatrixAxes((2,), (3,), pooled=(0, 1))),
+    Layer("dense", MatrixAxes((0,), (1,))),
+    Layer("head", MatrixAxes((0,), (1,))),
+)
 
 
-def build():
-    return models.build(
-        "resnet8", num_classes=10, width=0.5, image_channels=1, rngs=nnx.Rngs(0)
+def loss_of(params, images, labels):
+    """Mean cross entropy of a convolution, a mean over positions and two layers."""
+    layout = ("NHWC", "HWIO", "NHWC")
+    x = jax.lax.conv_general_dilated(
+        images, params["conv"], (1, 1), "SAME", dimension_numbers=layout
     )
-
-
-@jax.jit
-def initial():
-    _, params, stats = nnx.split(build(), nnx.Param, nnx.BatchStat)
-    return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
+    x = jnp.tanh(jax.nn.relu(x).mean(axis=(1, 2)) @ params["dense"])
+    logits = x @ params["head"]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def train():
     """Trains on a mesh of all devices of all processes."""
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    rng = np.random.default_rng(0)
 
-    def spec_of(leaf):
-        divisible = leaf.ndim == 4 and leaf.shape[-1] % 4 == 0
-        return P(None, None, None, ("data", "model")) if divisible else P()
+    def everywhere(leaf, *spec):
+        sharding = NamedSharding(mesh, P(*spec))
+        return jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__)
+
+    def kernel(*shape):
+        leaf = np.asarray(rng.normal(size=shape) / shape[-2], np.float32)
+        return everywhere(leaf, *[None] * (len(shape) - 1), ("data", "model"))
 
     with jax.set_mesh(mesh):
-        model = nnx.eval_shape(build)
-        graph = nnx.graphdef(model)
-        params, stats = initial()
-
-        def everywhere(leaf, spec):
-            leaf = np.asarray(leaf)
-            sharding = NamedSharding(mesh, spec)
-            return jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__)
-
-        params = jax.tree.map(lambda leaf: everywhere(leaf, spec_of(leaf)), params)
-        stats = jax.tree.map(lambda leaf: everywhere(leaf, P()), stats)
-        rng = np.random.default_rng(0)
-        images = everywhere(
-            rng.normal(size=(BATCH, 8, 8, 1)).astype(np.float32), P("data")
-        )
-        labels = everywhere(rng.integers(0, 10, BATCH), P("data"))
-        layers = models.layers_in_order(model)[1:-1]
-        analyze = tb_optax.layer_analysis(layers, min_eigenvalues=8)
+        params = {name: kernel(*shape) for name, shape in SHAPES.items()}
+        images = rng.normal(size=(8, 8, 8, 4)).astype(np.float32)
+        batch = everywhere(images, "data"), everywhere(rng.integers(0, 8, 8), "data")
+        analyze = tb_optax.layer_analysis(LAYERS, min_eigenvalues=8)
         tx = tb_optax.temp_balance(optax.sgd(0.05, momentum=0.9), analyze, interval=3)
         state = jax.jit(tx.init)(params)
 
         @jax.jit
-        def step(params, stats, state, images, labels):
-            def loss_fn(params):
-                model = nnx.merge(graph, params, stats)
-                logits = model(images, train=True)
-                losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-                return losses.mean(), nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-
-            (loss, new), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        def step(params, state, images, labels):
+            loss, gradients = jax.value_and_grad(loss_of)(params, images, labels)
             updates, state = tx.update(gradients, state, params)
-            return optax.apply_updates(params, updates), new, state, loss
+            params = optax.apply_updates(params, updates)
+            sums = [jnp.abs(leaf).sum() for leaf in jax.tree.leaves(params)]
+            return params, state, loss, sums
 
-        losses = []
+        losses, sums = [], []
         for _ in range(STEPS):
-            params, stats, state, loss = step(params, stats, state, images, labels)
+            params, state, loss, sums = step(params, state, *batch)
             losses.append(float(loss))
-        replicated = NamedSharding(mesh, P())
-        sums = jax.jit(
-            lambda tree: [jnp.abs(leaf).sum() for leaf in jax.tree.leaves(tree)],
-            out_shardings=replicated,
-        )(params)
         own = tb_optax.get_state(state)
         return {
             "losses": losses,

@@ -62,10 +62,16 @@ def _alphas(logs: np.ndarray) -> np.ndarray:
         return 1 + size / np.maximum(sums, 0)
 
 
-def _distance(tail: np.ndarray, alpha: float) -> float:
-    rank = np.arange(len(tail)) / len(tail)
+def _distances(
+    eigenvalues: np.ndarray, starts: np.ndarray, alphas: np.ndarray
+) -> np.ndarray:
+    """KS distances of the tails from these entries on, all compared at once."""
+    first, count = starts[0], len(eigenvalues)
+    rank = (np.arange(first, count) - starts[:, None]) / (count - starts[:, None])
     with np.errstate(all="ignore"):
-        return float(np.max(np.abs(1 - (tail / tail[0]) ** (1 - alpha) - rank)))
+        ratio = eigenvalues[first:] / eigenvalues[starts, None]
+        terms = np.abs(1 - ratio ** (1 - alphas[:, None]) - rank)
+    return np.where(rank < 0, 0, terms).max(axis=1)
 
 
 def fit_median(eigenvalues: np.ndarray, position: float = 2) -> Fit:
@@ -74,7 +80,9 @@ def fit_median(eigenvalues: np.ndarray, position: float = 2) -> Fit:
     logs = np.log(tail)
     excess = np.sum(logs) - len(tail) * logs[0]
     alpha = 1 + len(tail) / excess if excess != 0 else math.inf
-    return Fit(alpha, _distance(tail, alpha), float(tail[0]), len(tail))
+    first = np.asarray([len(eigenvalues) - len(tail)])
+    (distance,) = _distances(eigenvalues, first, np.asarray([alpha]))
+    return Fit(alpha, float(distance), float(tail[0]), len(tail))
 
 
 def candidates(eigenvalues: np.ndarray, window: np.ndarray | None = None) -> Candidates:
@@ -83,13 +91,17 @@ def candidates(eigenvalues: np.ndarray, window: np.ndarray | None = None) -> Can
     with np.errstate(all="ignore"):
         alpha = np.where(allowed, _alphas(np.log(eigenvalues)), 0)[:-1]
     distance = np.ones(len(alpha))
-    for i in np.flatnonzero(alpha > 1):
-        distance[i] = _distance(eigenvalues[i:], alpha[i])
+    tails = np.flatnonzero(alpha > 1)
+    for starts in np.split(tails, range(64, len(tails), 64)):
+        if len(starts):
+            distance[starts] = _distances(eigenvalues, starts, alpha[starts])
     return Candidates(alpha, distance)
 
 
 def best_of(eigenvalues: np.ndarray, tried: Candidates) -> Fit:
     """The first of the candidates with the smallest distance."""
+    if not tried.alpha.size:
+        return Fit(0, 1, 0, 0)
     best = int(np.argmin(tried.ks_distance))
     return Fit(
         float(tried.alpha[best]),
@@ -119,9 +131,17 @@ def peak_window(
     return (eigenvalues >= lower) & (eigenvalues <= 1.5 * peak)
 
 
-def fit_peak(eigenvalues: np.ndarray, bins: int = 100) -> Fit:
+def fit_peak(eigenvalues: np.ndarray) -> Fit:
     """As `fit_min_ks`, with xmin in the published window ("fix-finger")."""
-    return best_of(eigenvalues, candidates(eigenvalues, peak_window(eigenvalues, bins)))
+    return best_of(eigenvalues, candidates(eigenvalues, peak_window(eigenvalues)))
+
+
+# By the published names, of eigenvalues and the position of the median fit.
+FITS: dict[str, Callable[[np.ndarray, float], Fit]] = {
+    "median": fit_median,
+    "goodness-of-fit": lambda eigenvalues, _: fit_min_ks(eigenvalues),
+    "fix-finger": lambda eigenvalues, _: fit_peak(eigenvalues),
+}
 
 
 def select(
@@ -157,15 +177,6 @@ PUBLISHED_MAPS: dict[str, Callable[[np.ndarray, float, float], np.ndarray]] = {
 DOMAIN = {"tb_linear_map": -math.inf, "tb_sqrt": 0, "tb_log2": 1, "tb_step": -math.inf}
 
 
-def published_multipliers(
-    scores: np.ndarray, kind: str, low: float, high: float
-) -> np.ndarray:
-    """Multipliers as published, NaN, infinities and degenerate cases included."""
-    scores = np.asarray(scores, np.float64)
-    with np.errstate(all="ignore"):
-        return PUBLISHED_MAPS[kind](scores, low, high) if scores.size else scores
-
-
 def multipliers(scores: np.ndarray, kind: str, low: float, high: float) -> np.ndarray:
     """Multipliers as the library defines them.
 
@@ -176,12 +187,10 @@ def multipliers(scores: np.ndarray, kind: str, low: float, high: float) -> np.nd
     result = np.ones(len(scores))
     inside = np.isfinite(scores) & (np.nan_to_num(scores) >= DOMAIN[kind])
     some = scores[inside]
-    if not some.size:
-        return result
-    largest = np.abs(some).max()
-    if np.ptp(some) <= 8 * np.finfo(np.float64).eps * largest:
-        return result
-    result[inside] = published_multipliers(some, kind, low, high)
+    # Equal up to rounding; a single one, or none, is equal.
+    spread = np.ptp(some) if some.size else 0
+    if spread > 8 * np.finfo(np.float64).eps * np.abs(some).max(initial=0):
+        result[inside] = PUBLISHED_MAPS[kind](some, low, high)
     return result
 
 

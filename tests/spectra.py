@@ -30,25 +30,10 @@ def float32(values: Any) -> np.ndarray:
     return np.asarray(values, np.float32)
 
 
-def pareto_quantiles(alpha, count, xmin=1.0):
-    """Ascending quantiles at (j + 1/2) / N of the density ∝ λ^-alpha above xmin."""
+def pareto_quantiles(alpha, count):
+    """Ascending quantiles at (j + 1/2) / N of the density ∝ λ^-alpha above 1."""
     survival = (count - np.arange(count) - 0.5) / count
-    return xmin * survival ** (-1 / (alpha - 1))
-
-
-def hill_of_pareto_quantiles(alpha, tail_size, *, include_threshold=True):
-    """What the Hill estimator makes of `pareto_quantiles`, in closed form.
-
-    Counted from the top, the k-th quantile is ((k - 1/2) / N)^(-1/(alpha-1)), so that
-    the excesses over the threshold, the n-th or the (n+1)-th, sum to
-
-        Σ_k ln((n ∓ 1/2) / (k - 1/2)) / (alpha - 1)
-            = (n ln(n ∓ 1/2) - lnΓ(n + 1/2) + lnΓ(1/2)) / (alpha - 1).
-    """
-    n = tail_size
-    threshold = n - 0.5 if include_threshold else n + 0.5
-    total = n * math.log(threshold) - math.lgamma(n + 0.5) + math.lgamma(0.5)
-    return 1 + (alpha - 1) * n / total
+    return survival ** (-1 / (alpha - 1))
 
 
 def marchenko_pastur(aspect, count):
@@ -70,12 +55,10 @@ def marchenko_pastur(aspect, count):
     return np.interp(probability, mass / mass[-1], x)
 
 
-def hill(eigenvalues, tail_size, *, include_threshold=True):
+def hill(eigenvalues, tail_size):
     """Hill estimate of the `tail_size` largest of ascending eigenvalues."""
-    first = len(eigenvalues) - tail_size
-    threshold = eigenvalues[first if include_threshold else first - 1]
-    excess = [math.log(value / threshold) for value in eigenvalues[first:]]
-    total = math.fsum(excess)
+    tail = np.asarray(eigenvalues, np.float64)[-tail_size:]
+    total = math.fsum(np.log(tail / tail[0]))
     return 1 + tail_size / total if total > 0 else math.inf
 
 

@@ -20,60 +20,48 @@ from golden import PRECISIONS
 import tb_optax
 from tb_optax import linear, mean_one
 
-RECORD = golden_record.Record()
+RECORD = golden_record.Record("relatives")
 check = RECORD.hold
 
 
 every_precision = pytest.mark.parametrize("precision", PRECISIONS)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def print_table():
-    yield
-    print(RECORD.table("relatives"))
-
-
 # --- columns ------------------------------------------------------------------------
 
 
-def columns_of(table):
-    """Columns by the published names."""
-    count = table["eigenvalue_count"]
-    return {
-        "alpha": table["alpha"],
-        "D": table["ks_distance"],
-        "spectral_norm": table["spectral_norm"] ** 2,
-        "norm": table["frobenius_norm"] ** 2,
-        "fnorm": table["frobenius_norm"] ** 2,
-        "stable_rank": table["stable_rank"],
-        "norm_stable_rank": table["frobenius_norm"] ** 2 / count,
-        "entropy": table["entropy"],
-        "eigs_num": count,
-        "alphahat": table["alpha_hat"],
-    }
-
-
-def columns_in(name, table):
-    """AlphaDecay has a softplus around one of them."""
-    found = columns_of(table)
+def columns_of(table, name=""):
+    """Columns by the published names; AlphaDecay has a softplus around one of them."""
+    alpha_hat, norm = table.alpha_hat, table.frobenius_norm**2
     if name.startswith("alpha_decay"):
-        found["alphahat"] = np.logaddexp(0, found["alphahat"])
-    return found
+        alpha_hat = np.logaddexp(0, alpha_hat)
+    return {
+        "alpha": table.alpha,
+        "D": table.ks_distance,
+        "spectral_norm": table.spectral_norm**2,
+        "norm": norm,
+        "fnorm": norm,
+        "stable_rank": table.stable_rank,
+        "norm_stable_rank": norm / table.eigenvalue_count,
+        "entropy": table.entropy,
+        "eigs_num": table.eigenvalue_count,
+        "alphahat": alpha_hat,
+    }
 
 
 def check_columns(name, config, columns, published, precision):
     """Hold the columns of a net to the published ones, for the layers it analyzes."""
     table = family.table_of(name, config, precision)
     analyzed = np.isfinite(published[:, 0])
-    enough = table["eigenvalue_count"] >= config.get("eigs_num_thresh", 0)
+    enough = table.eigenvalue_count >= config.get("eigs_num_thresh", 0)
     np.testing.assert_array_equal(analyzed, enough)
-    kept = analyzed & table["fitted"]
+    kept = analyzed & table.fitted
     # One kernel is noise to Gram matrices in float32.
     noise = name == "lm_transformer" and precision == "float32"
     assert kept.sum() >= analyzed.sum() - noise
     # Published ranks are those of the tail, and of what the floor keeps.
     other_rank = config.get("sr_mid_pos") or family.has_floor(config)
-    for column, found in columns_in(name, table).items():
+    for column, found in columns_of(table, name).items():
         if column not in columns or (other_rank and "rank" in column):
             continue
         own = published[kept, columns.index(column)]
@@ -101,9 +89,8 @@ def test_columns_of_alpha_pruning(precision):
     """Its estimator runs in float32 alone."""
     info, arrays = recorded("alpha_pruning")
     for fit in ("xmin_mid", "xmin_peak"):
-        table = family.table_of(
-            "alpha_pruning", {"fix_fingers": fit, "xmin_pos": 2}, precision
-        )
+        config = {"fix_fingers": fit, "xmin_pos": 2}
+        table = family.table_of("alpha_pruning", config, precision)
         for place, column in enumerate(info["estimator_columns"]):
             own = arrays[f"estimator/{fit}"][:, place]
             found = columns_of(table)[column]
@@ -114,17 +101,7 @@ def test_columns_of_alpha_pruning(precision):
 
 
 def check_map(scores, names, config, kind, published, precision, where):
-    """Hold a rule to what the published code made of the same scores.
-
-    Args:
-        scores: of the layers that the published code keeps.
-        names: of these layers.
-        config: the rule, and its numbers.
-        kind: what it scales: "lr", or "wd".
-        published: multipliers.
-        precision: one of `PRECISIONS`.
-        where: for messages.
-    """
+    """Hold a rule for "lr" or "wd" to what the published code made of these scores."""
     rule, (assign, groups) = rule_of(config, kind)
     make = functools.partial(family.multipliers, assign=assign, groups=groups, pad=144)
     usable = np.isfinite(scores)
@@ -147,13 +124,8 @@ def check_map(scores, names, config, kind, published, precision, where):
         values = {"tb_sqrt": np.sqrt, "tb_log2": np.log2}[rule](scores)
         found = found * values.sum() / (values.sum() + len(scores) * 1e-8)
     compared = ~flat_places(scores, names, rule, config)
-    check(
-        f"multipliers of {method}",
-        precision,
-        found[compared],
-        published[compared],
-        where,
-    )
+    what = f"multipliers of {method}"
+    check(what, precision, found[compared], published[compared], where)
 
 
 def flat_places(scores, names, rule, config):
@@ -207,15 +179,9 @@ def test_maps_of_given_scores(method, precision):
             if vector["status"][row] != "ok":
                 continue  # It asks for a third part of names.
             base = config.get("epoch_val", config.get("untuned_wd"))
-            check_map(
-                arrays[f"scores/{name}"],
-                names,
-                config,
-                config.get("hyperparam", "wd"),
-                arrays[f"value/{name}"][row] / base,
-                precision,
-                f"{name}, {row}",
-            )
+            kind, scores = config.get("hyperparam", "wd"), arrays[f"scores/{name}"]
+            published, where = arrays[f"value/{name}"][row] / base, f"{name}, {row}"
+            check_map(scores, names, config, kind, published, precision, where)
 
 
 @every_precision
@@ -242,15 +208,8 @@ def test_maps_of_model_balancing(name, precision):
             if config["hyperparam_to_tune"] not in (kind, "hybrid"):
                 np.testing.assert_allclose(published[kept], 1)
                 continue
-            check_map(
-                scores,
-                [names[i] for i in kept],
-                config,
-                kind,
-                published[kept],
-                precision,
-                f"{name}, {row}, {kind}",
-            )
+            own, where = [names[i] for i in kept], f"{name}, {row}, {kind}"
+            check_map(scores, own, config, kind, published[kept], precision, where)
         if info[f"param_status_{suffix}"][row] != "ok":
             continue  # There a layer without a score in a block ends the training.
         rate, decay = (arrays[f"param_lr_wd_{suffix}"][row] / [info["base_lr"], 0.1]).T
@@ -273,19 +232,12 @@ def test_maps_of_alpha_decay(name, precision):
         table = family.table_of(name, config, precision)
         first = int(config["remove_first_layer"])
         kept = np.arange(first, len(names) - int(config["remove_last_layer"]))
-        kept = kept[table["eigenvalue_count"][kept] >= config["eigs_thresh"]]
+        kept = kept[table.eigenvalue_count[kept] >= config["eigs_thresh"]]
         own = [names[i] for i in kept]
         places = [info["param_names"].index(f"{layer}.weight") for layer in own]
         published = arrays[f"param_wd_{suffix}"][row] / info["base_wd"]
-        check_map(
-            columns_in(name, table)[metric][kept],
-            own,
-            config,
-            "wd",
-            published[places],
-            precision,
-            f"{name}, {row}",
-        )
+        scores, where = columns_of(table, name)[metric][kept], f"{name}, {row}"
+        check_map(scores, own, config, "wd", published[places], precision, where)
         np.testing.assert_array_equal(np.delete(published, places), 1)
 
 
@@ -301,20 +253,18 @@ def test_ratios_of_alpha_pruning(precision):
         name, names = case["name"], case["layer_names"]
         scores, sizes = arrays[f"{name}/metric"], arrays[f"{name}/numel"]
         in_run = {x: i // (len(names) // case["blocks"]) for i, x in enumerate(names)}
+
+        def by_run(layer, in_run=in_run):
+            return in_run.get(layer.path)
+
         for row, config in enumerate(info["configs"]):
             bounds = linear(1 - config["epsilon"], 1 + config["epsilon"])
+            assign = mean_one(bounds, by_size=True)
             blocks = config["mapping_type"] == "block_wise"
+            groups = by_run if blocks else None
+            options = {"groups": groups, "sizes": sizes.tolist(), "pad": 224}
             with golden_library.precision(precision):
-                found = family.multipliers(
-                    scores,
-                    names,
-                    mean_one(bounds, by_size=True),
-                    groups=(lambda layer, runs=in_run: runs.get(layer.path))
-                    if blocks
-                    else None,
-                    sizes=sizes.tolist(),
-                    pad=224,
-                )
+                found = family.multipliers(scores, names, assign, **options)
             target = config["sparsity_ratio"]
             ratios = target * found
             published = arrays[f"{name}/ratio"][row]
@@ -325,9 +275,8 @@ def test_ratios_of_alpha_pruning(precision):
             check("ratios", precision, ratios, published, f"{name}, {row}", tolerance)
             copy = arrays[f"{name}/farms_copy_ratio"][row]
             if blocks and np.isfinite(copy).all():
-                clipped = np.where(
-                    ratios > 1, 0.99999 if target == 0.7 else 0.998, ratios
-                )
+                most = 0.99999 if target == 0.7 else 0.998
+                clipped = np.where(ratios > 1, most, ratios)
                 check("ratios", precision, clipped, copy, f"{name}, {row}", tolerance)
             compared += 1
     assert compared > 100
@@ -367,7 +316,8 @@ def test_rates_of_the_language_model(precision):
             config["eigs_thresh"] = 0
         layers, kept = golden_library.selected_layers(net, config)
         with golden_library.precision(precision):
-            found, _ = golden_library.balance(table.analysis(layers, kept), config)
+            analysis = golden_library.rows_of(table, layers, kept)
+            found, _ = golden_library.balance(analysis, config)
         (owners,) = golden_library.leaf_owners([layers], net)
         rates = info["untuned_lr"] * golden_library.leaf_values(found, owners)
         check("rates", precision, rates, arrays["lr_f32"][row], f"lm, {row}", 1e-4)

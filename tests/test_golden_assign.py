@@ -1,5 +1,7 @@
 """The four maps from scores to rates, on recorded vectors of scores."""
 
+import itertools
+
 import golden
 import golden_library
 import golden_record
@@ -9,10 +11,9 @@ import pytest
 import reference
 from golden_deviations import Deviation, assert_as_listed, state_of, where
 
-RECORD = golden_record.Record()
+RECORD = golden_record.Record("maps")
 INFO, ARRAYS = golden.read_json("assign"), golden.read_arrays("assign")
 CONFIGS, VECTORS = INFO["configs"], INFO["vectors"]
-NAMES = tuple(vector["name"] for vector in VECTORS)
 
 LINEAR = where(CONFIGS, assign_func="tb_linear_map")
 SQRT = where(CONFIGS, assign_func="tb_sqrt")
@@ -31,94 +32,60 @@ NOTHING = "nothing to balance"
 # "others": the layers with a score inside the map's domain are balanced among
 # themselves, or all are untouched if those are fewer than two.  Rates of 0 are left
 # out: there published and ours agree unless the former is not a number.
-WITH_NAN = ("with_nan", "nan_first")
-SMALL = ("below_one", "wide")
+WITH_NAN, WITH_INF = ("with_nan", "nan_first"), ("with_inf", "two_inf")
 MOVING = (LINEAR | STEP) - SAME_BOUNDS - STOPPED
-DEVIATIONS = (
-    Deviation("rate", ("random_1",), MOVING, "finite", "others", ONE),
-    Deviation("rate", ("all_equal", "zeros"), MOVING, "finite", "others", EQUAL),
-    Deviation(
-        "rate", ("near_equal",), MOVING, "finite", "others", ROUNDED, ("float32",)
-    ),
-    Deviation("rate", ("zeros",), SQRT, "nan", "others", EQUAL),
-    Deviation("rate", ("zeros",), LOG2, "nan", "others", DOMAIN),
-    Deviation("rate", ("empty",), LINEAR, "raises", "others", NOTHING),
-    Deviation("rate", ("with_inf", "two_inf"), MOVING, "finite", "others", NO_SCORE),
-    Deviation("rate", ("with_inf", "two_inf"), SQRT | LOG2, "nan", "others", NO_SCORE),
-    Deviation("rate", ("with_nan",), LINEAR, "nan", "others", NO_SCORE),
-    Deviation(
-        "rate", ("with_nan", "nan_first"), SQRT | LOG2, "nan", "others", NO_SCORE
-    ),
-    Deviation("rate", ("nan_first",), LINEAR, "nan", "others", NO_SCORE),
-    Deviation(
-        "rate",
-        WITH_NAN,
-        STEP - SAME_BOUNDS - STOPPED,
-        "finite",
-        "others",
-        NO_SCORE,
-    ),
-    Deviation(
-        "rate", ("negative", "all_negative"), SQRT | LOG2, "nan", "others", DOMAIN
-    ),
-    Deviation(
-        "rate", ("below_one", "wide"), LOG2 - STOPPED, "finite", "others", DOMAIN
-    ),
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def print_table():
-    yield
-    print(RECORD.table("maps"))
-
-
-def multipliers(scores, config, precision_name):
-    """The library's map on a vector, layers without a finite score not tuned."""
-    dtype = golden_library.dtype_of(precision_name)
-    with golden_library.precision(precision_name):
-        return golden_library.mapped(config, scores, np.isfinite(scores), dtype)
+FLOAT32 = ("float32",)
+DEVIATIONS = [
+    Deviation("rate", cases, configs, published, "others", reason, *precisions)
+    for cases, configs, published, reason, *precisions in (
+        (("random_1",), MOVING, "finite", ONE),
+        (("all_equal", "zeros"), MOVING, "finite", EQUAL),
+        (("near_equal",), MOVING, "finite", ROUNDED, FLOAT32),
+        (("zeros",), SQRT, "nan", EQUAL),
+        (("zeros",), LOG2, "nan", DOMAIN),
+        (("empty",), LINEAR, "raises", NOTHING),
+        (WITH_INF, MOVING, "finite", NO_SCORE),
+        (WITH_INF, SQRT | LOG2, "nan", NO_SCORE),
+        (WITH_NAN, LINEAR | SQRT | LOG2, "nan", NO_SCORE),
+        (WITH_NAN, STEP - SAME_BOUNDS - STOPPED, "finite", NO_SCORE),
+        (("negative", "all_negative"), SQRT | LOG2, "nan", DOMAIN),
+        (("below_one", "wide"), LOG2 - STOPPED, "finite", DOMAIN),
+    )
+]
 
 
 @pytest.mark.parametrize("precision_name", golden.PRECISIONS)
 def test_rates(precision_name):
-    found, failures = {}, []
+    """Layers without a finite score are not tuned."""
+    found = {}
     tolerance = 1e-9 if precision_name == "x64" else 1e-3
-    for vector in VECTORS:
+    dtype = golden.DTYPES[precision_name]
+    for vector, (row, config) in itertools.product(VECTORS, enumerate(CONFIGS)):
         name = vector["name"]
+        where = f"{name}, configuration {row}"
         scores = ARRAYS[f"scores/{name}"]
-        seen = scores.astype(golden_library.dtype_of(precision_name))
-        for row, config in enumerate(CONFIGS):
-            ours = multipliers(scores, config, precision_name)
-            # NaN is for a tuned layer outside the domain; the analysis makes it 1.
-            with np.errstate(invalid="ignore"):
-                outside = seen < reference.DOMAIN[config["assign_func"]]
-            assert np.array_equal(np.isnan(ours), outside)
-            ours = np.where(outside, 1, ours)
-            expected = reference.multipliers(
-                seen,
-                config["assign_func"],
-                config["lr_min_ratio"],
-                config["lr_max_ratio"],
-            )
-            failures += RECORD.compare(
-                "multipliers, to the formulas",
-                precision_name,
-                np.abs(ours - expected),
-                tolerance,
-                [f"{name}, configuration {row}"] * len(scores),
-            )
-            base = config["untuned_lr"]
-            published = ARRAYS[f"lr/{name}"][row]
-            state = state_of(published, failed=row in vector["failures"])
-            deviation = np.abs(base * ours - published)
-            if state == "finite" and np.all(deviation <= tolerance * base):
-                share = deviation / (base or 1)
-                places = [f"{name}, configuration {row}"] * len(scores)
-                RECORD.compare("rates", precision_name, share, tolerance, places)
-            else:
-                found[name, row] = (state, "others")
-    assert not failures, "\n".join(failures[:20])
+        seen, tuned = scores.astype(dtype), np.isfinite(scores)
+        with golden_library.precision(precision_name):
+            ours = golden_library.mapped(config, scores, tuned, dtype)
+        # NaN is for a tuned layer outside the domain; the analysis makes it 1.
+        with np.errstate(invalid="ignore"):
+            outside = seen < reference.DOMAIN[config["assign_func"]]
+        assert np.array_equal(np.isnan(ours), outside)
+        ours = np.where(outside, 1, ours)
+        bounds = config["lr_min_ratio"], config["lr_max_ratio"]
+        expected = reference.multipliers(seen, config["assign_func"], *bounds)
+        deviation = np.abs(ours - expected)
+        what = "multipliers, to the formulas"
+        RECORD.compare(what, precision_name, deviation, tolerance, where)
+        base = config["untuned_lr"]
+        published = ARRAYS[f"lr/{name}"][row]
+        state = state_of(published, failed=row in vector["failures"])
+        deviation = np.abs(base * ours - published)
+        if state == "finite" and np.all(deviation <= tolerance * base):
+            share = deviation / (base or 1)
+            RECORD.compare("rates", precision_name, share, tolerance, where)
+        else:
+            found[name, row] = (state, "others")
     assert_as_listed(DEVIATIONS, "rate", precision_name, found, RECORD)
 
 

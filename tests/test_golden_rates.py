@@ -14,23 +14,19 @@ import golden
 import golden_fits
 import golden_library
 import golden_record
+import jax
 import numpy as np
 import pytest
-from golden_deviations import (
-    Deviation,
-    assert_as_listed,
-    listed_in,
-    state_of,
-    where,
-)
+from golden_deviations import Deviation, assert_as_listed, listed_in, state_of, where
 
 import tb_optax
 
-RECORD = golden_record.Record()
+RECORD = golden_record.Record("learning rates of the nets")
 SHARED = golden.shared()
 CONFIGS = SHARED["lr_configs"]
 COLUMNS = SHARED["metric_columns"]
 
+every_precision = pytest.mark.parametrize("precision_name", golden.PRECISIONS)
 NOISE = "xmin is rounding noise of float32 Gram matrices: its layer is left alone"
 
 # "untouched": every multiplier is 1; "others": the remaining layers are balanced among
@@ -38,58 +34,43 @@ NOISE = "xmin is rounding noise of float32 Gram matrices: its layer is left alon
 DEVIATIONS = listed_in("deviations_rates")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def print_table():
-    yield
-    print(RECORD.table("learning rates of the nets"))
-
-
 @functools.cache
 def noise_deviations():
     """Rows with a layer that float32 cannot fit among those to be tuned."""
+    same = where(CONFIGS, lr_min_ratio=1.0, lr_max_ratio=1.0)
     result = []
     for name in sorted({name for name, _ in golden_fits.NOT_FITTED}):
         net = golden.net(name)
-        listed = {
-            row
-            for deviation in DEVIATIONS
-            if name in deviation.cases
-            for row in deviation.configs
-        }
+        listed = [own.configs for own in DEVIATIONS if name in own.cases]
         rows = set()
         for row, config in enumerate(CONFIGS):
-            if not golden_library.is_gram(config):
-                continue
             _, kept = golden_library.selected_layers(net, config)
             counts = net.arrays["metrics_f64d"][0, kept, COLUMNS.index("eigs_num")]
-            rows |= {
-                row
-                for layer, count in zip(net.layer_names[kept], counts, strict=True)
-                if config["xmin_pos"] in golden_fits.NOT_FITTED.get((name, layer), ())
-                and count >= config["eigs_thresh"]
-                and row not in listed
-            }
-        same = where(CONFIGS, lr_min_ratio=1.0, lr_max_ratio=1.0)
-        rows = frozenset(rows - same)
+            for layer, count in zip(net.layer_names[kept], counts, strict=True):
+                positions = golden_fits.NOT_FITTED.get((name, layer), ())
+                if (
+                    golden_library.is_gram(config)
+                    and config["xmin_pos"] in positions
+                    and count >= config["eigs_thresh"]
+                ):
+                    rows.add(row)
+        rows = frozenset(rows - same).difference(*listed)
         result.append(
             Deviation("rate", (name,), rows, "finite", "others", NOISE, ("float32",))
         )
     return tuple(result)
 
 
-def published_scores(net, config, fitted, table, precision_name):
+def published_scores(net, config, table, precision_name):
     """The recorded float64 scores, of a tied tail where float32 chose another."""
     row = golden.metric_row(config)
     column = COLUMNS.index(config["esd_metric_for_tb"])
     scores = net.arrays["metrics_f64d"][row, :, column].copy()
     if config["pl_fitting"] != "median":
         assert config["esd_metric_for_tb"] == "alpha"
-        for i in np.flatnonzero(fitted):
-            alpha = float(table["alpha"][i])
-            name = net.layer_names[i]
-            scores[i] = golden_fits.accepted_alpha(
-                net.name, name, row, precision_name, alpha
-            )
+        for i in np.flatnonzero(table.fitted):
+            place = net.name, net.layer_names[i], row, precision_name
+            scores[i] = golden_fits.accepted_alpha(*place, float(table.alpha[i]))
     return scores
 
 
@@ -105,24 +86,19 @@ def rates(name, precision_name):
     owners = golden_library.leaf_owners([layers for layers, _ in chosen], net)
     for rows, own, (layers, kept) in zip(groups, owners, chosen, strict=True):
         by_layer, by_formula = [], []
-        for row in rows:
-            config = CONFIGS[row]
+        for config in [CONFIGS[row] for row in rows]:
             table = golden_library.tables_of(config, precision_name)[name]
-            analysis = table.analysis(layers, kept)
-            fitted = table["fitted"]
-            scores = published_scores(net, config, fitted, table, precision_name)[kept]
-            enough = table["eigenvalue_count"] >= config["eigs_thresh"]
+            analysis = golden_library.rows_of(table, layers, kept)
             with golden_library.precision(precision_name):
                 by_layer.append(golden_library.balance(analysis, config)[0])
-            by_formula.append(
-                golden_library.expected_multipliers(
-                    scores, (fitted & enough)[kept], config
-                )
-            )
+            scores = published_scores(net, config, table, precision_name)[kept]
+            tuned = analysis.eigenvalue_count >= config["eigs_thresh"]
+            tuned = tuned & analysis.fitted
+            formula = golden_library.expected_multipliers(scores, tuned, config)
+            by_formula.append(formula)
         ours[rows] = golden_library.leaf_values(np.stack(by_layer), own)
-        expected[rows] = golden_library.expected_leaf_values(
-            layers, np.stack(by_formula), net
-        )
+        formulas = np.stack(by_formula)
+        expected[rows] = golden_library.expected_leaf_values(layers, formulas, net)
     return ours, expected
 
 
@@ -130,47 +106,54 @@ def structure(row):
     return golden_library.structure_of(CONFIGS[row])
 
 
-def label(name, rows, net):
-    return [f"{name} {p}, configuration {row}" for row in rows for p in net.param_names]
-
-
-@pytest.mark.parametrize("precision_name", golden.PRECISIONS)
+@every_precision
 @pytest.mark.parametrize("name", golden.NETS)
 def test_multipliers(name, precision_name):
     """Against the maps of the recorded float64 metrics, every row of them."""
-    ours, expected = rates(name, precision_name)
     tolerance = 1e-9 if precision_name == "x64" else 1e-3
-    failures = RECORD.compare(
-        "multipliers, to the formulas",
-        precision_name,
-        np.abs(ours - expected).ravel(),
-        tolerance,
-        label(name, range(len(CONFIGS)), golden.net(name)),
-    )
-    assert not failures, "\n".join(failures[:20])
+    what = "multipliers, to the formulas"
+    for row, (ours, expected) in enumerate(
+        zip(*rates(name, precision_name), strict=True)
+    ):
+        place = f"{name}, configuration {row}"
+        deviation = np.abs(ours - expected)
+        RECORD.compare(what, precision_name, deviation, tolerance, place)
 
 
-@pytest.mark.parametrize("precision_name", golden.PRECISIONS)
+@every_precision
 def test_rates(precision_name):
     """Against the recorded rates, but for what is listed."""
     found = {}
     tolerance = 1e-6 if precision_name == "x64" else 1e-3
-    for name in golden.NETS:
-        net = golden.net(name)
-        ours, _ = rates(name, precision_name)
-        published = net.arrays["lr_f64"] / SHARED["untuned_lr"]
-        for row in range(len(CONFIGS)):
-            failed = row in net.info["lr_failures"]
-            state = state_of(published[row], failed=failed)
-            deviation = np.abs(ours[row] - published[row])
-            if state == "finite" and deviation.max() <= tolerance:
-                places = label(name, [row], net)
-                RECORD.compare("rates", precision_name, deviation, tolerance, places)
-                continue
-            untouched = np.all(ours[row] == 1)
-            found[name, row] = (state, "untouched" if untouched else "others")
+    for name, row in itertools.product(golden.NETS, range(len(CONFIGS))):
+        net, ours = golden.net(name), rates(name, precision_name)[0][row]
+        published = net.arrays["lr_f64"][row] / SHARED["untuned_lr"]
+        state = state_of(published, failed=row in net.info["lr_failures"])
+        deviation = np.abs(ours - published)
+        if state == "finite" and deviation.max() <= tolerance:
+            place = f"{name}, configuration {row}"
+            RECORD.compare("rates", precision_name, deviation, tolerance, place)
+        else:
+            found[name, row] = (state, "untouched" if np.all(ours == 1) else "others")
     table = (*DEVIATIONS, *noise_deviations())
     assert_as_listed(table, "rate", precision_name, found, RECORD)
+
+
+@every_precision
+@pytest.mark.parametrize("name", golden.TRAINED)
+def test_rates_of_trained_nets(name, precision_name):
+    """By the defaults of the library; recorded from a float32 run."""
+    net = golden.net(name)
+    layers = net.layers(norms=net.info["bn_map_name"])[1:-1]
+    params = net.tree(precision_name)
+    with golden_library.precision(precision_name):
+        leaves = tb_optax.layer_analysis(layers)(params).leaf_multipliers(params)
+    ours = np.asarray([leaves[param].item() for param in net.param_names])
+    recorded = net.arrays["lr_f32"] / 0.1
+    tolerance = 1e-6 if precision_name == "x64" else 1e-3
+    deviation = np.abs(ours - recorded)
+    RECORD.compare("rates", precision_name, deviation, tolerance, name)
+    assert np.sum(recorded != 1) == 3 * len(layers)
 
 
 # Every fit, floor and map, metrics of both routes, every choice of first and last
@@ -193,36 +176,31 @@ def test_whole_analysis(name, precision_name):
     def group(row):
         return structure(row), golden_library.is_gram(CONFIGS[row])
 
-    failures = []
-    for _, rows in itertools.groupby(
-        sorted(WHOLE[name, precision_name], key=group), group
-    ):
+    def analysis_of(config):
+        return tb_optax.layer_analysis(
+            golden_library.selected_layers(net, config)[0],
+            fit=golden_library.fit_of(config),
+            metric=golden_library.METRICS[config["esd_metric_for_tb"]],
+            assign=golden_library.map_of(config),
+            min_eigenvalues=config["eigs_thresh"],
+            eigenvalue_floor=golden.floor_of(config),
+            conv_norm=config["conv_norm"],
+        )
+
+    # Of each group the decompositions are the same: one program does them once.
+    whole = sorted(WHOLE[name, precision_name], key=group)
+    for _, rows in itertools.groupby(whole, group):
         rows = list(rows)
-        analyses = []
-        for config in [CONFIGS[row] for row in rows]:
-            layers, _ = golden_library.selected_layers(net, config)
-            analyses.append(
-                tb_optax.layer_analysis(
-                    layers,
-                    fit=golden_library.fit_of(config),
-                    metric=golden_library.METRICS[config["esd_metric_for_tb"]],
-                    assign=golden_library.map_of(config),
-                    min_eigenvalues=config["eigs_thresh"],
-                    eigenvalue_floor=golden.floor_of(config),
-                    conv_norm=config["conv_norm"],
-                )
-            )
+        analyses = [analysis_of(CONFIGS[row]) for row in rows]
+
+        @jax.jit
+        def together(params, analyses=analyses):
+            return [analyze(params).leaf_multipliers(params) for analyze in analyses]
+
         with golden_library.precision(precision_name):
-            results = golden_library.run_together(
-                analyses, params, lambda result: result.leaf_multipliers(params)
-            )
+            results = together(params)
         for row, result in zip(rows, results, strict=True):
             found = np.asarray([result[param].item() for param in net.param_names])
-            failures += RECORD.compare(
-                "whole analysis, to its parts",
-                precision_name,
-                np.abs(found - ours[row]),
-                tolerance,
-                label(name, [row], net),
-            )
-    assert not failures, "\n".join(failures[:20])
+            what, place = "whole analysis, to its parts", f"{name}, configuration {row}"
+            deviation = np.abs(found - ours[row])
+            RECORD.compare(what, precision_name, deviation, tolerance, place)

@@ -6,6 +6,7 @@ weight decay, the cosine staircase and TempBalance come from the chain.
 
 import dataclasses
 import functools
+import itertools
 
 import golden
 import golden_library
@@ -19,32 +20,20 @@ import reference
 
 import tb_optax
 
-RECORD = golden_record.Record()
+RECORD = golden_record.Record("trajectories")
 NAMES = ("plain", "linear_map", "sqrt_order")
 # Held in the other precision by default.
 SLOW = (("plain", "float32"), ("sqrt_order", "float32"))
 CASES = [
-    pytest.param(
-        name,
-        precision_name,
-        marks=[pytest.mark.long] if (name, precision_name) in SLOW else [],
-    )
-    for name in NAMES
-    for precision_name in golden.PRECISIONS
+    pytest.param(*case, marks=[pytest.mark.long] if case in SLOW else [])
+    for case in itertools.product(NAMES, golden.PRECISIONS)
 ]
-every_training = pytest.mark.parametrize(("name", "precision_name"), CASES)
 
 # The recorded float32 and float64 runs of one training differ by up to 3e-4 (a relu
 # flip is enough), so that float32 cannot be held tighter; two float32 runs can differ
 # by twice that. The recorded float64 run is exact but for rounding.
 FLOAT32 = 3e-4
 X64 = 1e-8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def print_table():
-    yield
-    print(RECORD.table("trajectories"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,14 +64,10 @@ class Recording:
             )
             for name in names
         ]
-        options = self.options or {
-            "remove_first_layer": True,
-            "remove_last_layer": True,
-        }
-        kept = slice(
-            int(options["remove_first_layer"]),
-            len(names) - int(options["remove_last_layer"]),
-        )
+        options = self.options or {}
+        first = int(options.get("remove_first_layer", True))
+        last = int(options.get("remove_last_layer", True))
+        kept = slice(first, len(names) - last)
         return layers[kept], kept
 
 
@@ -91,14 +76,11 @@ def recording(name):
     info = golden.read_json(f"trajectory_{name}")
     # The two trainings of the same net see the same images.
     seen = golden.read_arrays(f"trajectory_{name.replace('plain', 'linear_map')}")
-    arrays = golden.read_arrays(f"trajectory_{name}")
-    runs = {}
-    for file, precision_name in (("f32", "float32"), ("f64", "x64")):
-        runs[precision_name] = {
-            key.removeprefix(f"{file}/"): value
-            for key, value in arrays.items()
-            if key.startswith(file)
-        }
+    arrays = golden.read_arrays(f"trajectory_{name}").items()
+    runs = {
+        precision_name: {k.removeprefix(f): v for k, v in arrays if k.startswith(f)}
+        for f, precision_name in (("f32/", "float32"), ("f64/", "x64"))
+    }
     for param in info["param_names"]:
         runs["x64"][f"final/{param}"] = 1e-9 * runs["x64"][f"final/{param}"]
     return Recording(
@@ -168,7 +150,7 @@ def replay(name, precision_name):
             analyze, interval=per_epoch if info["use_tb"] else None
         ),
     )
-    dtype = golden_library.dtype_of(precision_name)
+    dtype = golden.DTYPES[precision_name]
     with golden_library.precision(precision_name):
         params = {name: jnp.asarray(value, dtype) for name, value in run.init.items()}
         images, labels = jnp.asarray(run.images, dtype), jnp.asarray(run.labels)
@@ -198,76 +180,48 @@ def replay(name, precision_name):
         return jax.device_get((final, loss, alpha, rates, leaves, last))
 
 
-def check(what, precision_name, actual, expected, tolerance, where):
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected)
-    assert actual.shape == expected.shape
-    deviation = np.abs(actual - expected).ravel()
-    beyond = RECORD.compare(
-        what, precision_name, deviation, tolerance, [where] * deviation.size
-    )
-    assert not beyond, "\n".join(beyond[:20])
+@pytest.mark.parametrize(("name", "precision_name"), CASES)
+def test_a_replay_is_the_recorded_training(name, precision_name):
+    """Losses, final parameters, rates of all parameters, alphas of all refreshes.
 
-
-def targets(name, precision_name):
-    """What a replay is held to: recorded run and tolerance."""
-    runs = recording(name).runs
-    if precision_name == "x64":
-        return [("float64", runs["x64"], X64)]
-    return [
-        ("float64", runs["x64"], FLOAT32),
-        ("float32", runs["float32"], 2 * FLOAT32),
+    The final parameters of the recorded float32 run lie so close to those of the
+    float64 one that they say nothing more.
+    """
+    run = recording(name)
+    final, loss, alpha, rates, leaves, last = replay(name, precision_name)
+    # Name of the run, its arrays, and the tolerance.
+    targets = [
+        ("float64", run.runs["x64"], X64 if precision_name == "x64" else FLOAT32)
     ]
+    if precision_name == "float32":
+        targets.append(("float32", run.runs["float32"], 2 * FLOAT32))
 
+    def check(what, target, actual, expected):
+        assert np.shape(actual) == expected.shape
+        deviation = np.abs(np.asarray(actual, np.float64) - expected)
+        what = f"{what}, to {target[0]}"
+        RECORD.compare(what, precision_name, deviation, target[2], name)
 
-@every_training
-def test_loss_of_every_step(name, precision_name):
-    _, loss, *_ = replay(name, precision_name)
-    for target, run, tolerance in targets(name, precision_name):
-        what = f"loss, to {target}"
-        check(what, precision_name, loss, run["loss"], tolerance, name)
-
-
-@every_training
-def test_final_parameters(name, precision_name):
-    """The recorded float32 ones lie so close to these that they say nothing more."""
-    final, *_ = replay(name, precision_name)
-    target, run, tolerance = targets(name, precision_name)[0]
-    assert recording(name).info["f32_minus_f64"]["final_param_max_abs"] <= FLOAT32
-    for param in recording(name).info["param_names"]:
-        what = f"final parameters, to {target}"
-        expected = run[f"final/{param}"]
-        where = f"{name} {param}"
-        check(what, precision_name, final[param], expected, tolerance, where)
-
-
-@every_training
-def test_rate_of_every_parameter_in_every_epoch(name, precision_name):
-    *_, rates, leaves, _ = replay(name, precision_name)
-    base = recording(name).info["lr0"]
-    for target, run, tolerance in targets(name, precision_name):
+    for target in targets:
+        recorded = target[1]
+        check("loss", target, loss, recorded["loss"])
         for epoch, (rate, leaf) in enumerate(zip(rates, leaves, strict=True)):
-            actual = [
-                leaf[param] * rate for param in recording(name).info["param_names"]
-            ]
-            what = f"rates over lr0, to {target}"
-            expected = run["lr"][epoch] / base
-            actual = np.asarray(actual) / base
-            check(what, precision_name, actual, expected, tolerance, f"{name} {epoch}")
-        assert run["untuned_lr"][-1] == 0
-
-
-@pytest.mark.parametrize(("name", "precision_name"), CASES[len(golden.PRECISIONS) :])
-def test_alpha_of_every_refresh(name, precision_name):
-    _, _, alpha, _, _, last = replay(name, precision_name)
-    per_epoch = recording(name).info["batches_per_epoch"]
-    assert np.array_equal(alpha, np.repeat(alpha[::per_epoch], per_epoch, axis=0))
-    _, kept = recording(name).layers()
-    for target, run, tolerance in targets(name, precision_name):
-        expected = run["alpha"][:, kept]
-        actual = np.vstack([alpha[::per_epoch], last.alpha])
-        what = f"alpha, relative, to {target}"
-        actual, expected = actual / expected, np.ones_like(expected)
-        check(what, precision_name, actual, expected, tolerance, name)
+            actual = [leaf[param] * rate for param in run.info["param_names"]]
+            base = run.info["lr0"]
+            expected = recorded["lr"][epoch] / base
+            check("rates over lr0", target, np.asarray(actual) / base, expected)
+        assert recorded["untuned_lr"][-1] == 0
+        if run.options:
+            per_epoch = run.info["batches_per_epoch"]
+            refreshed = alpha[::per_epoch]
+            assert np.array_equal(alpha, np.repeat(refreshed, per_epoch, axis=0))
+            expected = recorded["alpha"][:, run.layers()[1]]
+            actual = np.vstack([refreshed, last.alpha]) / expected
+            check("alpha, relative", target, actual, np.ones_like(expected))
+    assert run.info["f32_minus_f64"]["final_param_max_abs"] <= FLOAT32
+    for param in run.info["param_names"]:
+        expected = targets[0][1][f"final/{param}"]
+        check("final parameters", targets[0], final[param], expected)
 
 
 def test_balance_is_not_plain_training():

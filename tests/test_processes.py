@@ -12,33 +12,27 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 
 
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return str(server.getsockname()[1])
-
-
-def start(processes, index, port, out):
-    script = str(ROOT / "tests" / "one_of_two.py")
-    return subprocess.Popen(
-        [sys.executable, script, str(processes), str(index), port, str(out)],
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "JAX_PLATFORMS": "cpu",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 def run(processes, out):
     """What each process writes."""
-    port = free_port()
-    children = [start(processes, index, port, out) for index in range(processes)]
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = str(server.getsockname()[1])
+    script = str(ROOT / "tests" / "one_of_two.py")
+    children = [
+        subprocess.Popen(
+            [sys.executable, script, str(processes), str(index), port, str(out)],
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "JAX_PLATFORMS": "cpu",
+                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(processes)
+    ]
     try:
         for child in children:
             output, _ = child.communicate(timeout=400)
@@ -55,8 +49,7 @@ def test_two_processes_train_like_one(tmp_path):
     first, second = run(2, tmp_path / "two")
     assert (one["processes"], first["processes"]) == (1, 2)
     assert one["devices"] == first["devices"] == 4
-    names = ("losses", "multipliers", "alpha", "parameters")
-    for name in names:
+    for name in ("losses", "multipliers", "alpha", "parameters"):
         # The processes share every number, to the bit.
         assert first[name] == second[name]
         np.testing.assert_allclose(first[name], one[name], rtol=1e-4)

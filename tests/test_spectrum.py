@@ -159,7 +159,14 @@ PROMISED = {
 }
 
 
-def check_promises(sizes):
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (3, 63, 64, 65, 257),
+        pytest.param((511, 512, 513, 1025), marks=pytest.mark.long),
+    ],
+)
+def test_what_float32_promises(sizes):
     """λ within 1e-6·sqrt(n)·λ_max, and alpha within 1e-5 or 1e-4 of float64."""
     rng, kernels = np.random.default_rng(0), {}
     for kind, sigma in PROMISED.items():
@@ -182,44 +189,14 @@ def check_promises(sizes):
         assert row["alpha"] == pytest.approx(alpha, rel=tolerance), layer
 
 
-def test_what_float32_promises():
-    check_promises((3, 63, 64, 65, 257))
-
-
-@pytest.mark.long
-def test_what_float32_promises_of_large_matrices():
-    check_promises((511, 512, 513, 1025))
-
-
-def test_convolution_pools_its_positions():
-    """(3, 3, 16, 32) -> 9 matrices of 16 x 32 -> 144 eigenvalues.
-
-    Slices and the flattened kernel are Gaussian of aspects 1/2 and 2/9, and their
-    alphas those of two Marchenko-Pastur laws: the convention is part of the method.
-    """
-    kernel = np.random.default_rng(0).normal(size=(3, 3, 16, 32))
-    params = {name: jnp.asarray(kernel, jnp.float32) for name in ("slices", "flat")}
-    layers = [
-        Layer("slices", CONV),
-        Layer("flat", MatrixAxes((0, 1, 2), (3,))),
-    ]
-    analysis = tb_optax.layer_analysis(layers, min_eigenvalues=32)(params)
-    np.testing.assert_array_equal(analysis.eigenvalue_count, [144, 32])
-    for alpha, count, aspect in zip(
-        analysis.alpha, (144, 32), (1 / 2, 2 / 9), strict=True
-    ):
-        law = spectra.marchenko_pastur(aspect, count)
-        # Matrices of 16 rows: finite-size effects of order 1/16, not rounding.
-        assert alpha == pytest.approx(spectra.hill(law, count // 2), rel=1 / 16)
-    assert analysis.alpha[1] - analysis.alpha[0] > 0.5
-
-
 @pytest.mark.parametrize("spectrum", [tb_optax.exact(), tb_optax.quadrature(above=8)])
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
 def test_every_platform_lowers_a_whole_analysis(platform, spectrum):
     layers = [Layer("conv", CONV), Layer("dense", DENSE)]
-    shapes = {"conv": (3, 3, 16, 24), "dense": (60, 50)}
-    params = {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()}
+    params = {
+        "conv": jax.ShapeDtypeStruct((3, 3, 16, 24), jnp.float32),
+        "dense": jax.ShapeDtypeStruct((60, 50), jnp.bfloat16),
+    }
     for fit in (tb_optax.fit_median(), tb_optax.fit_min_ks()):
         if isinstance(spectrum, tb_optax.quadrature) and fit.whole_spectrum:
             continue
@@ -233,22 +210,14 @@ def test_every_platform_lowers_a_whole_analysis(platform, spectrum):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
-        ({"path": "v"}, ["layer 'v'", "is not in the parameters", "'w'"]),
-        ({"axes": CONV}, ["layer 'w'", "rank 4", "(6, 5)"]),
-        ({"part": (1, 3, 9)}, ["layer 'w'", "(1, 3, 9)"]),
+        ({"path": "v"}, "layer 'v'.* is not in the parameters.*'w'"),
+        ({"axes": CONV}, r"layer 'w'.*rank 4.*\(6, 5\)"),
+        ({"part": (1, 3, 9)}, r"layer 'w'.*\(1, 3, 9\)"),
     ],
 )
-def test_esd_refuses_layers_that_do_not_fit(change, words):
+def test_esd_refuses_layers_that_do_not_fit(change, message):
     layer = dataclasses.replace(Layer("w", DENSE), **change)
-    with pytest.raises(ValueError, match="layer") as error:
+    with pytest.raises(ValueError, match=message):
         esd({"w": jnp.ones((6, 5))}, [layer])
-    for word in words:
-        assert word in str(error.value)
-
-
-@pytest.mark.parametrize("conv_norm", [0, -1.0, math.inf, math.nan])
-def test_esd_refuses_a_bad_conv_norm(conv_norm):
-    with pytest.raises(ValueError, match="conv_norm must be a finite number > 0"):
-        esd({"w": jnp.ones((6, 5))}, [Layer("w", DENSE)], conv_norm=conv_norm)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import reference
 from family import has_floor, recorded
-from golden import CONV, LINEAR, PRECISIONS
+from golden import CONV, DTYPES, LINEAR, PRECISIONS
 
 import tb_optax
 from tb_optax import Layer, MatrixAxes, windows
@@ -20,18 +20,12 @@ from tb_optax.analysis import COLUMNS
 from tb_optax.spectrum import as_matrices
 from tb_optax.submatrices import cut_of
 
-RECORD = golden_record.Record()
+RECORD = golden_record.Record("windows")
 check = RECORD.hold
 FARMS = ("farms_linear", "farms_smallconv", "farms_resnet18_w0.125")
 
 # Published code reads a convolution by its positions where these outnumber channels.
 SWAPPED = MatrixAxes((3,), (2,), pooled=(0, 1))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def print_table():
-    yield
-    print(RECORD.table("windows"))
 
 
 def axes_of(shape, windowed=True):
@@ -77,27 +71,25 @@ def spectra(kernel, entries):
 
 
 @functools.cache
-def spectra_of(name, layer, cut, precision):
-    """The same of a recorded layer."""
+def spectra_of(name, layer, cut):
+    """The same of a recorded layer, in float64."""
     info, arrays = recorded(name)
     names = info["layer_names"]
     shapes = [arrays[f"param/{each}.weight"].shape for each in names]
     entries = entries_of(tuple((s, axes_of(s, cut is not None)) for s in shapes), cut)
-    kernel = arrays[f"param/{layer}.weight"]
-    kernel = kernel.astype(golden_library.dtype_of(precision))
+    kernel = arrays[f"param/{layer}.weight"].astype(np.float64)
     return spectra(kernel, entries[names.index(layer)])
 
 
 FITS = {
-    "median": reference.fit_median,
-    "goodness-of-fit": lambda row, _: reference.fit_min_ks(row),
-    "xmin_peak": lambda row, _: reference.fit_peak(row),
+    **reference.FITS,
+    "xmin_peak": reference.FITS["fix-finger"],
     # There an unknown name is the goodness of fit.
-    "fix-finger": lambda row, _: reference.fit_min_ks(row),
+    "fix-finger": reference.FITS["goodness-of-fit"],
 }
 
 
-def columns(rows, config):
+def by_numpy(rows, config):
     """The columns of one layer, means over its blocks, by the reference in NumPy."""
     floor = 1e-5 if has_floor(config) else None
     kept = [reference.above_floor(row.astype(np.float64), floor) for row in rows]
@@ -116,11 +108,11 @@ def columns(rows, config):
     }
 
 
-def columns_of(name, layer, config, precision, kind="metrics"):
+def columns_of(name, layer, config, kind="metrics"):
     """The columns of a recorded layer under a configuration."""
     shape = recorded(name)[1][f"param/{layer}.weight"].shape
-    rows = spectra_of(name, layer, windows_of(config, kind, shape), precision)
-    return columns(rows * (config["conv_norm"] if len(shape) == 4 else 1), config)
+    rows = spectra_of(name, layer, windows_of(config, kind, shape))
+    return by_numpy(rows * (config["conv_norm"] if len(shape) == 4 else 1), config)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -144,7 +136,7 @@ def test_windows_are_those_of_the_published_code(name, kind, least, precision):
             differs = info["geometry"][row][layer].get("differs", True)
             if not np.isfinite(expected[0]) or (kind == "intended" and not differs):
                 continue
-            found = columns_of(name, layer, config, precision, kind)
+            found = columns_of(name, layer, config, kind)
             for column, own in zip(info["metric_columns"], expected, strict=True):
                 where = f"{name}, {kind}, {row}, {layer}, {column}"
                 check("windows", precision, found[column], own, where)
@@ -179,20 +171,24 @@ def test_older_records_and_their_rates(name):
         published = arrays["metrics_f32"][row]
         kept = np.isfinite(published[:, 0])  # There the small ones are dropped first.
         names = [x for x, own in zip(info["layer_names"], kept, strict=True) if own]
-        rows = [columns_of(name, layer, config, "x64") for layer in names]
+        rows = [columns_of(name, layer, config) for layer in names]
         for column in rows[0]:
             values = [values[column] for values in rows]
             own = published[kept, place(column)]
             check("older windows", "float32", values, own, f"{name}, {row}, {column}")
-        table = golden_library.Table(
-            dict.fromkeys(COLUMNS, np.asarray([values["alpha"] for values in rows]))
-            | {"fitted": np.ones(len(names), bool)}
-            | {"eigenvalue_count": np.asarray([values["eigs_num"] for values in rows])}
+        alphas, counts = (
+            np.asarray([values[column] for values in rows])
+            for column in ("alpha", "eigs_num")
         )
+        columns: dict[str, Any] = dict.fromkeys(COLUMNS, alphas)
+        columns["eigenvalue_count"] = counts
+        columns["fitted"] = np.ones(len(names), bool)
+        table = tb_optax.Analysis(layers=(), **columns)
         for over, rates in zip(info["lr_configs"], arrays["lr_f32"][row], strict=True):
             rule = {"esd_metric_for_tb": "alpha"} | config | over
             own, part = golden_library.selected_layers(net, rule, names)
-            multipliers, tuned = golden_library.balance(table.analysis(own, part), rule)
+            some = golden_library.rows_of(table, own, part)
+            multipliers, tuned = golden_library.balance(some, rule)
             if tuned.sum() == 1:  # There it has an end of the map.
                 assert (multipliers == 1).all()
                 continue
@@ -220,7 +216,7 @@ def test_a_whole_analysis_of_windows_is_the_published_one(precision):
             if not np.isfinite(own[0]) or axes_of(kernel.shape) == SWAPPED:
                 continue
             path = f"{name}:{layer}"
-            kernels[path] = kernel.astype(golden_library.dtype_of(precision))
+            kernels[path] = kernel.astype(DTYPES[precision])
             layers.append(Layer(path, axes_of(kernel.shape)))
             expected.append(own[:6])
     analyze = tb_optax.layer_analysis(layers, windows=cut, min_eigenvalues=0)
@@ -249,18 +245,18 @@ LAYERS = (
     Layer("wide", MatrixAxes((0,), (1,))),
 )
 CUT = windows(1.0, 40, 3)
+ANALYZE = tb_optax.layer_analysis(LAYERS, windows=CUT, min_eigenvalues=1)
 
 
 def test_a_windowed_analysis_is_one_of_its_windows():
     """Every column, from spectra by NumPy; the table says what was cut."""
-    analyze = tb_optax.layer_analysis(LAYERS, windows=CUT, min_eigenvalues=1)
-    table = analyze(KERNELS)
+    table = ANALYZE(KERNELS)
     for i, layer in enumerate(LAYERS):
         kernel = KERNELS[layer.path]
         (entries,) = entries_of(((kernel.shape, layer.axes),), CUT)
         rows = spectra(kernel, entries)
         rows = rows * (0.5 if layer.axes.pooled else 1)
-        own = columns(rows, {"pl_fitting": "median", "xmin_pos": 2})
+        own = by_numpy(rows, {"pl_fitting": "median", "xmin_pos": 2})
         np.testing.assert_allclose(table.alpha[i], own["alpha"], rtol=1e-4)
         np.testing.assert_allclose(table.ks_distance[i], own["D"], atol=1e-3)
         top, norm = np.sqrt(own["spectral_norm"]), np.sqrt(own["norm"])
@@ -274,13 +270,12 @@ def test_a_windowed_analysis_is_one_of_its_windows():
 
 
 def test_a_spread_refresh_reads_the_same_windows():
-    analyze = tb_optax.layer_analysis(LAYERS, windows=CUT, min_eigenvalues=1)
-    tx = tb_optax.scale_by_temp_balance(analyze, interval=3, spread=True)
+    tx = tb_optax.scale_by_temp_balance(ANALYZE, interval=3, spread=True)
     state: Any = tx.init(KERNELS)
     update = jax.jit(tx.update)
     for params in [KERNELS] + [jax.tree.map(jnp.sin, KERNELS)] * 3:
         _, state = update(params, state, params)
-    expected = analyze(jax.tree.map(jnp.sin, KERNELS))
+    expected = ANALYZE(jax.tree.map(jnp.sin, KERNELS))
     np.testing.assert_allclose(state.alpha, expected.alpha, rtol=1e-5)
     np.testing.assert_allclose(state.multipliers, expected.multipliers, atol=1e-4)
 
@@ -288,12 +283,11 @@ def test_a_spread_refresh_reads_the_same_windows():
 def test_what_no_window_reads_still_makes_a_kernel_unfit():
     """The last 12 rows of a convolution of 24 x 60 are in no block."""
     broken = KERNELS | {"conv": KERNELS["conv"].at[0, 0, 0, -1].set(jnp.nan)}
-    analyze = tb_optax.layer_analysis(LAYERS, windows=CUT, min_eigenvalues=1)
-    table = analyze(broken)
+    table = ANALYZE(broken)
     assert table.fitted.tolist() == [False, True, True]
     assert table.alpha[0] == 0
     dead = KERNELS | {"conv": KERNELS["conv"].at[..., :24].set(0)}
-    table = analyze(dead)  # One of two blocks is zero: the other one tells.
+    table = ANALYZE(dead)  # One of two blocks is zero: the other one tells.
     assert table.fitted.all()
 
 
@@ -309,21 +303,20 @@ def test_windows_fit_into_any_kernel(shape):
         assert stack.shape == (2 * geometry.blocks, 4, *geometry.shape)
 
 
-BAD = [
-    (lambda: windows(ratio=0), "ratio must be a finite number > 0"),
-    (lambda: windows(rows=0), "rows must be an int >= 1"),
-    (lambda: windows(count=None), "need count or step"),
-    (lambda: windows(count=3, step=2), "need count or step"),
-    (lambda: windows(count=1, published=True), "count must be an int >= 2"),
-    (
-        lambda: tb_optax.layer_analysis(windows=windows(), spectrum=QUADRATURE),
-        r"pass spectrum=exact\(\)",
-    ),
-]
-QUADRATURE = tb_optax.quadrature()
-
-
-@pytest.mark.parametrize(("make", "message"), BAD)
-def test_what_makes_no_windows_raises(make, message):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"count": None}, "need count or step"),
+        ({"count": 3, "step": 2}, "need count or step"),
+        ({"count": 1, "published": True}, "count must be an int >= 2"),
+    ],
+)
+def test_what_makes_no_windows_raises(options, message):
     with pytest.raises(ValueError, match=message):
-        make()
+        windows(**options)
+
+
+def test_windows_are_not_estimated():
+    spectrum = tb_optax.quadrature()
+    with pytest.raises(ValueError, match=r"pass spectrum=exact\(\)"):
+        tb_optax.layer_analysis(windows=windows(), spectrum=spectrum)
