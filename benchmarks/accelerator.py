@@ -21,9 +21,9 @@ arguments are one line on stderr and exit code 2.
 """
 
 import argparse
+import functools
 import json
 import shutil
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,12 +33,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import candidates, commandline, machine, peers, recorded, steps
-from benchmarks.cells import table
+from benchmarks import candidates, commandline, machine, peers, recorded, step_cost
+from benchmarks.cells import listed, table
 from benchmarks.errors import UserError
 from benchmarks.files import read_json, write_json
-from benchmarks.networks import Network, networks
-from benchmarks.timing import ratios
+from benchmarks.networks import networks
+from benchmarks.timing import interleave, ratios
 
 # The part that must have ended at this share of the time; what it saves, others get.
 PARTS = {"parity": 0.2, "candidates": 0.65, "analyses": 0.85, "training": 1.0}
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> None:
     started = time.monotonic()
     options = _parser().parse_args(arguments)
-    machine.bind_cores(None)
+    machine.leave_memory()
     options.out.mkdir(parents=True, exist_ok=True)
     existing = [name for name in PARTS if (options.out / f"{name}.json").exists()]
     if existing and not options.resume:
@@ -185,157 +185,100 @@ def _candidates(toy: bool, _: Path) -> Figures:
     cases |= BATCHES
     if toy:
         cases = {"24 x 24": ((3, 24, 24),), "two batches": ((2, 16, 16), (2, 16, 24))}
-    slow: dict[str, float] = {}
-    references: dict[str, list[float]] = {}
-    for case, shapes in cases.items():
+    # Entries of the largest matrix that each way was too slow for.
+    slow: dict[str, int] = {}
+
+    def measure(way: str, shapes: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
         entries = max(rows * columns for _, rows, columns in shapes)
-        for way in (*candidates.ways(), peers.TORCH):
+        if way in slow and entries > slow[way]:
+            return {"left_out": "too slow on smaller matrices"}
+        figure = _measure_way(way, [_gaussian(shape) for shape in shapes])
+        if figure.get("first_seconds", 0) > _SLOW:
+            slow[way] = entries
+        return figure
 
-            def measure(case=case, shapes=shapes, way=way, entries=entries):
-                if entries > slow.get(way, np.inf):
-                    return {"left_out": "too slow on smaller matrices"}
-                batches = [_gaussian(shape) for shape in shapes]
-                if case not in references:
-                    references[case] = [
-                        candidates.reference_alpha(w[0]) for w in batches
-                    ]
-                figure = _measure_way(way, batches, references[case])
-                if figure.get("first_seconds", 0) > _SLOW:
-                    slow[way] = min(slow.get(way, np.inf), entries)
-                return figure
-
-            yield f"{case}: {way}", measure
+    for case, shapes in cases.items():
+        for way in (*candidates.WAYS, peers.TORCH):
+            yield f"{case}: {way}", functools.partial(measure, way, shapes)
 
 
-def _gaussian(shape: tuple[int, int, int]) -> jax.Array:
-    key = jax.random.key(sum(shape))
-    return jax.block_until_ready(jax.random.normal(key, shape) / shape[1] ** 0.5)
+@functools.cache
+def _gaussian(shape: tuple[int, int, int]) -> tuple[jax.Array, float]:
+    """Draw a batch of matrices; give the alpha of the first in float64, too."""
+    matrices = jax.random.normal(jax.random.key(sum(shape)), shape) / shape[1] ** 0.5
+    return matrices, candidates.reference_alpha(matrices[0])
 
 
 def _measure_way(
-    way: str, batches: Sequence[jax.Array], reference: Sequence[float]
+    way: str, batches: Sequence[tuple[jax.Array, float]]
 ) -> dict[str, Any]:
     """Time one way on several batches, one after the other."""
     try:
-        if way == peers.TORCH:
-            calls = [candidates.torch_way(w) for w in batches]
-        else:
-            function = candidates.ways()[way]
-            calls = [lambda w=w: jax.block_until_ready(function(w)) for w in batches]
-        start = time.perf_counter()
-        alphas = [call() for call in calls]
-        compiled = time.perf_counter() - start
-        seconds = []
-        # One run of a slow way tells enough.
-        while len(seconds) < (1 if seconds and seconds[0] > 1 else REPEATS):
+        calls, seconds, alphas = [], [], []
+        for matrices, _ in batches:
+            if way == peers.TORCH:
+                calls.append(candidates.torch_way(matrices))
+            else:
+                calls.append(functools.partial(candidates.WAYS[way], matrices))
+        # The first round compiles; one more of a slow way tells enough.
+        while len(seconds) < (2 if seconds[1:] and seconds[1] > 1 else 1 + REPEATS):
             start = time.perf_counter()
-            for call in calls:
-                call()
+            alphas = jax.block_until_ready([call() for call in calls])
             seconds.append(time.perf_counter() - start)
     except (ModuleNotFoundError, UserError, NotImplementedError, RuntimeError) as error:
         return {"left_out": str(error).partition("\n")[0][:200]}
-    error = max(
-        abs(float(a[0]) / b - 1) for a, b in zip(alphas, reference, strict=True)
-    )
+    pairs = zip(alphas, batches, strict=True)
     return {
-        "seconds": seconds,
-        "first_seconds": seconds[0],
-        "compile_seconds": compiled - seconds[0],
-        "error": error,
+        "seconds": seconds[1:],
+        "first_seconds": seconds[1],
+        "compile_seconds": seconds[0] - seconds[1],
+        "error": max(abs(float(found[0]) / alpha - 1) for found, (_, alpha) in pairs),
     }
 
 
 def _analyses(toy: bool, _: Path) -> Figures:
-    chosen = {name: networks()[name] for name in NETS}
-    if toy:
-        chosen = {"tiny": networks()["tiny"]}
-    for network in chosen.values():
-        yield network.title, lambda network=network: _whole(network)
-
-
-def _whole(network: Network) -> dict[str, Any]:
-    """Time all ways from the kernels of a network to their alphas."""
-    params = network.params()
-    calls: dict[str, Callable[[], np.ndarray]] = {}
-    missing = {}
-    for title, way in peers.ways(network).items():
-        try:
-            calls[title] = way(network, params)
-        except (ModuleNotFoundError, UserError) as error:
-            missing[title] = str(error)
-    alphas = {title: call() for title, call in calls.items()}
-    seconds: dict[str, list[float]] = {title: [] for title in calls}
-    start = time.monotonic()
-    while len(seconds["tb_optax"]) < REPEATS and time.monotonic() - start < 20:
-        for title, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            seconds[title].append(time.perf_counter() - begin)
-    ours = alphas["tb_optax"]
-    return {
-        "seconds": seconds,
-        "alpha_difference": {
-            title: float(np.abs(found / ours - 1).max())
-            for title, found in alphas.items()
-        },
-        "missing": missing,
-    }
+    for name in ("tiny",) if toy else NETS:
+        network = networks()[name]
+        yield network.title, functools.partial(peers.compare, network, REPEATS, 20.0)
 
 
 def _training(toy: bool, _: Path) -> Figures:
-    task = steps.Task("resnet18", 1.0, 128, 32, "bfloat16")
+    task = step_cost.Task("resnet18", 1.0, 128, 32, "bfloat16")
     if toy:
-        task = steps.Task("resnet4", 0.5, 4, 8, "float32")
+        task = step_cost.Task("resnet4", 0.5, 4, 8, "float32")
     interval = 3 if toy else _IMAGES // task.batch
-    runners: dict[str, Any] = {}
 
-    def runner(name: str) -> Any:
-        if name not in runners:
-            optimizer = steps.optimizers(task.analyze(), interval)[name]
-            runners[name] = steps.Runner(task, optimizer)
-        return runners[name]
+    @functools.cache
+    def runner(name: str) -> step_cost.Runner:
+        return step_cost.Runner(task, step_cost.optimizers(task, interval)[name])
 
     def throughput() -> dict[str, Any]:
         """Seconds of a step where no refresh is due, many in a row, in turn."""
-        count = 2 if toy else 50
-        seconds: dict[str, list[float]] = {"without": [], "plain": []}
-        for _ in range(REPEATS):
-            for name, samples in seconds.items():
-                runner(name).move_to(1)
-                begin = time.perf_counter()
-                runner(name)(min(count, interval - 1))
-                samples.append((time.perf_counter() - begin) / min(count, interval - 1))
-        return {"batch": task.batch, "seconds": seconds}
+        count, names = min(50, interval - 1), ("without", "plain")
+        calls = {name: functools.partial(runner(name), count) for name in names}
+        seconds = interleave(
+            calls, REPEATS, before=lambda name: runner(name).move_to(1)
+        )
+        per_step = {name: (np.divide(seconds[name], count)).tolist() for name in names}
+        return {"batch": task.batch, "seconds": per_step}
 
     def refresh() -> dict[str, Any]:
-        seconds = []
-        for _ in range(REPEATS):
-            runner("plain").move_to(0)
-            begin = time.perf_counter()
-            runner("plain")()
-            seconds.append(time.perf_counter() - begin)
-        return {"interval": interval, "seconds": seconds}
+        calls = {"plain": runner("plain")}
+        seconds = interleave(
+            calls, REPEATS, before=lambda name: runner(name).move_to(0)
+        )
+        return {"interval": interval, "seconds": seconds["plain"]}
 
     def slowest(name: str) -> dict[str, Any]:
         """Seconds of every step of an interval, waited for one by one."""
-        run, seconds = runner(name), []
-        run.move_to(0)
-        run()
-        run.move_to(interval - 1)
-        for _ in range(interval + 2):
-            begin = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - begin)
-        return {
-            "slowest": max(seconds),
-            "median": statistics.median(seconds),
-            "positions": len(seconds),
-        }
+        [seconds] = step_cost.cycles({name: runner(name)}, 1, interval)[name]
+        figure = {"slowest": max(seconds), "median": float(np.median(seconds))}
+        return figure | {"positions": len(seconds)}
 
     yield "a step", throughput
     yield "a step with a refresh", refresh
     for name in ("without", "plain", "spread"):
-        yield f"the slowest step: {name}", lambda name=name: slowest(name)
+        yield f"the slowest step: {name}", functools.partial(slowest, name)
 
 
 MEASURES: dict[str, Callable[[bool, Path], Figures]] = {
@@ -362,16 +305,15 @@ def sections(directory: Path) -> Iterator[str]:
     for number, (name, content) in enumerate(found.items()):
         if number == 0:
             hardware, versions = content["hardware"], content["versions"]
-            listed = ", ".join(f"{key} {value}" for key, value in versions.items())
             yield f"## On an accelerator: {hardware['device']}"
-            yield f"{listed}.\n\n```bash\n{content['command']}\n```"
+            yield f"{listed(versions)}.\n\n```bash\n{content['command']}\n```"
         caption, rows = _TABLES[name]
         yield f"{caption}:\n\n{table(rows(content['figures']))}"
 
 
 def _milliseconds(seconds: Sequence[float]) -> str:
-    low, middle, high = min(seconds), statistics.median(seconds), max(seconds)
-    return f"{1e3 * middle:.3g} [{1e3 * low:.3g}, {1e3 * high:.3g}]"
+    low, middle, high = 1e3 * np.quantile(seconds, (0, 0.5, 1))
+    return f"{middle:.3g} [{low:.3g}, {high:.3g}]"
 
 
 def _parity_rows(figures: Mapping[str, Any]) -> Rows:
@@ -406,7 +348,7 @@ def _analysis_rows(figures: Mapping[str, Any]) -> Rows:
         row |= {way: _milliseconds(samples) for way, samples in seconds.items()}
         if peers.TORCH in seconds:
             pairs = ratios(seconds["tb_optax"], seconds[peers.TORCH])
-            row["tb_optax / PyTorch"] = f"{statistics.median(pairs):.3g}"
+            row["tb_optax / PyTorch"] = f"{np.median(pairs):.3g}"
         rows.append(row)
     return rows
 
@@ -414,12 +356,12 @@ def _analysis_rows(figures: Mapping[str, Any]) -> Rows:
 def _training_rows(figures: Mapping[str, Any]) -> Rows:
     rows: dict[str, float] = {}
     if step := figures.get("a step"):
-        medians = {k: statistics.median(v) for k, v in step["seconds"].items()}
+        medians = {k: np.median(v) for k, v in step["seconds"].items()}
         for name, seconds in medians.items():
             rows[f"images per second, {name}"] = step["batch"] / seconds
         rows["a step, plain / without"] = medians["plain"] / medians["without"]
         if refresh := figures.get("a step with a refresh"):
-            extra = statistics.median(refresh["seconds"]) - medians["plain"]
+            extra = np.median(refresh["seconds"]) - medians["plain"]
             rows["milliseconds of a refresh"] = 1e3 * extra
             rows["refresh / epoch"] = extra / (refresh["interval"] * medians["plain"])
     for name in ("without", "plain", "spread"):

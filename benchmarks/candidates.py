@@ -5,8 +5,7 @@ median-Hill alpha of each, (batch,), through the same fit. `WAYS` lists them, th
 promising first, so that a budget of time is spent on those.
 """
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +13,11 @@ import numpy as np
 from jax import Array
 
 import tb_optax
-from benchmarks.machine import torch_on_same_device
+from benchmarks.peers import OURS, torch_on_same_device
 from tb_optax.eigenvalues import of_both_signs, tridiagonal_eigenvalues
 
 Way = Callable[[Array], Array]
 
-OURS = "tb_optax"
 _STACK = tb_optax.MatrixAxes((1,), (2,), stacked=(0,))
 
 
@@ -144,17 +142,15 @@ def torch_way(w: Array) -> Callable[[], np.ndarray]:
     return alphas
 
 
-@functools.cache
-def ways() -> Mapping[str, Way]:
-    """Return the ways that run in JAX, by name."""
-    return {
-        OURS: _analysis(tb_optax.exact()),
-        "Gram, eigvalsh": _from_eigenvalues(_eigvalsh),
-        "quadrature": _analysis(tb_optax.quadrature(above=0)),
-        "Gram, eigh by Jacobi": _from_eigenvalues(_jacobi),
-        "Householder in JAX, bisection": _from_eigenvalues(_householder),
-        "tridiagonal, bisection": _from_eigenvalues(_tridiagonal),
-        "svd": _from_eigenvalues(_svd),
-        "svd by QR": _from_eigenvalues(_svd_by_qr),
-        "eigvalsh of both signs": _from_eigenvalues(_of_both_signs),
-    }
+# The ways that run in JAX.
+WAYS: dict[str, Way] = {
+    OURS: _analysis(tb_optax.exact()),
+    "Gram, eigvalsh": _from_eigenvalues(_eigvalsh),
+    "quadrature": _analysis(tb_optax.quadrature(above=0)),
+    "Gram, eigh by Jacobi": _from_eigenvalues(_jacobi),
+    "Householder in JAX, bisection": _from_eigenvalues(_householder),
+    "tridiagonal, bisection": _from_eigenvalues(_tridiagonal),
+    "svd": _from_eigenvalues(_svd),
+    "svd by QR": _from_eigenvalues(_svd_by_qr),
+    "eigvalsh of both signs": _from_eigenvalues(_of_both_signs),
+}

@@ -33,7 +33,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks import data, experiments, machine, report, studies
+from benchmarks import data, experiments, findings, machine, plots, report, studies
 from benchmarks.commandline import check_names, resumable
 from benchmarks.configs import ArmName
 from benchmarks.errors import UserError
@@ -148,10 +148,7 @@ def _run_study(
             studies.measure(directory, dataset, command.timing)
     finally:
         if command.plots:
-            from benchmarks import findings  # Matplotlib is an extra.
-
-            findings.write(directory)
-            print((out / findings.REPORT).read_text(encoding="utf-8"))
+            print(findings.write(directory))
     print(out)
 
 
@@ -164,20 +161,12 @@ def _run(
     datasets = data.load_all([run for group in groups for run in group])
     if groups:
         known = known.save("benchmarks.compare", arguments)
-        for _ in experiments.train(groups, datasets, stopping):
-            _report(known, plots=command.plots)
-    else:
-        _report(known, plots=command.plots)
+    for _ in [None] if not groups else experiments.train(groups, datasets, stopping):
+        if command.plots:
+            plots.write_comparison(known)
+        report.write(known)
     print((known.path / report.REPORT).read_text(encoding="utf-8"))
     print(known.path)
-
-
-def _report(experiment: Experiment, *, plots: bool) -> None:
-    if plots:
-        from benchmarks.plots import write_comparison  # Matplotlib is an extra.
-
-        write_comparison(experiment)
-    report.write(experiment)
 
 
 if __name__ == "__main__":

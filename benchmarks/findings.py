@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from benchmarks.cells import Row, interval, mean_cell, page, paired, table
+from benchmarks.cells import Row, interval, listed, mean_cell, page, paired, table
 from benchmarks.files import write_text
 from benchmarks.protocol import Study, chosen, grid
 from benchmarks.report import machines, portable
@@ -22,17 +22,19 @@ _HELD = (
 )
 
 
-def write(directory: Directory) -> None:
-    """Write the report, and the page with its pictures."""
+def write(directory: Directory) -> str:
+    """Write the report, and the page with its pictures; return the report."""
     pictures = []
     for name, figure in figures(directory).items():
         pictures.append(directory.path / name)
         figure.savefig(pictures[-1], dpi=120)
     links = [picture.name for picture in pictures]
-    write_text(directory.path / REPORT, "\n\n".join(section(directory, links)) + "\n")
+    report = "\n\n".join(section(directory, links)) + "\n"
+    write_text(directory.path / REPORT, report)
     about = " ".join([_HELD, *_state(directory)])
     text = page(f"Study {directory.name}", about, tables(directory), pictures)
     write_text(directory.path / PAGE, text)
+    return report
 
 
 def section(directory: Directory, pictures: Sequence[str]) -> Iterator[str]:
@@ -47,13 +49,12 @@ def section(directory: Directory, pictures: Sequence[str]) -> Iterator[str]:
         yield table(rows)
     for picture in pictures:
         yield f"![{Path(picture).stem}]({picture})"
-    listed = [f"{name} {value}" for name, value in config.items() if value is not None]
+    setting = {name: value for name, value in config.items() if value is not None}
     sweep, fresh = (
         ", ".join(map(str, seeds)) for seeds in (study.sweep_seeds, study.fresh_seeds)
     )
     yield (
-        f"Seeds of the sweep: {sweep}; fresh ones: {fresh}. "
-        f"Setting: {', '.join(listed)}."
+        f"Seeds of the sweep: {sweep}; fresh ones: {fresh}. Setting: {listed(setting)}."
     )
     yield from machines(portable(commands))
 
@@ -94,8 +95,8 @@ def tables(directory: Directory) -> list[tuple[str, list[Row]]]:
             _sweep_rows
         ),
     }
-    listed = [(words, list(rows(directory))) for words, rows in found.items()]
-    return [(words, rows) for words, rows in listed if rows]
+    tables = [(words, list(rows(directory))) for words, rows in found.items()]
+    return [(words, rows) for words, rows in tables if rows]
 
 
 def _frame(directory: Directory, phase: str) -> pd.DataFrame:

@@ -237,7 +237,7 @@ def make_program(config: LanguageConfig, arm: LanguageArm, data: Text) -> Progra
     model = nnx.eval_shape(lambda: _build(config, 0))
     tokens = jax.ShapeDtypeStruct((1, config.length), jnp.int32)
     layers = tb_optax.trace_layers(Llama.__call__, model, tokens, norms="none")
-    analyze = tb_optax.layer_analysis(layers)
+    analysis = tb_optax.layer_analysis(layers)
     loss_fn = _loss(nnx.graphdef(model))
 
     @jax.jit
@@ -252,6 +252,7 @@ def make_program(config: LanguageConfig, arm: LanguageArm, data: Text) -> Progra
         params = initial(seed)
         return TrainState(seed, rate, params, {}, optimizer(seed, rate).init(params))
 
+    @jax.jit
     def evaluate(state: TrainState, windows: Array) -> Scores:
         def score(window: Array) -> Scores:
             return loss_fn(state.params, None, window[None].astype(jnp.int32))[1][1]
@@ -259,11 +260,22 @@ def make_program(config: LanguageConfig, arm: LanguageArm, data: Text) -> Progra
         scores = jax.lax.map(score, windows, batch_size=config.batch_size)
         return jax.tree.map(jnp.mean, scores)
 
-    def refresh(state: TrainState) -> tuple[TrainState, tb_optax.Analysis]:
-        return state, analyze(state.params)
+    def analyze(state: TrainState) -> tuple[TrainState, tb_optax.Analysis]:
+        return state, analysis(state.params)
 
-    train = _epoch(config, loop.training_step(loss_fn, optimizer))
-    return loop.assembled(layers, start, train, jax.jit(evaluate), refresh)
+    def draw(state: TrainState, rows: loop.Rows, epoch: Array) -> Array:
+        """Return where the windows of each batch start."""
+        key = jax.random.fold_in(loop.keys(state.seed)[1], epoch)
+        shape, last = (config.steps, config.batch_size), len(rows[0]) - config.length
+        return jax.random.randint(key, shape, 0, last)
+
+    update = loop.training_step(loss_fn, optimizer)
+
+    def step(state: TrainState, rows: loop.Rows, starts: Array):
+        places = starts[:, None] + jnp.arange(config.length + 1)
+        return update(state, rows[0][places].astype(jnp.int32))
+
+    return Program(layers, start, draw, step, evaluate, analyze)
 
 
 def _build(config: LanguageConfig, seed: Any) -> Llama:
@@ -287,26 +299,3 @@ def _loss(graph: nnx.GraphDef) -> loop.LossFn:
         return loss, (stats, Scores(loss, accuracy))
 
     return loss_fn
-
-
-def _epoch(
-    config: LanguageConfig, step: Callable[..., tuple[TrainState, Scores]]
-) -> Callable[..., tuple[TrainState, Scores]]:
-    """Return the updates from one evaluation to the next; see `Program.train`."""
-
-    def train(state: TrainState, text: Array, epoch: Array):
-        key = jax.random.fold_in(loop.keys(state.seed)[1], epoch)
-        shape, last = (config.steps, config.batch_size), len(text) - config.length
-        places = jax.random.randint(key, shape, 0, last)
-
-        def window(start: Array) -> Array:
-            cut = jax.lax.dynamic_slice(text, (start,), (config.length + 1,))
-            return cut.astype(jnp.int32)
-
-        def body(state: TrainState, starts: Array):
-            return step(state, jax.vmap(window)(starts))
-
-        state, scores = jax.lax.scan(body, state, places)
-        return state, jax.tree.map(jnp.mean, scores)
-
-    return train

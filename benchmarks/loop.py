@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax import Array
@@ -45,38 +44,91 @@ class Scores(NamedTuple):
 LossFn = Callable[..., tuple[Array, tuple[Any, Scores]]]
 
 
+Rows = Sequence[Any]  # Arrays.
+Trained = tuple[list[TrainState], list[Scores]]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """What a run of an arm calls, jitted.
+    """What a run of an arm calls.
 
     Attributes:
         layers: the layers that are analyzed, in the order of execution.
-        abstract: shapes and placement of the state.
         start: `(seed, rate) -> state`, before the first step.
-        train: `(states, *rows, epoch) -> [(state, scores), ...]`, for a tuple of states
-            of different seeds or rates at once; consumes them.
-        evaluate: `(states, *rows) -> [scores, ...]`, with running averages.
-        refresh: `(state) -> state, analysis`; consumes the state, and sets the
-            multipliers if the arm has some.
+        draw: `(state, rows, epoch) -> batches`, arrays with an axis of steps in front.
+        step: `(state, rows, batch) -> state, scores`.
+        evaluate: `(state, *rows) -> scores`, with running averages; jitted.
+        analyze: `(state) -> state, analysis`; sets the multipliers if the arm has some.
     """
 
     layers: tuple[tb_optax.Layer, ...]
-    abstract: TrainState
-    start: Any
-    train: Any
-    evaluate: Any
-    refresh: Any
+    start: Callable[[Seed, Any], TrainState]
+    draw: Callable[..., Any]
+    step: Callable[..., tuple[TrainState, Scores]]
+    evaluate: Callable[..., Scores]
+    analyze: Callable[[TrainState], tuple[TrainState, tb_optax.Analysis]]
 
-    def compiled(self, rows: Sequence[np.ndarray], count: int) -> "Program":
-        """Compile what is timed, for `count` states at once and these training rows."""
-        rows = jax.eval_shape(lambda *rows: rows, *rows)
-        epoch = jax.ShapeDtypeStruct((), jnp.int32)
-        states = (self.abstract,) * count
-        return dataclasses.replace(
-            self,
-            train=self.train.lower(states, *rows, epoch).compile(),
-            refresh=self.refresh.lower(self.abstract).compile(),
+    @functools.cached_property
+    def refresh(self) -> Any:
+        """`analyze`, compiled; consumes the state."""
+        jitted = jax.jit(self.analyze, donate_argnums=0)
+        return jitted.lower(self.abstract).compile()
+
+    @functools.cached_property
+    def abstract(self) -> TrainState:
+        """Shapes and placement of the state."""
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            jax.eval_shape(self.start, 0, 0.0),
         )
+
+    def epoch(self, rows: Rows, count: int) -> Callable[..., Trained]:
+        """Compile an epoch of `count` states at once, of different seeds or rates.
+
+        Returns:
+            `(states, rows, epoch) -> states, scores`, in lists, which consumes states.
+        """
+        draw, step, many = self.draw, self.step, count > 1
+        if many:
+            draw = jax.vmap(draw, (0, None, None))
+            step = jax.vmap(step, (0, None, 0))
+
+        def numbered(state: TrainState, rows: Rows, batches: Any, number: Array):
+            at = (slice(None), number) if many else number
+            return step(state, rows, jax.tree.map(lambda leaf: leaf[at], batches))
+
+        def stacked(states: Sequence[TrainState]) -> TrainState:
+            return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+        def unstacked(tree: Any) -> list[Any]:
+            leaves, structure = jax.tree.flatten(tree)
+            return [structure.unflatten(own) for own in zip(*leaves, strict=True)]
+
+        # Compiled ahead of the clock.
+        number = jax.ShapeDtypeStruct((), jnp.int32)
+        rows = jax.eval_shape(lambda *rows: rows, *rows)
+        state = self.abstract
+        if many:
+            state = jax.eval_shape(stacked, (state,) * count)
+        drawn = jax.eval_shape(draw, state, rows, number)
+        steps = jax.tree.leaves(drawn)[0].shape[int(many)]
+        draw = jax.jit(draw).lower(state, rows, number).compile()
+        jitted = jax.jit(numbered, donate_argnums=0)
+        step = jitted.lower(state, rows, drawn, number).compile()
+
+        def train(states: Sequence[TrainState], rows: Rows, epoch: int) -> Trained:
+            state = stacked(states) if many else states[0]
+            batches, scores = draw(state, rows, jnp.int32(epoch)), []
+            for number in range(steps):
+                state, own = step(state, rows, batches, jnp.int32(number))
+                scores.append(own)
+            means = jax.tree.map(lambda *own: jnp.stack(own).mean(0), *scores)
+            if not many:
+                return [state], [means]
+            return unstacked(state), unstacked(means)
+
+        return train
 
 
 def make_program(config: Config, arm: Arm, data: Dataset) -> Program:
@@ -101,45 +153,34 @@ def make_program(config: Config, arm: Arm, data: Dataset) -> Program:
         opt_state = optimizer(seed, rate).init(params)
         return TrainState(seed, rate, params, batch_stats, opt_state)
 
-    def refresh(state: TrainState) -> tuple[TrainState, tb_optax.Analysis]:
-        analyzed = analysis(state.seed)(state.params)
-        if arm.balanced:
-            opt_state = tb_optax.set_multipliers(state.opt_state, analyzed)
-            state = state._replace(opt_state=opt_state)
-        return state, analyzed
+    def draw(state: TrainState, rows: Rows, epoch: Array) -> tuple[Array, Array]:
+        """Return the rows of each batch, and a key to augment them."""
+        key = jax.random.fold_in(keys(state.seed)[1], epoch)
+        order_key, augment_key = jax.random.split(key)
+        order = jax.random.permutation(order_key, len(rows[0]))
+        order = order[: steps * config.batch_size].reshape(steps, config.batch_size)
+        return order, jax.random.split(augment_key, steps)
 
-    step = training_step(image_loss(nnx.graphdef(model), config.smoothing), optimizer)
-    train = _epoch(step, data.preparation, config.batch_size)
+    update = training_step(image_loss(nnx.graphdef(model), config.smoothing), optimizer)
+
+    def step(state: TrainState, rows: Rows, batch: tuple[Array, Array]):
+        (images, labels), (own, key) = rows, batch
+        return update(state, data.preparation.augment(key, images[own]), labels[own])
+
     static = nnx.graphdef(plain), data.preparation, config.batch_size
 
     def evaluate(state: TrainState, images: Array, labels: Array) -> Scores:
         # The state of the optimizer is left out: one program serves all arms.
         return _evaluate(*static, state._replace(opt_state=()), images, labels)
 
-    return assembled(layers, start, train, evaluate, refresh)
+    def analyze(state: TrainState) -> tuple[TrainState, tb_optax.Analysis]:
+        analyzed = analysis(state.seed)(state.params)
+        if arm.balanced:
+            opt_state = tb_optax.set_multipliers(state.opt_state, analyzed)
+            state = state._replace(opt_state=opt_state)
+        return state, analyzed
 
-
-def assembled(
-    layers: tuple[tb_optax.Layer, ...],
-    start: Callable[[Seed, Any], TrainState],
-    train: Callable[..., tuple[TrainState, Scores]],
-    evaluate: Callable[..., Scores],
-    refresh: Callable[[TrainState], tuple[TrainState, tb_optax.Analysis]],
-) -> Program:
-    """Return the program of functions of one state; `evaluate` is jitted already."""
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        jax.eval_shape(start, 0, 0.0),
-    )
-    return Program(
-        layers,
-        abstract,
-        start,
-        train=jax.jit(_at_once(train), donate_argnums=0),
-        evaluate=_at_once(evaluate),
-        refresh=jax.jit(refresh, donate_argnums=0),
-    )
+    return Program(layers, start, draw, step, evaluate, analyze)
 
 
 def balanced_layers(model: models.Model, config: Config) -> tuple[tb_optax.Layer, ...]:
@@ -212,49 +253,6 @@ def initial(shape: Shape, seed: Array) -> tuple[Any, Any]:
 def keys(seed: Seed) -> Array:
     """Return the key of the initial weights, and that of row order and augmentation."""
     return jax.random.split(jax.random.key(seed))
-
-
-def _at_once(function: Callable[..., Any]) -> Callable[..., list[Any]]:
-    """Return the function of a tuple of states, vectorized if there are several."""
-
-    @functools.wraps(function)
-    def at_once(states: tuple[TrainState, ...], *shared: Array) -> list[Any]:
-        if len(states) == 1:
-            return [function(states[0], *shared)]
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-        results = jax.vmap(lambda state: function(state, *shared))(stacked)
-        return [
-            jax.tree.map(lambda leaf, place=place: leaf[place], results)
-            for place in range(len(states))
-        ]
-
-    return at_once
-
-
-def _epoch(
-    step: Callable[..., tuple[TrainState, Scores]],
-    preparation: Preparation,
-    batch_size: int,
-) -> Callable[..., tuple[TrainState, Scores]]:
-    """Return one pass over the training rows; see `Program.train`."""
-
-    def train(
-        state: TrainState, images: Array, labels: Array, epoch: Array
-    ) -> tuple[TrainState, Scores]:
-        steps = len(images) // batch_size
-        key = jax.random.fold_in(keys(state.seed)[1], epoch)
-        order_key, augment_key = jax.random.split(key)
-        order = jax.random.permutation(order_key, len(images))[: steps * batch_size]
-
-        def body(state: TrainState, batch: tuple[Array, Array]):
-            rows, key = batch
-            return step(state, preparation.augment(key, images[rows]), labels[rows])
-
-        batches = order.reshape(steps, batch_size), jax.random.split(augment_key, steps)
-        state, scores = jax.lax.scan(body, state, batches)
-        return state, jax.tree.map(jnp.mean, scores)
-
-    return train
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

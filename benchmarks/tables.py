@@ -15,7 +15,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import accelerator, commandline, findings, report, speed_tables, studies
+from benchmarks import (
+    accelerator,
+    commandline,
+    findings,
+    report,
+    spectral,
+    step_cost,
+    studies,
+    weightwatcher,
+)
 from benchmarks.errors import UserError
 from benchmarks.files import read_json
 
@@ -80,10 +89,11 @@ def render(directory: Path) -> str:
         "Samples are taken in turn, A B C A B C ...; a cell is their median, [lowest, "
         "highest]; a ratio is that of the samples of one round.",
     ]
-    for name in ("spectral", "step_cost", "weightwatcher"):
+    for command in (spectral, step_cost, weightwatcher):
+        name = command.__name__.rpartition(".")[2]
         paths = sorted(directory.glob(f"{name}*.json"))
         for path in paths:
-            parts += getattr(speed_tables, name)(read_json(path))
+            parts += command.section(read_json(path))
         if not paths:
             parts += [f"Not measured: `python -m benchmarks.{name}`."]
     cards = sorted(path for path in directory.glob("accelerator*") if path.is_dir())

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from benchmarks import arms, data, experiments, images, loop
-from benchmarks.files import read_lines
-from benchmarks.runs import LAYERS, METRICS, Run
+from benchmarks.files import read_json
+from benchmarks.runs import LAYERS, METRICS, RECORD, Run
 from benchmarks.train import parse
 
 EPOCHS = 3
@@ -47,23 +47,28 @@ def keep_programs(monkeypatch):
             made[key] = real_program(config, arm, data)
         return made[key]
 
-    def compile_once(self, data, count):
+    def epoch(self, rows, count):
         if (id(self), count) not in compiled:
-            compiled[id(self), count] = real_compiled(self, data, count)
+            compiled[id(self), count] = real_epoch(self, rows, count)
         return compiled[id(self), count]
 
-    real_program, real_compiled = loop.make_program, loop.Program.compiled
+    real_program, real_epoch = loop.make_program, loop.Program.epoch
     monkeypatch.setattr(experiments, "make_program", make_program)
-    monkeypatch.setattr(loop.Program, "compiled", compile_once)
+    monkeypatch.setattr(loop.Program, "epoch", epoch)
     return calls
 
 
-def timeless(path):
-    """The lines of a file without the fields that hold seconds."""
+def timeless(rows):
+    """Rows without the fields that hold seconds."""
     return [
         {key: value for key, value in row.items() if not key.endswith("_seconds")}
-        for row in read_lines(path)
+        for row in rows
     ]
+
+
+def record(path):
+    """What a run in this directory has written down."""
+    return read_json(path / RECORD)
 
 
 def program_of(arm):
@@ -74,8 +79,8 @@ def program_of(arm):
 
 def final_state(run):
     """The last checkpoint of a run, as NumPy arrays."""
-    with run.states(program_of(run.arm)) as (state, _):
-        return jax.device_get(state)
+    with run.session(program_of(run.arm)) as session:
+        return jax.device_get(session.state)
 
 
 def assert_same_runs(path, other, *names):
@@ -83,7 +88,7 @@ def assert_same_runs(path, other, *names):
     for arm in names:
         one, two = Run(path / arm, CONFIG, arm), Run(other / arm, CONFIG, arm)
         for name in (METRICS, LAYERS):
-            assert timeless(one.path / name) == timeless(two.path / name)
+            assert timeless(one.rows(name)) == timeless(two.rows(name))
         jax.tree.map(np.testing.assert_array_equal, final_state(one), final_state(two))
 
 

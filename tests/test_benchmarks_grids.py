@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import reference
 from flax import nnx
-from runs import TINY
+from runs import TINY, record
 
 from benchmarks import models
 from benchmarks.arms import ARMS
 from benchmarks.configs import CIFAR10
-from benchmarks.files import read_json, read_lines
 from benchmarks.grids import GRIDS
 from benchmarks.loop import balanced_layers
 from benchmarks.models.families import ResNet
@@ -209,10 +208,10 @@ def test_a_run_with_every_choice_made_otherwise(tmp_path):
     assert (config.metric, config.fit) == ("spectral_norm", "peak")
     assert (config.norms, config.ends, config.interval) == (False, True, 2)
     assert main([*arguments, "--out", str(tmp_path)]) == 0
-    recorded = read_json(tmp_path / "tb" / "config.json")["config"]
+    written = record(tmp_path / "tb")
     expected = dataclasses.asdict(config) | {"arm": "tb"}
-    assert recorded.items() <= expected.items()
-    rows = read_lines(tmp_path / "tb" / "layers.jsonl")
+    assert written["config"].items() <= expected.items()
+    rows = written["layers"]
     # Before the first and the third epoch, and after the last.
     assert {row["epoch"] for row in rows} == {0, 2, 3}
     names = [row["layer"] for row in rows if row["epoch"] == 0]

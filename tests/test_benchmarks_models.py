@@ -1,4 +1,4 @@
-"""The models of the benchmarks, their convolution and the steps that train them."""
+"""The models of the benchmarks, and the steps that train them."""
 
 import functools
 import itertools
@@ -9,11 +9,9 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax import lax
 from runs import eight_images
 
 from benchmarks import loop, models
-from benchmarks.models.convolution import NHWC, convolution
 from benchmarks.models.families import VGG, ResNet, WideResNet
 from benchmarks.models.parts import FLAX, TORCH, Parts, Plan
 
@@ -144,34 +142,6 @@ def test_layers_are_in_execution_order_and_norms_follow(name):
             expected[f"{path}/kernel"] = biases
     assert [layer.path for layer in layers] == list(expected)
     assert {layer.path: set(layer.follows) for layer in layers} == expected
-
-
-def test_convolution_and_its_gradients_are_those_of_jax():
-    def loss(function, images, kernel, stride, padding):
-        def apply(images, kernel):
-            y = function(
-                images, kernel, (stride, stride), padding, dimension_numbers=NHWC
-            )
-            return jnp.sum(jnp.sin(y)), y
-
-        return jax.value_and_grad(apply, (0, 1), has_aux=True)(images, kernel)
-
-    @functools.partial(jax.jit, static_argnums=1)
-    def results(key, function):
-        """Values and gradients for every kind of window, stride, and side."""
-        keys, found = jax.random.split(key), []
-        windows = (1, 0), (3, 1), (3, "SAME"), (5, 0)
-        for (size, pad), stride, side in itertools.product(windows, (1, 2), (7, 8)):
-            images = jax.random.normal(keys[0], (4, side, side, 3))
-            kernel = jax.random.normal(keys[1], (size, size, 3, 5))
-            padding = pad if pad == "SAME" else ((pad, pad), (pad, pad))
-            found.append(loss(function, images, kernel, stride, padding))
-        return found
-
-    key = jax.random.key(0)
-    ours, theirs = results(key, convolution), results(key, lax.conv_general_dilated)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,6 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from benchmarks.models.convolution import convolution
-
 Initialize = Callable[[Array, tuple[int, ...], DTypeLike], Array]
 
 
@@ -75,7 +73,6 @@ class Parts(NamedTuple):
             strides=stride,
             padding=size // 2,
             use_bias=bias,
-            conv_general_dilated=convolution,
             kernel_init=self.init.kernel,
             bias_init=self.init.bias(inputs * size**2),
             rngs=self.rngs,
