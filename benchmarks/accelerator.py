@@ -28,7 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -40,9 +40,7 @@ from benchmarks.files import read_json, write_json
 from benchmarks.networks import networks
 from benchmarks.timing import interleave, ratios
 
-# The part that must have ended at this share of the time; what it saves, others get.
-PARTS = {"parity": 0.2, "candidates": 0.65, "analyses": 0.85, "training": 1.0}
-# The share of all parts where images are trained after them.
+# The share of the time of all parts where images are trained after them.
 _BEFORE_IMAGES = 0.75
 
 REPEATS = 5
@@ -59,32 +57,6 @@ IMAGES = "images"
 # A way that took longer than this for one batch is not tried on larger ones.
 _SLOW = 5.0
 _IMAGES = 50_000  # Of an epoch of CIFAR.
-
-
-class Report:
-    """The figures of one part, in a file that is rewritten after each of them."""
-
-    def __init__(self, path: Path, head: Mapping[str, Any], *, resume: bool):
-        self.path = path
-        self.content: dict[str, Any] = {**head, "figures": {}}
-        if resume and path.exists():
-            self.content = read_json(path, figures=dict)
-            if self.content.get("hardware") != head["hardware"]:
-                raise UserError(
-                    f"{path} was measured on {self.content.get('hardware')}, this is "
-                    f"{head['hardware']}; give another directory by --out"
-                )
-
-    @property
-    def figures(self) -> dict[str, Any]:
-        """What has been measured, by name."""
-        return self.content["figures"]
-
-    def add(self, name: str, figure: Any) -> None:
-        """Keep a figure and write the file."""
-        self.figures[name] = figure
-        write_json(self.path, self.content)
-        commandline.say(f"{self.path.stem}: {name}: {json.dumps(figure)[:160]}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -106,20 +78,27 @@ def _run(arguments: Sequence[str] | None) -> None:
     head["hardware"].pop("load_before", None)
     toy = jax.default_backend() == "cpu"
     minutes = options.minutes * (_BEFORE_IMAGES if options.cifar10 else 1)
-    for name, share in PARTS.items():
-        if name not in options.parts:
-            continue
-        report = Report(options.out / f"{name}.json", head, resume=options.resume)
-        deadline = started + 60 * minutes * share
-        figures = MEASURES[name](toy, options.data)
+    for name in (name for name in PARTS if name in options.parts):
+        path, content = options.out / f"{name}.json", head | {"figures": {}}
+        if path.exists():
+            content = read_json(path, figures=dict)
+            if content.get("hardware") != head["hardware"]:
+                raise UserError(
+                    f"{path} was measured on {content.get('hardware')}, this is "
+                    f"{head['hardware']}; give another directory by --out"
+                )
+        deadline = started + 60 * minutes * PARTS[name].share
+        figures = PARTS[name].measures(toy, options.data)
         for number, (key, measure) in enumerate(figures):
-            if key in report.figures:
+            if key in content["figures"]:
                 continue
             # One figure at least, however little time there is.
             if number and time.monotonic() > deadline:
                 commandline.say(f"{name}: the time is up before {key}")
                 break
-            report.add(key, measure())
+            content["figures"][key] = figure = measure()
+            write_json(path, content)
+            commandline.say(f"{name}: {key}: {json.dumps(figure)[:160]}")
     if options.cifar10 is not None and IMAGES in options.parts:
         deadline = started + 60 * options.minutes
         train_images(options.out / IMAGES, options.cifar10, toy, given, deadline)
@@ -148,29 +127,22 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure all that needs an accelerator, within a budget of time.",
         allow_abbrev=False,
     )
-    add = parser.add_argument
+    add, every = parser.add_argument, (*PARTS, IMAGES)
+    golden = Path(__file__).parents[1] / "tests" / "data" / "golden"
+    numbers = "recorded numbers of the published code; default: tests/data/golden"
+    images = "train-*.parquet and test-*.parquet, for the study of images"
     add("--minutes", type=commandline.positive_number, required=True)
     add("--out", type=Path, required=True, metavar="DIR", help="where files go")
-    every = (*PARTS, IMAGES)
     add("--parts", nargs="+", choices=every, default=every, help="default: all")
     add("--resume", action="store_true", help="measure what DIR does not have yet")
-    add(
-        "--data",
-        type=Path,
-        default=Path(__file__).parents[1] / "tests" / "data" / "golden",
-        metavar="DIR",
-        help="recorded numbers of the published code; default: tests/data/golden",
-    )
-    add(
-        "--cifar10",
-        type=Path,
-        metavar="DIR",
-        help="train-*.parquet and test-*.parquet, for the study of images",
-    )
+    add("--data", type=Path, default=golden, metavar="DIR", help=numbers)
+    add("--cifar10", type=Path, metavar="DIR", help=images)
     return parser
 
 
 Figures = Iterator[tuple[str, Callable[[], Any]]]
+Found = Mapping[str, Any]
+Rows = list[dict[str, Any]]
 
 
 def _parity(toy: bool, data: Path) -> Figures:
@@ -281,34 +253,22 @@ def _training(toy: bool, _: Path) -> Figures:
         yield f"the slowest step: {name}", functools.partial(slowest, name)
 
 
-MEASURES: dict[str, Callable[[bool, Path], Figures]] = {
-    "parity": _parity,
-    "candidates": _candidates,
-    "analyses": _analyses,
-    "training": _training,
-}
-
-
-# --- tables -------------------------------------------------------------------------
-
-Rows = list[dict[str, Any]]
+# --- tables ---------------------------------------------------------------------------
 
 
 def sections(directory: Path) -> Iterator[str]:
     """Yield the tables of what a directory holds, in Markdown."""
-    paths = {name: directory / f"{name}.json" for name in _TABLES}
+    paths = {name: directory / f"{name}.json" for name in PARTS}
     found = {
         name: read_json(path, figures=dict)
         for name, path in paths.items()
         if path.exists()
     }
-    for number, (name, content) in enumerate(found.items()):
-        if number == 0:
-            hardware, versions = content["hardware"], content["versions"]
-            yield f"## On an accelerator: {hardware['device']}"
-            yield f"{listed(versions)}.\n\n```bash\n{content['command']}\n```"
-        caption, rows = _TABLES[name]
-        yield f"{caption}:\n\n{table(rows(content['figures']))}"
+    for content in list(found.values())[:1]:
+        yield f"## On an accelerator: {content['hardware']['device']}"
+        yield f"{listed(content['versions'])}.\n\n```bash\n{content['command']}\n```"
+    for name, content in found.items():
+        yield f"{PARTS[name].caption}:\n\n{table(PARTS[name].rows(content['figures']))}"
 
 
 def _milliseconds(seconds: Sequence[float]) -> str:
@@ -316,7 +276,7 @@ def _milliseconds(seconds: Sequence[float]) -> str:
     return f"{middle:.3g} [{low:.3g}, {high:.3g}]"
 
 
-def _parity_rows(figures: Mapping[str, Any]) -> Rows:
+def _parity_rows(figures: Found) -> Rows:
     rows = []
     for fit, compared in figures.items():
         layers = sum(figure["layers"] for figure in compared.values())
@@ -329,7 +289,7 @@ def _parity_rows(figures: Mapping[str, Any]) -> Rows:
     return rows
 
 
-def _candidate_rows(figures: Mapping[str, Any]) -> Rows:
+def _candidate_rows(figures: Found) -> Rows:
     rows: dict[str, dict[str, Any]] = {}
     for key, figure in figures.items():
         case, _, way = key.rpartition(": ")
@@ -340,20 +300,20 @@ def _candidate_rows(figures: Mapping[str, Any]) -> Rows:
     return list(rows.values())
 
 
-def _analysis_rows(figures: Mapping[str, Any]) -> Rows:
+def _analysis_rows(figures: Found) -> Rows:
     rows = []
     for title, figure in figures.items():
         seconds = figure["seconds"]
         row = {"network": title}
         row |= {way: _milliseconds(samples) for way, samples in seconds.items()}
         if peers.TORCH in seconds:
-            pairs = ratios(seconds["tb_optax"], seconds[peers.TORCH])
+            pairs = ratios(seconds[peers.OURS], seconds[peers.TORCH])
             row["tb_optax / PyTorch"] = f"{np.median(pairs):.3g}"
         rows.append(row)
     return rows
 
 
-def _training_rows(figures: Mapping[str, Any]) -> Rows:
+def _training_rows(figures: Found) -> Rows:
     rows: dict[str, float] = {}
     if step := figures.get("a step"):
         medians = {k: np.median(v) for k, v in step["seconds"].items()}
@@ -371,24 +331,41 @@ def _training_rows(figures: Mapping[str, Any]) -> Rows:
     return [{"what": what, "figure": f"{value:.5g}"} for what, value in rows.items()]
 
 
-# What each table shows, and its rows.
-_TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], Rows]]] = {
-    "parity": (
+class Part(NamedTuple):
+    """The share of the time at which a part must have ended, its figures and table."""
+
+    share: float
+    measures: Callable[[bool, Path], Figures]
+    caption: str
+    rows: Callable[[Found], Rows]
+
+
+# What an early part saves of its share, others get.
+PARTS = {
+    "parity": Part(
+        0.2,
+        _parity,
         "Recorded networks in float32 against the published code in float64: "
         "largest relative deviation of an alpha, its share of what rounding allows, "
         "and largest deviation of a multiplier",
         _parity_rows,
     ),
-    "candidates": (
+    "candidates": Part(
+        0.65,
+        _candidates,
         "Milliseconds from matrices to the alpha of each, and the largest relative "
         "error of an alpha against float64",
         _candidate_rows,
     ),
-    "analyses": (
+    "analyses": Part(
+        0.85,
+        _analyses,
         "Milliseconds from kernels to the alpha of every layer",
         _analysis_rows,
     ),
-    "training": (
+    "training": Part(
+        1.0,
+        _training,
         "A training step of ResNet-18, with TempBalance and without",
         _training_rows,
     ),

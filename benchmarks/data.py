@@ -177,7 +177,11 @@ def read(
         if number == split.rows:
             raise UserError(f"{where} is one too many; published: {split.rows} rows")
         images.append(_pixels(image, source, where))
-        labels.append(_label(label, source, where))
+        last = source.num_classes - 1
+        if not isinstance(label, int) or not 0 <= label <= last:
+            allowed = f"allowed: 0 to {last}"
+            raise UserError(f"{where}: {source.label} is {label!r}; {allowed}")
+        labels.append(label)
     if not images:
         raise UserError(f"{place}: the {split.name} split has no rows")
     return np.stack(images), np.array(labels, np.int32)
@@ -189,14 +193,10 @@ def _hub(source: Source, split: Split) -> Pairs:
 
     for reader in ("datasets", "huggingface_hub"):  # What goes wrong is raised, too.
         logging.getLogger(reader).setLevel(logging.CRITICAL)
-    name = f"the hub's {source.repository}"
+    name, options = f"the hub's {source.repository}", {"split": split.name}
+    options["verification_mode"] = "basic_checks"
     try:
-        rows = datasets.load_dataset(
-            source.repository,
-            source.config,
-            split=split.name,
-            verification_mode="basic_checks",
-        )
+        rows = datasets.load_dataset(source.repository, source.config, **options)
         _check_columns(rows.column_names, source, name)
         rows = rows.cast_column(source.image, datasets.Image(decode=False))
     except UserError:
@@ -206,10 +206,8 @@ def _hub(source: Source, split: Split) -> Pairs:
         why = f"({first_line(error)}); give --data-dir with {files}"
         raise UserError(f"{name} cannot be read {why}") from error
     if len(rows) != split.rows:
-        raise UserError(
-            f"{name} has {len(rows)} rows in {split.name}; published: {split.rows}; "
-            "give --data-dir"
-        )
+        there = f"{len(rows)} rows in {split.name}; published: {split.rows}"
+        raise UserError(f"{name} has {there}; give --data-dir")
     return ((row[source.image], row[source.label]) for row in rows)
 
 
@@ -254,11 +252,3 @@ def _pixels(image: Any, source: Source, where: str) -> np.ndarray:
         allowed = f"{source.size}x{source.size}"
         raise UserError(f"{where}: the image is {width}x{height}; allowed: {allowed}")
     return pixels
-
-
-def _label(label: Any, source: Source, where: str) -> int:
-    last = source.num_classes - 1
-    if not isinstance(label, int) or not 0 <= label <= last:
-        allowed = f"allowed: 0 to {last}"
-        raise UserError(f"{where}: {source.label} is {label!r}; {allowed}")
-    return label

@@ -48,19 +48,18 @@ class Preparation:
 
     def augment(self, key: Array, images: Array) -> Array:
         """Return randomly cropped and flipped images, normalized."""
-        count, height, width, channels = images.shape
         crop_key, flip_key = jax.random.split(key)
         pad = self.pad
         padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-        corners = jax.random.randint(crop_key, (count, 2), 0, 2 * pad + 1)
+        corners = jax.random.randint(crop_key, (len(images), 2), 0, 2 * pad + 1)
 
         def crop(image: Array, corner: Array) -> Array:
             start = (corner[0], corner[1], 0)
-            return jax.lax.dynamic_slice(image, start, (height, width, channels))
+            return jax.lax.dynamic_slice(image, start, images.shape[1:])
 
         images = jax.vmap(crop)(padded, corners)
         if self.flip:
-            mirrored = jax.random.bernoulli(flip_key, shape=(count, 1, 1, 1))
+            mirrored = jax.random.bernoulli(flip_key, shape=(len(images), 1, 1, 1))
             images = jnp.where(mirrored, images[:, :, ::-1], images)
         return self.normalize(images)
 

@@ -16,8 +16,7 @@ from benchmarks.arms import ARMS
 from benchmarks.configs import CIFAR10
 from benchmarks.grids import GRIDS
 from benchmarks.loop import balanced_layers
-from benchmarks.models.families import ResNet
-from benchmarks.models.parts import FLAX, Parts, Plan
+from benchmarks.models.families import Plan, ResNet
 from benchmarks.published import PAIRS, settings
 from benchmarks.train import main, parse
 
@@ -111,8 +110,7 @@ def by_path(tree):
 
 def small():
     """A net of two blocks, whose head has enough eigenvalues to be tuned."""
-    parts = Parts(FLAX, nnx.Rngs(3))
-    return ResNet(parts, Plan((64,), (2,), 3, 100))
+    return ResNet(Plan((64,), (2,), 3, 100, nnx.Rngs(3)))
 
 
 @pytest.fixture(scope="module")

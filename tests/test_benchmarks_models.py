@@ -12,8 +12,7 @@ from flax import nnx
 from runs import eight_images
 
 from benchmarks import loop, models
-from benchmarks.models.families import VGG, ResNet, WideResNet
-from benchmarks.models.parts import FLAX, TORCH, Parts, Plan
+from benchmarks.models.families import VGG, Plan, ResNet, WideResNet
 
 
 def parameter_count(name, num_classes, width=1.0):
@@ -59,10 +58,10 @@ def test_resnets_take_64_pixels(name):
 
 
 def test_torch_initialization_is_uniform_within_the_root_of_the_fan_in():
-    parts = Parts(TORCH, nnx.Rngs(0))
+    plan = Plan((256,), (1,), 3, 512, nnx.Rngs(0), torch=True)
     for module, fan_in in (
-        (parts.conv(64, 512, 3, bias=True), 9 * 64),
-        (parts.head(256, 512), 256),
+        (plan.conv(64, 512, 3, bias=True), 9 * 64),
+        (plan.head(), 256),
     ):
         for leaf in (module.kernel, module.bias):
             assert leaf is not None
@@ -149,7 +148,7 @@ def test_layers_are_in_execution_order_and_norms_follow(name):
 )
 def test_two_steps_of_every_family_move_all_weights(family, channels):
     """Steps of a small network of each kind: the named ones have more of the same."""
-    model = family(Parts(FLAX, nnx.Rngs(0)), Plan(channels, (1, 1), 3, 10))
+    model = family(Plan(channels, (1, 1), 3, 10, nnx.Rngs(0)))
     _, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
     optimizer = optax.sgd(0.1, momentum=0.9)
     params, stats = nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
