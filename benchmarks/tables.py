@@ -68,7 +68,7 @@ def answered(path: Path, directory: Path) -> str:
     def table(match: re.Match[str]) -> str:
         name = match[1]
         marked = f"<!-- study {name}: `{_COMMAND}` -->"
-        return f"{marked}\n\n{findings.brief(found[name])}\n\n<!-- end -->"
+        return f"{marked}\n\n{findings.Findings(found[name]).brief()}\n\n<!-- end -->"
 
     return _ANSWER.sub(table, path.read_text(encoding="utf-8"))
 
@@ -111,7 +111,8 @@ def render(directory: Path) -> str:
     for study in _studies(directory):
         pictures = sorted(study.path.glob("*.png"))
         place = Path(commandline.RESULTS.name, study.path.relative_to(directory))
-        parts += findings.section(study, [str(place / file.name) for file in pictures])
+        links = [str(place / file.name) for file in pictures]
+        parts += findings.Findings(study).section(links)
     return "\n\n".join(parts) + "\n"
 
 
