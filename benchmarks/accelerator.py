@@ -21,6 +21,7 @@ arguments are one line on stderr and exit code 2.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import shutil
@@ -35,6 +36,7 @@ import numpy as np
 
 from benchmarks import candidates, commandline, machine, peers, recorded, step_cost
 from benchmarks.cells import listed, table
+from benchmarks.configs import CIFAR10
 from benchmarks.errors import UserError
 from benchmarks.files import read_json, write_json
 from benchmarks.networks import networks
@@ -113,7 +115,7 @@ def train_images(
 
     directory = studies.Directory(path, "images-check" if toy else "images")
     dataset = directory.study.load(directory.study.config, data)
-    directory.open(dataset.digest(), "benchmarks.accelerator", given)
+    directory.open(dataset.digest, "benchmarks.accelerator", given)
     try:
         studies.train(directory, dataset, lambda: time.monotonic() > deadline)
     except commandline.Preempted as stopped:
@@ -215,14 +217,15 @@ def _analyses(toy: bool, _: Path) -> Figures:
 
 
 def _training(toy: bool, _: Path) -> Figures:
-    task = step_cost.Task("resnet18", 1.0, 128, 32, "bfloat16")
+    config, side = dataclasses.replace(CIFAR10, compute="bfloat16"), 32
     if toy:
-        task = step_cost.Task("resnet4", 0.5, 4, 8, "float32")
-    interval = 3 if toy else _IMAGES // task.batch
+        tiny = dataclasses.replace(CIFAR10, model="resnet4", width=0.5, batch_size=4)
+        config, side = tiny, 8
+    interval = 3 if toy else _IMAGES // config.batch_size
 
     @functools.cache
     def runner(name: str) -> step_cost.Runner:
-        return step_cost.Runner(task, step_cost.optimizers(task, interval)[name])
+        return step_cost.Runner(config, step_cost.arms(interval)[name], side)
 
     def throughput() -> dict[str, Any]:
         """Seconds of a step where no refresh is due, many in a row, in turn."""
@@ -232,7 +235,7 @@ def _training(toy: bool, _: Path) -> Figures:
             calls, REPEATS, before=lambda name: runner(name).move_to(1)
         )
         per_step = {name: (np.divide(seconds[name], count)).tolist() for name in names}
-        return {"batch": task.batch, "seconds": per_step}
+        return {"batch": config.batch_size, "seconds": per_step}
 
     def refresh() -> dict[str, Any]:
         calls = {"plain": runner("plain")}

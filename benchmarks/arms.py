@@ -63,6 +63,9 @@ class Arm:
         balanced: whether the optimizer holds multipliers that an analysis refreshes.
         control: changes the multipliers of an analysis before they are used.
         once: whether the multipliers of the first analysis are kept.
+        interval: steps from one refresh in the step to the next; None: the refreshes
+            are calls of their own, which are timed.
+        spread: whether such a refresh is spread over its interval.
         parts: options of `layer_analysis` that differ from those of TempBalance.
     """
 
@@ -73,6 +76,8 @@ class Arm:
     balanced: bool = False
     control: Control | None = None
     once: bool = False
+    interval: int | None = None
+    spread: bool = False
     parts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def schedule(
@@ -123,8 +128,8 @@ class Arm:
         optimizer = self.optimizer(recipe)
         if not self.balanced:
             return optimizer
-        # The refresh at the start of an epoch is a call of its own, which is timed.
-        return tb_optax.temp_balance(optimizer, analyze, interval=None)
+        refreshed = {"interval": self.interval, "spread": self.spread}
+        return tb_optax.temp_balance(optimizer, analyze, **refreshed)
 
 
 def _sgd(recipe: Recipe) -> optax.GradientTransformation:

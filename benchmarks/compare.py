@@ -141,7 +141,7 @@ def _run_study(
     directory = studies.Directory(out, command.study)
     dataset = directory.study.load(directory.study.config, command.data_dir)
     program = "benchmarks.compare"
-    directory.open(dataset.digest(), program, arguments, command.resume)
+    directory.open(dataset.digest, program, arguments, command.resume)
     try:
         studies.train(directory, dataset, stopping)
         if command.timing:

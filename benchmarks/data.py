@@ -105,10 +105,11 @@ def load(config: Config) -> Dataset:
         images, labels = read(source, source.train, data_dir, rows=rows)
         test = read(source, source.test, data_dir)
     train, held_out = partition(len(labels), config)
-    validation = images[held_out], labels[held_out]
-    images, labels = images[train], labels[train]
-    preparation = Preparation.of(images, pad=pad, flip=flip)
-    return Dataset(images, labels, *validation, *test, num_classes, preparation)
+    parts = {"train": (images[train], labels[train]), "test": test}
+    if len(held_out):
+        parts["validation"] = images[held_out], labels[held_out]
+    preparation = Preparation.of(images[train], pad=pad, flip=flip)
+    return Dataset(parts, num_classes, preparation)
 
 
 def load_all(runs: Sequence[Run]) -> dict[str, Dataset]:
@@ -120,7 +121,7 @@ def load_all(runs: Sequence[Run]) -> dict[str, Dataset]:
         if what not in loaded:
             loaded[what] = load(run.config)
         found[run.variant] = loaded[what]
-        run.check(loaded[what].digest())
+        run.check(loaded[what].digest)
     return found
 
 

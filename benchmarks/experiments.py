@@ -153,7 +153,7 @@ class Trainer:
         self._config, self._arm, self._dataset = config, arm, dataset
         self._brief = brief
         self.program = (make or make_program)(config, arm, dataset)
-        rows = dataset.parts()["train"]
+        rows = dataset.parts["train"]
         # By the number of runs at once.
         self._compiled = functools.cache(lambda n: self.program.epoch(rows, n))
 
@@ -189,7 +189,7 @@ class Trainer:
             progress.set_description(f"{title}: compiling")
             train_epoch = self._compiled(len(runs))
             progress.set_description(title)
-            parts = jax.device_put(self._dataset.parts())
+            parts = jax.device_put(dict(self._dataset.parts))
             for epoch in range(done, epochs):
                 late = time.monotonic() - saved_at > PAUSE
                 if saved < epoch and (late or stopping()):

@@ -27,8 +27,8 @@ import tb_optax
 from benchmarks import controls, loop
 from benchmarks.configs import LanguageConfig
 from benchmarks.errors import UserError
-from benchmarks.images import Data
-from benchmarks.loop import Program, Scores, TrainState
+from benchmarks.images import Dataset
+from benchmarks.loop import Program, Scores
 from benchmarks.models.llama import Llama
 from tb_optax import recipes
 
@@ -38,22 +38,12 @@ VOCABULARY = 256  # Bytes.
 _LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "__pycache__"}
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Text(Data):
-    """Bytes to train on (N,), and windows (windows, length + 1) to evaluate on."""
+def load(config: LanguageConfig, directory: Path | None = None) -> Dataset:
+    """Read all Python files below a directory, by default the standard library.
 
-    train: np.ndarray
-    validation: np.ndarray
-    test: np.ndarray
-
-    def parts(self) -> dict[str, tuple[np.ndarray, ...]]:
-        """Return the rows of each part."""
-        names = ("train", "validation", "test")
-        return {name: (getattr(self, name),) for name in names}
-
-
-def load(config: LanguageConfig, directory: Path | None = None) -> Text:
-    """Read all Python files below a directory, by default the standard library."""
+    Returns:
+        Bytes to train on (N,), and windows (windows, length + 1) to evaluate on.
+    """
     root = Path(sysconfig.get_paths()["stdlib"]) if directory is None else directory
     files: dict[str, list[bytes]] = {"train": [], "validation": [], "test": []}
     for path in sorted(root.rglob("*.py")):
@@ -72,7 +62,7 @@ def load(config: LanguageConfig, directory: Path | None = None) -> Text:
         last = len(parts[name]) - config.length - 1
         starts = np.linspace(0, last, config.windows).astype(int)
         parts[name] = parts[name][starts[:, None] + np.arange(config.length + 1)]
-    return Text(**parts)
+    return Dataset({name: (part,) for name, part in parts.items()}, VOCABULARY)
 
 
 # --- arms -----------------------------------------------------------------------------
@@ -212,7 +202,7 @@ ARMS: dict[str, LanguageArm] = {arm.name: arm for arm in _ALL}
 # --- program --------------------------------------------------------------------------
 
 
-def make_program(config: LanguageConfig, arm: LanguageArm, data: Text) -> Program:
+def make_program(config: LanguageConfig, arm: LanguageArm, data: Dataset) -> Program:
     """Put together the functions of an arm; nothing is computed yet."""
     del data
 
@@ -224,48 +214,35 @@ def make_program(config: LanguageConfig, arm: LanguageArm, data: Text) -> Progra
     model = nnx.eval_shape(lambda: build(0))
     tokens = jax.ShapeDtypeStruct((1, config.length), jnp.int32)
     layers = tb_optax.trace_layers(Llama.__call__, model, tokens, norms="none")
-    analysis = tb_optax.layer_analysis(layers)
-    graph = nnx.graphdef(model)
-
-    def loss_fn(params: Any, stats: Any, windows: Array):
-        logits = nnx.merge(graph, params)(windows[:, :-1])
-        loss = loop.cross_entropy(logits, windows[:, 1:]).mean()
-        accuracy = jnp.mean(logits.argmax(-1) == windows[:, 1:])
-        return loss, (stats, Scores(loss, accuracy))
+    graph, analysis = nnx.graphdef(model), tb_optax.layer_analysis(layers)
 
     @jax.jit
-    def initial(seed: Array) -> Any:
-        return nnx.to_pure_dict(nnx.state(build(seed), nnx.Param))
+    def initial(seed: Array) -> tuple[Any, Any]:
+        return nnx.to_pure_dict(nnx.state(build(seed), nnx.Param)), {}
 
     def optimizer(seed: Any, rate: Any) -> optax.GradientTransformation:
         return arm.build(config, layers, seed, rate)
 
-    def start(seed: Any, rate: Any) -> TrainState:
-        seed, rate = jnp.uint32(seed), jnp.float32(rate)
-        params = initial(seed)
-        return TrainState(seed, rate, params, {}, optimizer(seed, rate).init(params))
-
-    @jax.jit
-    def evaluate(state: TrainState, windows: Array) -> Scores:
-        def score(window: Array) -> Scores:
-            return loss_fn(state.params, None, window[None].astype(jnp.int32))[1][1]
-
-        scores = jax.lax.map(score, windows, batch_size=config.batch_size)
-        return jax.tree.map(jnp.mean, scores)
-
-    def analyze(state: TrainState) -> tuple[TrainState, tb_optax.Analysis]:
-        return state, analysis(state.params)
-
-    def draw(state: TrainState, rows: loop.Rows, epoch: Array) -> Array:
+    def draw(seed: Array, rows: loop.Rows, epoch: Array) -> Array:
         """Return where the windows of each batch start."""
-        key = jax.random.fold_in(loop.keys(state.seed)[1], epoch)
+        key = jax.random.fold_in(loop.keys(seed)[1], epoch)
         shape, last = (config.steps, config.batch_size), len(rows[0]) - config.length
         return jax.random.randint(key, shape, 0, last)
 
-    update = loop.training_step(loss_fn, optimizer)
+    def scores(params: Any, windows: Array) -> Scores:
+        """Return the means over the bytes of windows, given those before."""
+        windows = windows.astype(jnp.int32)
+        logits = nnx.merge(graph, params)(windows[:, :-1])
+        accuracy = jnp.mean(logits.argmax(-1) == windows[:, 1:])
+        return Scores(loop.cross_entropy(logits, windows[:, 1:]).mean(), accuracy)
 
-    def step(state: TrainState, rows: loop.Rows, starts: Array):
-        places = starts[:, None] + jnp.arange(config.length + 1)
-        return update(state, rows[0][places].astype(jnp.int32))
+    def loss(params: Any, stats: Any, rows: loop.Rows, starts: Array):
+        found = scores(params, rows[0][starts[:, None] + jnp.arange(config.length + 1)])
+        return found.loss, (stats, found)
 
-    return Program(layers, start, draw, step, evaluate, analyze)
+    def score(params: Any, stats: Any, window: Array) -> Scores:
+        del stats
+        return scores(params, window[None])
+
+    parts = layers, initial, optimizer, draw, loss, score, config.batch_size
+    return Program(*parts, analysis=lambda _: analysis)

@@ -109,8 +109,8 @@ class Run:
         packages = ("jax", "jaxlib", "optax", "flax")
         own = {
             "config": self._recorded(),
-            "data_sha256": data.digest(),
-            "train_rows": len(data.parts()["train"][-1]),
+            "data_sha256": data.digest,
+            "train_rows": len(data.parts["train"][-1]),
             "device": jax.devices()[0].device_kind,
             "versions": {name: version(name) for name in packages},
         }

@@ -17,19 +17,19 @@ Faults of the arguments are one line on stderr and exit code 2.
 
 import argparse
 import dataclasses
-import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
 
 import tb_optax
 from benchmarks import cells, commandline, loop, models, timing
+from benchmarks.arms import ARMS, Arm
+from benchmarks.configs import CIFAR10, Config
+from benchmarks.images import Dataset, Preparation
 
 CLASSES = 100
 _EPOCH = 50_000  # Images of CIFAR.
@@ -41,61 +41,26 @@ _OF_MEDIAN_STEP = 1.5
 _OF_EPOCH = 0.01
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Task:
-    """A model, a batch of random images of `side` x `side`, and their labels."""
-
-    model: str
-    width: float
-    batch: int
-    side: int
-    dtype: str
-
-    @property
-    def shape(self) -> loop.Shape:
-        """What the model is built from."""
-        return loop.Shape(self.model, CLASSES, self.width, 3, "flax", self.dtype)
-
-    def analyze(self) -> Callable[[Any], tb_optax.Analysis]:
-        """Return the analysis: without the first and the last layer, as published."""
-        model = nnx.eval_shape(lambda: self.shape.build(0))
-        return tb_optax.layer_analysis(models.layers_in_order(model)[1:-1])
-
-    def examples(self) -> tuple[jax.Array, jax.Array]:
-        """Draw images and labels."""
-        rng = np.random.default_rng(0)
-        shape = (self.batch, self.side, self.side, 3)
-        images = jnp.asarray(rng.standard_normal(shape, np.float32), self.dtype)
-        return images, jnp.asarray(rng.integers(0, CLASSES, self.batch, np.int32))
-
-    def start(self, optimizer: optax.GradientTransformation) -> loop.TrainState:
-        """Return the state before the first step, in arrays of its own."""
-        seed = jnp.uint32(0)
-        params, stats = loop.initial(self.shape, seed)
-        opt_state = optimizer.init(params)
-        return loop.TrainState(seed, jnp.float32(0), params, stats, opt_state)
-
-    def step(self, optimizer: optax.GradientTransformation) -> Any:
-        """Return `(state, images, labels) -> state, scores`, jitted, which donates."""
-        graph = nnx.graphdef(nnx.eval_shape(lambda: self.shape.build(0)))
-        step = loop.training_step(loop.image_loss(graph), lambda *_: optimizer)
-        return jax.jit(step, donate_argnums=0)
-
-
 class Runner:
-    """A compiled step with its state, which each call moves on."""
+    """A compiled step with its state, which each call moves on, on one batch."""
 
-    def __init__(self, task: Task, optimizer: optax.GradientTransformation):
-        self.state = task.start(optimizer)
-        self._examples = task.examples()
-        lowered = task.step(optimizer).lower(self.state, *self._examples)
-        self._step = lowered.compile()
+    def __init__(self, config: Config, arm: Arm, side: int):
+        rng, size = np.random.default_rng(0), config.batch_size
+        pixels = rng.integers(0, 256, (size, side, side, 3), np.uint8)
+        rows = jax.device_put((pixels, rng.integers(0, CLASSES, size, np.int32)))
+        preparation = Preparation.of(pixels, pad=0, flip=False)
+        dataset = Dataset({"train": rows}, CLASSES, preparation)
+        program = loop.make_program(config, arm, dataset)
+        self.state, self.analyze = program.start(0, 0.01), program.analysis(0)
+        self._rest = rows, (jnp.arange(size), jax.random.key(0))
+        step = jax.jit(program.step, donate_argnums=0)
+        self._step = step.lower(self.state, *self._rest).compile()
         self.temporary_bytes = timing.temporary_bytes(self._step)
 
     def __call__(self, steps: int = 1) -> None:
         """Take steps and wait for the last of them."""
         for _ in range(steps):
-            self.state, _ = self._step(self.state, *self._examples)
+            self.state, _ = self._step(self.state, *self._rest)
         jax.block_until_ready(self.state)
 
     def move_to(self, count: int) -> None:
@@ -112,15 +77,14 @@ class Runner:
         self.state = jax.block_until_ready(self.state._replace(opt_state=opt_state))
 
 
-def optimizers(task: Task, interval: int) -> dict[str, optax.GradientTransformation]:
+def arms(interval: int) -> dict[str, Arm]:
     """Return SGD with momentum, without TempBalance and with each form of it."""
-    sgd = optax.sgd(0.01, 0.9)
-    balanced = functools.partial(tb_optax.temp_balance, sgd, task.analyze())
+    balanced = ARMS["tb"]
     return {
-        "without": sgd,
-        "interval=None": balanced(interval=None),
-        "plain": balanced(interval=interval),
-        "spread": balanced(interval=interval, spread=True),
+        "without": ARMS["cal"],
+        "interval=None": balanced,
+        "plain": dataclasses.replace(balanced, interval=interval),
+        "spread": dataclasses.replace(balanced, interval=interval, spread=True),
     }
 
 
@@ -144,13 +108,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     commandline.check_names("--model", [options.model], models.NAMES)
-    names = [field.name for field in dataclasses.fields(Task)]
-    task = Task(*(getattr(options, name) for name in names))
+    config = dataclasses.replace(
+        CIFAR10,
+        model=options.model,
+        width=options.width,
+        batch_size=options.batch,
+        compute=options.dtype,
+    )
     runners = {}
-    for name, optimizer in optimizers(task, options.interval).items():
+    for name, arm in arms(options.interval).items():
         commandline.say(f"{name}: compiling")
-        runners[name] = Runner(task, optimizer)
-    yield {"task": dataclasses.asdict(task) | {"interval": options.interval}}
+        runners[name] = Runner(config, arm, options.side)
+    task = ("model", "width", "batch", "side", "dtype", "interval")
+    yield {"task": {name: getattr(options, name) for name in task}}
     yield {"memory": {name: run.temporary_bytes for name, run in runners.items()}}
     commandline.say("measuring: step, refresh, cycle")
     # The first update after a refresh. In a spread cycle every update has its piece.
@@ -159,11 +129,11 @@ def _measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         between, options.repeats, before=lambda name: runners[name].move_to(1)
     )
     yield {"step": seconds}
-    without, plain, analyze = runners["without"], runners["plain"], task.analyze()
+    without, plain = runners["without"], runners["plain"]
     calls = {
         "without": without,
         "refresh": plain,
-        "analysis": lambda: jax.block_until_ready(analyze(without.state.params)),
+        "analysis": lambda: jax.block_until_ready(plain.analyze(without.state.params)),
     }
     before = {"before": lambda _: plain.move_to(0)}
     yield {"refresh": timing.interleave(calls, options.repeats, **before)}

@@ -193,7 +193,7 @@ def _epoch(train: Callable[..., Trained], states: list[TrainState], rows: Rows) 
 def measure(directory: Directory, dataset: Any, rounds: int) -> None:
     """Time all arms in turn, from one evaluation to the next; write it down."""
     study = directory.study
-    rows = jax.device_put(dataset.parts()["train"])
+    rows = jax.device_put(dataset.parts["train"])
     calls = {}
     for name, arm in study.arms.items():
         program = study.make(study.config, arm, dataset)
@@ -220,7 +220,7 @@ def train(directory: Directory, dataset: Any, stopping: Callable[[], bool]) -> N
         with tqdm(total=total, unit="epoch", desc=directory.name) as progress:
             for trial in todo:
                 run = directory.run(trial)
-                run.check(dataset.digest())
+                run.check(dataset.digest)
                 tested = (epochs,) if trial.phase == "fresh" else ()
                 trainer(trial.arm).train([run], progress, stopping, tested=tested)
                 directory.keep(trial)

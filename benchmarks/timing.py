@@ -1,23 +1,13 @@
 """Interleaved measurements: A B C A B C ..., so that a busy moment hits all alike."""
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 Samples = dict[str, list[float]]
-
-
-class Summary(NamedTuple):
-    """What a list of samples is reported as."""
-
-    median: float
-    low: float
-    high: float
-    count: int
 
 
 def interleave(
@@ -53,11 +43,6 @@ def interleave(
             break
         rounds.append(one_round())
     return dict(zip(functions, map(list, zip(*rounds, strict=True)), strict=True))
-
-
-def summary(samples: Sequence[float]) -> Summary:
-    """Return median and extremes."""
-    return Summary(statistics.median(samples), min(samples), max(samples), len(samples))
 
 
 def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> list[float]:

@@ -27,8 +27,8 @@ def eight_images():
     pixels = rng.integers(0, 256, (8, 8, 8, 3), np.uint8)
     labels = rng.integers(0, 10, 8, np.int32)
     preparation = images.Preparation.of(pixels, pad=1, flip=True)
-    none = pixels[:0], labels[:0]
-    return images.Dataset(pixels, labels, *none, pixels, labels, 10, preparation)
+    parts = {"train": (pixels, labels), "test": (pixels, labels)}
+    return images.Dataset(parts, 10, preparation)
 
 
 def keep_programs(monkeypatch):
@@ -41,7 +41,7 @@ def keep_programs(monkeypatch):
     def make_program(config, arm, data):
         calls.append((config.seed, arm.name))
         config = dataclasses.replace(config, seed=0, validation=None, arms=("cal",))
-        rows = hashlib.sha256(data.train_images.tobytes()).hexdigest()
+        rows = hashlib.sha256(data.parts["train"][0].tobytes()).hexdigest()
         key = config, arm.name, rows
         if key not in made:
             made[key] = real_program(config, arm, data)

@@ -103,7 +103,7 @@ def first_epoch(arm, **fields):
     state = program.start(config.seed, 0.1)
     if arms.ARMS[arm].balanced:
         state, _ = program.refresh(state)
-    rows = dataset.parts()["train"]
+    rows = dataset.parts["train"]
     [state], [scores] = program.epoch(rows, 1)([state], rows, 0)
     return program, state, scores
 
@@ -115,7 +115,7 @@ def plain():
 
 def test_an_epoch_depends_on_seed_and_number_alone(plain):
     program, _, scores = plain
-    losses, rows = [], eight_images().parts()["train"]
+    losses, rows = [], eight_images().parts["train"]
     train = program.epoch(rows, 1)
     for seed, number in ((configs.DIGITS.seed, 0), (configs.DIGITS.seed, 1), (7, 0)):
         _, [own] = train([program.start(seed, 0.1)], rows, number)
@@ -132,7 +132,7 @@ def test_arms_share_weights_row_order_and_augmentation(plain):
 def test_only_training_computes_in_bfloat16(plain):
     program, state, scores = first_epoch("cal", compute="bfloat16")
     other_program, _, other_scores = plain
-    test = eight_images().parts()["test"]
+    test = eight_images().parts["test"]
     tested = program.evaluate(state, *test)
     for leaf in jax.tree.leaves((state.params, state.batch_stats, scores, tested)):
         assert leaf.dtype == jnp.float32

@@ -73,21 +73,23 @@ def cifar(tmp_path):
 
 def test_digits_are_split_in_one_fixed_order():
     digits = data.load(configs.DIGITS)
-    assert digits.train_images.shape == (1437, 8, 8, 1)
-    assert digits.test_images.shape == (360, 8, 8, 1)
-    assert digits.train_images.dtype == np.uint8
-    assert digits.train_images.max() == 16
-    assert set(digits.train_labels) == set(digits.test_labels) == set(range(10))
-    assert digits.digest() == data.load(configs.DIGITS).digest()
+    assert digits.parts["train"][0].shape == (1437, 8, 8, 1)
+    assert digits.parts["test"][0].shape == (360, 8, 8, 1)
+    assert digits.parts["train"][0].dtype == np.uint8
+    assert digits.parts["train"][0].max() == 16
+    assert (
+        set(digits.parts["train"][1]) == set(digits.parts["test"][1]) == set(range(10))
+    )
+    assert digits.digest == data.load(configs.DIGITS).digest
 
 
 def test_cifar_reads_all_files_in_order(cifar):
     before = set(cifar.path.iterdir())
     dataset = data.load(cifar.config())
-    np.testing.assert_array_equal(dataset.train_images, cifar.images[:6])
-    np.testing.assert_array_equal(dataset.train_labels, cifar.labels[:6])
-    np.testing.assert_array_equal(dataset.test_images, cifar.images[6:])
-    np.testing.assert_array_equal(dataset.test_labels, cifar.labels[6:])
+    np.testing.assert_array_equal(dataset.parts["train"][0], cifar.images[:6])
+    np.testing.assert_array_equal(dataset.parts["train"][1], cifar.labels[:6])
+    np.testing.assert_array_equal(dataset.parts["test"][0], cifar.images[6:])
+    np.testing.assert_array_equal(dataset.parts["test"][1], cifar.labels[6:])
     assert set(cifar.path.iterdir()) == before
 
 
@@ -97,22 +99,22 @@ def test_cifar_reads_the_metadata_of_the_hub(cifar):
     rows = cifar.rows(datasets.ClassLabel(num_classes=10))
     rows.to_parquet(cifar.path / "train-00000-of-00001.parquet")
     dataset = data.load(cifar.config())
-    np.testing.assert_array_equal(dataset.train_images, cifar.images)
-    np.testing.assert_array_equal(dataset.train_labels, cifar.labels)
+    np.testing.assert_array_equal(dataset.parts["train"][0], cifar.images)
+    np.testing.assert_array_equal(dataset.parts["train"][1], cifar.labels)
 
 
 def test_a_changed_file_is_read_again(cifar):
     data.load(cifar.config())
     cifar.write("train", [png(cifar.images[7])] * 4, [3] * 4)
     dataset = data.load(cifar.config(subset=4))
-    np.testing.assert_array_equal(dataset.train_labels, [3] * 4)
-    np.testing.assert_array_equal(dataset.train_images[0], cifar.images[7])
+    np.testing.assert_array_equal(dataset.parts["train"][1], [3] * 4)
+    np.testing.assert_array_equal(dataset.parts["train"][0][0], cifar.images[7])
 
 
 def test_subset_takes_the_first_training_rows(cifar):
     dataset = data.load(cifar.config(subset=5))
-    np.testing.assert_array_equal(dataset.train_images, cifar.images[:5])
-    assert len(dataset.test_images) == 2
+    np.testing.assert_array_equal(dataset.parts["train"][0], cifar.images[:5])
+    assert len(dataset.parts["test"][0]) == 2
     with pytest.raises(UserError, match="--subset is 7; allowed: at most the 6"):
         data.load(cifar.config(subset=7))
     with pytest.raises(UserError, match="--batch-size is 2; allowed: at most the 1"):
@@ -143,9 +145,9 @@ def test_each_data_set_is_read_in_its_own_schema(name, tmp_path):
     config = dataclasses.replace(recipe, data_dir=str(tmp_path), batch_size=2)
     dataset = data.load(config)
     labels = next(iter(LABELS[name].values()))
-    np.testing.assert_array_equal(dataset.train_images, images)
-    np.testing.assert_array_equal(dataset.test_images, images)
-    np.testing.assert_array_equal(dataset.train_labels, labels)
+    np.testing.assert_array_equal(dataset.parts["train"][0], images)
+    np.testing.assert_array_equal(dataset.parts["test"][0], images)
+    np.testing.assert_array_equal(dataset.parts["train"][1], labels)
     assert dataset.num_classes == labels[0] + 1
     assert (dataset.preparation.pad, dataset.preparation.flip) == (4, True)
     columns[next(iter(LABELS[name]))] = [labels[0] + 1, 0, 3]
@@ -284,18 +286,20 @@ def test_empty_split_and_absent_files(cifar):
 @pytest.mark.parametrize("subset", [None, 1000])
 def test_validation_rows_are_held_out(subset):
     digits = data.load(configs.DIGITS)  # All of them differ.
-    row_of = {image.tobytes(): row for row, image in enumerate(digits.train_images)}
+    row_of = {
+        image.tobytes(): row for row, image in enumerate(digits.parts["train"][0])
+    }
 
     def split(validation, seed=43):
         given = {"subset": subset, "validation": validation, "seed": seed}
         dataset = data.load(dataclasses.replace(configs.DIGITS, **given))
-        assert len(dataset.validation_labels) == validation
+        assert len(dataset.parts["validation"][1]) == validation
         parts = []
         for name in ("train", "validation"):
-            images, labels = dataset.parts()[name]
+            images, labels = dataset.parts[name]
             parts.append([row_of[image.tobytes()] for image in images])
-            np.testing.assert_array_equal(labels, digits.train_labels[parts[-1]])
-        return *parts, dataset.digest()
+            np.testing.assert_array_equal(labels, digits.parts["train"][1][parts[-1]])
+        return *parts, dataset.digest
 
     train, held_out, digest = split(200)
     assert split(200, seed=7) == (train, held_out, digest)

@@ -1,17 +1,18 @@
 """The models of the benchmarks, and the steps that train them."""
 
+import dataclasses
 import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 from runs import eight_images
 
-from benchmarks import loop, models
+from benchmarks import configs, loop, models
+from benchmarks.arms import ARMS
 from benchmarks.models.families import VGG, Plan, ResNet, WideResNet
 
 
@@ -144,29 +145,33 @@ def test_layers_are_in_execution_order_and_norms_follow(name):
 
 
 @pytest.mark.parametrize(
-    ("family", "channels"), [(ResNet, (4, 6)), (VGG, (4, 6)), (WideResNet, (4, 4, 6))]
+    ("name", "family", "channels"),
+    [
+        ("resnet4", ResNet, (4, 6)),
+        ("vgg16", VGG, (4, 6)),
+        ("wrn16_8", WideResNet, (4, 4, 6)),
+    ],
 )
-def test_two_steps_of_every_family_move_all_weights(family, channels):
+def test_two_steps_of_every_family_move_all_weights(
+    name, family, channels, monkeypatch
+):
     """Steps of a small network of each kind: the named ones have more of the same."""
-    model = family(Plan(channels, (1, 1), 3, 10, nnx.Rngs(0)))
-    _, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
-    optimizer = optax.sgd(0.1, momentum=0.9)
-    params, stats = nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
-    opt_state = optimizer.init(params)
-    start = loop.TrainState(jnp.uint32(0), jnp.float32(0), params, stats, opt_state)
-    step = jax.jit(
-        loop.training_step(loop.image_loss(nnx.graphdef(model)), lambda *_: optimizer)
-    )
-    images, labels = eight_images().parts()["train"]
-    state, losses = start, []
-    for _ in range(2):
-        state, scores = step(state, jnp.asarray(images, jnp.float32) / 255, labels)
+    sizes = {name: (family, channels, (1, 1))}
+    monkeypatch.setattr(models, "_SIZES", sizes)
+    dataset = eight_images()
+    config = dataclasses.replace(configs.DIGITS, model=name, batch_size=8)
+    program = loop.make_program(config, ARMS["cal"], dataset)
+    rows = dataset.parts["train"]
+    train, start, losses = program.epoch(rows, 1), program.start(0, 0.1), []
+    states = [jax.tree.map(jnp.copy, start)]
+    for epoch in range(2):
+        states, [scores] = train(states, rows, epoch)
         losses.append(float(scores.loss))
     assert np.isfinite(losses).all()
     assert losses[0] != losses[1]
     for before, after in zip(
         jax.tree.leaves((start.params, start.batch_stats)),
-        jax.tree.leaves((state.params, state.batch_stats)),
+        jax.tree.leaves((states[0].params, states[0].batch_stats)),
         strict=True,
     ):
         assert np.isfinite(after).all()

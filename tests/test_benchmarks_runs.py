@@ -197,10 +197,10 @@ def test_rows_held_out_are_scored_and_change_no_training(finished, tmp_path):
     )
     nnx.update(model, state.params)
     nnx.update(model, state.batch_stats)
-    images = dataset.preparation.normalize(jnp.asarray(dataset.validation_images))
+    images = dataset.preparation.normalize(jnp.asarray(dataset.parts["validation"][0]))
     logits = jax.jit(lambda images: model(images, train=False))(images)
     logits = np.asarray(logits, np.float64)
-    labels = dataset.validation_labels
+    labels = dataset.parts["validation"][1]
     chosen = logits[np.arange(len(labels)), labels]
     loss = np.mean(np.log(np.exp(logits).sum(1)) - chosen)
     accuracy = np.mean(logits.argmax(1) == labels)

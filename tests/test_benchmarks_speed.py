@@ -9,11 +9,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
 from benchmarks import (
+    cells,
     commandline,
     machine,
     models,
@@ -24,7 +24,6 @@ from benchmarks import (
     timing,
 )
 from benchmarks.networks import networks, of_model
-from benchmarks.step_cost import Task
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--repeats", "1"]
@@ -102,7 +101,7 @@ def test_a_budget_ends_the_rounds_but_the_first(monkeypatch):
 
 def test_ratios_are_of_one_round():
     assert timing.ratios([1.0, 6.0], [2.0, 3.0]) == [0.5, 2.0]
-    assert timing.summary([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0, 3)
+    assert cells.cell([3.0, 1.0, 2.0]) == "2.00 [1.00, 3.00]"
 
 
 def test_spectral_writes_every_part(tmp_path):
@@ -169,16 +168,6 @@ def test_step_cost_writes_every_part(tmp_path):
     assert set(results["cycle"]) == {"without", "plain", "spread"}
     assert results["memory"]["plain"] >= results["memory"]["without"] > 0
     assert "slowest of 21 positions / median one, spread" in tables.render(tmp_path)
-
-
-def test_a_bfloat16_step_keeps_float32_parameters():
-    task = Task("resnet8", 0.125, 2, 4, "bfloat16")
-    optimizer = optax.sgd(0.1)
-    abstract = jax.eval_shape(lambda: task.start(optimizer))
-    state, _ = jax.eval_shape(task.step(optimizer), abstract, *task.examples())
-    assert jax.tree.map(lambda a: a.dtype, state) == jax.tree.map(
-        lambda a: a.dtype, abstract
-    )
 
 
 def fails(capsys, main, arguments, *words):
