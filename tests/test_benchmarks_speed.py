@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -211,19 +210,6 @@ def test_results_are_overwritten_only_when_asked(main, tmp_path, capsys):
     fails(capsys, main, ["--out", out], "results.json", "--force")
     fails(capsys, main, ["--out", tmp_path, "--force"], "directory")
     assert out.read_text() == "old"
-
-
-def test_a_fault_in_a_shell_is_one_line():
-    process = subprocess.run(
-        [sys.executable, "-m", "benchmarks.spectral", "--repeats", "x"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 2
-    assert process.stderr.startswith("error: ")
-    assert process.stderr.count("\n") == 1
 
 
 def test_damaged_results_are_named(tmp_path, capsys):
