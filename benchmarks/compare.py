@@ -3,24 +3,22 @@
     python -m benchmarks.compare digits
     python -m benchmarks.compare cifar10-check --seeds 3 --data-dir DIRECTORY
 
-The name is one of `benchmarks.grids`. The seeds are consecutive, from that of its base
-on: 43, 44, 45, ... All arms of a seed come before the next seed, and have the same
-initial weights, order of the rows, and augmentation. `benchmarks.runs` describes the
-directory of a run, `runs/NAME/VARIANT/seedSEED/ARM`. After each run, `report.md`,
-`summary.json`, and the pictures of the comparison are regenerated.
+The name is one of `benchmarks.grids`; one of `benchmarks.studies` runs that study
+instead, see `benchmarks.protocol`. Seeds are consecutive: 43, 44, 45, ... All arms of a
+seed come before the next seed, and have the same initial weights, order of the rows,
+and augmentation. `benchmarks.runs` describes the directory of a run,
+`runs/NAME/VARIANT/seedSEED/ARM`. After each run, `report.md`, `summary.json`, and the
+pictures of the comparison are regenerated.
 
 `--resume` continues after a kill, on a CPU to the same bits, and leaves finished runs
 alone; more seeds and more arms may be asked for then. SIGTERM ends the command after
-the current epoch. Each arm of a variant is compiled once for all seeds.
+the current epoch.
 
 `--at-once K` trains K seeds in one vectorized program: as one at a time up to rounding,
-and with one K-th of the seconds each. It pays where one seed does not fill an
-accelerator, that is, for small networks; on a CPU it is slower than one at a time.
+and with one K-th of the seconds each. It pays for small networks on an accelerator.
 
 A comparison becomes a section of `benchmarks/README.md` once its files are copied to
 `compare_NAME.json` and `compare_NAME_*.png` in `benchmarks/results`.
-
-A name of `benchmarks.studies` runs that study instead; see `benchmarks.protocol`.
 
 Faults of arguments, data, or directory end with exit code 2.
 """

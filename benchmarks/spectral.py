@@ -88,7 +88,7 @@ def compilation(name: str) -> dict[str, Any]:
     """Trace and compile the analysis of a network."""
     network = networks()[name]
     analyze = jax.jit(tb_optax.layer_analysis(network.layers))
-    abstract = network.abstract()
+    abstract = jax.eval_shape(network.params)
     one = jax.block_until_ready(jnp.ones((1, 1)))  # Before the clock the backend is up.
     begin = time.perf_counter()
     jax.jit(jax.lax.linalg.tridiagonal).lower(one)

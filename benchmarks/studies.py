@@ -31,11 +31,20 @@ STUDY, EVALUATIONS, RUNNING = "study.json", "evaluations.jsonl", "running"
 TIMING = "timing.json"
 
 
-def _language(config: LanguageConfig, *left_out: str, **numbers: Any) -> Study:
+def _language(
+    config: LanguageConfig, *left_out: str, rates: tuple[float, ...]
+) -> Study:
     named = {k: arm for k, arm in language.ARMS.items() if k not in left_out}
-    parents = {k: arm.parent for k, arm in named.items() if arm.parent is not None}
-    own = {"load": language.load, "make": language.make_program}
-    return Study(config, named, parents, **own, **numbers)
+    return Study(
+        config,
+        named,
+        {k: arm.parent for k, arm in named.items() if arm.parent is not None},
+        rates,
+        sweep_seeds=(1, 2),
+        fresh_seeds=tuple(range(11, 17)),
+        load=language.load,
+        make=language.make_program,
+    )
 
 
 def _images(config: Config, directory: Path | None) -> images.Dataset:
@@ -43,17 +52,13 @@ def _images(config: Config, directory: Path | None) -> images.Dataset:
     return data.load(dataclasses.replace(config, data_dir=place))
 
 
-_LANGUAGE = {
-    "rates": (2e-3, 4e-3, 8e-3, 1.6e-2),
-    "sweep_seeds": (1, 2),
-    "fresh_seeds": (11, 12, 13, 14, 15, 16),
-}
-
 _IMAGE_CONTROLS = ("mean", "shuffled", "reversed", "shape_only")
 
 STUDIES: dict[str, Study] = {
     # 0.5 million parameters, 300 updates: 40 s a trial on one core of a CPU.
-    "language-small": _language(LanguageConfig(), "shuffled", **_LANGUAGE),
+    "language-small": _language(
+        LanguageConfig(), "shuffled", rates=(2e-3, 4e-3, 8e-3, 1.6e-2)
+    ),
     # 12 million parameters, 10,000 updates of 16,384 bytes: for an accelerator.
     "language": _language(
         LanguageConfig(
@@ -68,7 +73,7 @@ STUDIES: dict[str, Study] = {
             refresh=100,
             interval=20,
         ),
-        **(_LANGUAGE | {"rates": (1e-3, 2e-3, 4e-3, 8e-3)}),
+        rates=(1e-3, 2e-3, 4e-3, 8e-3),
     ),
     # ResNet-18 at half width: for an accelerator.
     "images": Study(
