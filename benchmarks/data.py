@@ -90,16 +90,16 @@ def load(config: Config) -> Dataset:
     the hub is read. The digits need neither. The augmentation is that of the published
     experiments, which mirror the digits of SVHN as they mirror everything else.
     """
+    data_dir = None if config.data_dir is None else Path(config.data_dir)
     if config.dataset == "digits":
         pad, flip, num_classes = 1, False, 10
-        if config.data_dir is not None:
+        if data_dir is not None:
             given = f"--data-dir is {config.data_dir!r}"
             raise UserError(f"{given}, but digits read no directory")
         (images, labels), test = _digits()
     else:
         source = SOURCES[config.dataset]
         pad, flip, num_classes = 4, True, source.num_classes
-        data_dir = None if config.data_dir is None else Path(config.data_dir)
         # Validation rows come after the subset: then all rows are read.
         rows = config.subset if config.validation is None else None
         images, labels = read(source, source.train, data_dir, rows=rows)

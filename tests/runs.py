@@ -31,12 +31,24 @@ def eight_images():
     return images.Dataset(parts, 10, preparation)
 
 
+def compile_once(monkeypatch):
+    """Compiles the epoch of a program once for as many states."""
+    compiled, real = {}, loop.Program.epoch
+
+    def epoch(self, rows, count):
+        if (self, count) not in compiled:
+            compiled[self, count] = real(self, rows, count)
+        return compiled[self, count]
+
+    monkeypatch.setattr(loop.Program, "epoch", epoch)
+
+
 def keep_programs(monkeypatch):
     """Gives experiments that differ in seeds and held-out rows the same program.
 
     Returns the seed and the arm of every call for a program.
     """
-    calls, made, compiled = [], {}, {}
+    calls, made = [], {}
 
     def make_program(config, arm, data):
         calls.append((config.seed, arm.name))
@@ -47,14 +59,9 @@ def keep_programs(monkeypatch):
             made[key] = real_program(config, arm, data)
         return made[key]
 
-    def epoch(self, rows, count):
-        if (id(self), count) not in compiled:
-            compiled[id(self), count] = real_epoch(self, rows, count)
-        return compiled[id(self), count]
-
-    real_program, real_epoch = loop.make_program, loop.Program.epoch
+    real_program = loop.make_program
     monkeypatch.setattr(experiments, "make_program", make_program)
-    monkeypatch.setattr(loop.Program, "epoch", epoch)
+    compile_once(monkeypatch)
     return calls
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runs import Killed, assert_fails, timeless
+from runs import Killed, assert_fails, compile_once, timeless
 
-from benchmarks import accelerator, compare, findings, language, loop, protocol, studies
+from benchmarks import accelerator, compare, findings, language, protocol, studies
 from benchmarks.configs import LanguageConfig
 from benchmarks.files import read_json, read_lines
 from benchmarks.protocol import Trial, chosen, grid, plan
@@ -115,12 +115,7 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tiny():
     """Registers the study under a name of its own, its programs compiled once."""
-    made, compiled, real = {}, {}, loop.Program.epoch
-
-    def compile_once(self, rows, count):
-        if id(self) not in compiled:
-            compiled[id(self)] = real(self, rows, count)
-        return compiled[id(self)]
+    made = {}
 
     def make(config, arm, data):
         if arm.name not in made:
@@ -140,7 +135,7 @@ def tiny():
     )
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(protocol, "REACH", 1)
-        monkeypatch.setattr(loop.Program, "epoch", compile_once)
+        compile_once(monkeypatch)
         monkeypatch.setitem(studies.STUDIES, "tiny", study)
         yield study
 

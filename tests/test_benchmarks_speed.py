@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from runs import assert_fails
 
 from benchmarks import (
     cells,
@@ -169,17 +170,6 @@ def test_step_cost_writes_every_part(tmp_path):
     assert "slowest of 21 positions / median one, spread" in tables.render(tmp_path)
 
 
-def fails(capsys, main, arguments, *words):
-    """One line on stderr that holds the words, exit code 2, and nothing else."""
-    assert main([str(argument) for argument in arguments]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    for word in words:
-        assert word in err
-
-
 @pytest.mark.parametrize(
     ("main", "arguments", "words"),
     [
@@ -199,7 +189,8 @@ def fails(capsys, main, arguments, *words):
 )
 def test_faults_of_the_arguments(main, arguments, words, tmp_path, capsys):
     out = tmp_path / "out.json"
-    fails(capsys, main, [*arguments.split(), "--out", out], *words.split())
+    given = [*arguments.split(), "--out", str(out)]
+    assert_fails(main, capsys, given, *words.split())
     assert not out.exists()
 
 
@@ -207,16 +198,16 @@ def test_faults_of_the_arguments(main, arguments, words, tmp_path, capsys):
 def test_results_are_overwritten_only_when_asked(main, tmp_path, capsys):
     out = tmp_path / "results.json"
     out.write_text("old")
-    fails(capsys, main, ["--out", out], "results.json", "--force")
-    fails(capsys, main, ["--out", tmp_path, "--force"], "directory")
+    assert_fails(main, capsys, ["--out", str(out)], "results.json", "--force")
+    assert_fails(main, capsys, ["--out", str(tmp_path), "--force"], "directory")
     assert out.read_text() == "old"
 
 
 def test_damaged_results_are_named(tmp_path, capsys):
     (tmp_path / "spectral.json").write_text("{")
     readme = tmp_path / "README.md"
-    arguments = ["--results", tmp_path, "--out", readme]
-    fails(capsys, tables.main, arguments, "spectral.json", "damaged")
+    arguments = ["--results", str(tmp_path), "--out", str(readme)]
+    assert_fails(tables.main, capsys, arguments, "spectral.json", "damaged")
     assert not readme.exists()
 
 
@@ -225,9 +216,8 @@ def test_tables_are_checked_against_the_results(tmp_path, capsys):
     arguments = ["--results", str(tmp_path), "--out", str(readme)]
     assert tables.main(arguments) == 0
     assert tables.main([*arguments, "--check"]) == 0
-    capsys.readouterr()
     readme.write_text(readme.read_text() + "Faster than light.\n")
-    fails(capsys, tables.main, [*arguments, "--check"], "out of date")
+    assert_fails(tables.main, capsys, [*arguments, "--check"], "out of date")
 
 
 def test_readme_is_generated_from_the_results():
