@@ -112,9 +112,12 @@ class Program:
             draw = jax.vmap(draw, (0, None, None))
             step = jax.vmap(step, (0, None, 0))
 
-        def numbered(state: TrainState, rows: Rows, batches: Any, number: Array):
-            at = (slice(None), number) if many else number
-            return step(state, rows, jax.tree.map(lambda leaf: leaf[at], batches))
+        def numbered(
+            state: TrainState, sums: Scores, rows: Rows, batches: Any, n: Array
+        ):
+            batch = jax.tree.map(lambda leaf: leaf[:, n] if many else leaf[n], batches)
+            state, scores = step(state, rows, batch)
+            return state, jax.tree.map(jnp.add, sums, scores)
 
         def stacked(states: Sequence[TrainState]) -> TrainState:
             return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
@@ -132,16 +135,18 @@ class Program:
         drawn = jax.eval_shape(draw, state.seed, rows, number)
         steps = jax.tree.leaves(drawn)[0].shape[int(many)]
         draw = jax.jit(draw).lower(state.seed, rows, number).compile()
+        zeros = Scores(*[jnp.zeros(count if many else ())] * 2)
         jitted = jax.jit(numbered, donate_argnums=0)
-        step = jitted.lower(state, rows, drawn, number).compile()
+        step_and_add = jitted.lower(state, zeros, rows, drawn, number).compile()
 
         def train(states: Sequence[TrainState], rows: Rows, epoch: int) -> Trained:
             state = stacked(states) if many else states[0]
-            batches, scores = draw(state.seed, rows, jnp.int32(epoch)), []
+            batches, sums = draw(state.seed, rows, jnp.int32(epoch)), zeros
             for number in range(steps):
-                state, own = step(state, rows, batches, jnp.int32(number))
-                scores.append(own)
-            means = jax.tree.map(lambda *own: jnp.stack(own).mean(0), *scores)
+                state, sums = step_and_add(
+                    state, sums, rows, batches, jnp.int32(number)
+                )
+            means = jax.tree.map(lambda values: values / steps, sums)
             if not many:
                 return [state], [means]
             return unstacked(state), unstacked(means)
