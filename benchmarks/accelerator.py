@@ -21,28 +21,28 @@ arguments are one line on stderr and exit code 2.
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import shutil
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from benchmarks import candidates, commandline, machine, peers, recorded, steps
-from benchmarks.cells import table
+from benchmarks import candidates, commandline, machine, peers, recorded, step_cost
+from benchmarks.cells import listed, table
+from benchmarks.configs import CIFAR10
 from benchmarks.errors import UserError
 from benchmarks.files import read_json, write_json
-from benchmarks.networks import Network, networks
-from benchmarks.timing import ratios
+from benchmarks.networks import networks
+from benchmarks.timing import interleave, ratios
 
-# The part that must have ended at this share of the time; what it saves, others get.
-PARTS = {"parity": 0.2, "candidates": 0.65, "analyses": 0.85, "training": 1.0}
-# The share of all parts where images are trained after them.
+# The share of the time of all parts where images are trained after them.
 _BEFORE_IMAGES = 0.75
 
 REPEATS = 5
@@ -61,32 +61,6 @@ _SLOW = 5.0
 _IMAGES = 50_000  # Of an epoch of CIFAR.
 
 
-class Report:
-    """The figures of one part, in a file that is rewritten after each of them."""
-
-    def __init__(self, path: Path, head: Mapping[str, Any], *, resume: bool):
-        self.path = path
-        self.content: dict[str, Any] = {**head, "figures": {}}
-        if resume and path.exists():
-            self.content = read_json(path, figures=dict)
-            if self.content.get("hardware") != head["hardware"]:
-                raise UserError(
-                    f"{path} was measured on {self.content.get('hardware')}, this is "
-                    f"{head['hardware']}; give another directory by --out"
-                )
-
-    @property
-    def figures(self) -> dict[str, Any]:
-        """What has been measured, by name."""
-        return self.content["figures"]
-
-    def add(self, name: str, figure: Any) -> None:
-        """Keep a figure and write the file."""
-        self.figures[name] = figure
-        write_json(self.path, self.content)
-        commandline.say(f"{self.path.stem}: {name}: {json.dumps(figure)[:160]}")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     return commandline.guarded(lambda: _run(arguments))
@@ -95,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> None:
     started = time.monotonic()
     options = _parser().parse_args(arguments)
-    machine.bind_cores(None)
+    machine.leave_memory()
     options.out.mkdir(parents=True, exist_ok=True)
     existing = [name for name in PARTS if (options.out / f"{name}.json").exists()]
     if existing and not options.resume:
@@ -106,20 +80,27 @@ def _run(arguments: Sequence[str] | None) -> None:
     head["hardware"].pop("load_before", None)
     toy = jax.default_backend() == "cpu"
     minutes = options.minutes * (_BEFORE_IMAGES if options.cifar10 else 1)
-    for name, share in PARTS.items():
-        if name not in options.parts:
-            continue
-        report = Report(options.out / f"{name}.json", head, resume=options.resume)
-        deadline = started + 60 * minutes * share
-        figures = MEASURES[name](toy, options.data)
+    for name in (name for name in PARTS if name in options.parts):
+        path, content = options.out / f"{name}.json", head | {"figures": {}}
+        if path.exists():
+            content = read_json(path, figures=dict)
+            if content.get("hardware") != head["hardware"]:
+                raise UserError(
+                    f"{path} was measured on {content.get('hardware')}, this is "
+                    f"{head['hardware']}; give another directory by --out"
+                )
+        deadline = started + 60 * minutes * PARTS[name].share
+        figures = PARTS[name].measures(toy, options.data)
         for number, (key, measure) in enumerate(figures):
-            if key in report.figures:
+            if key in content["figures"]:
                 continue
             # One figure at least, however little time there is.
             if number and time.monotonic() > deadline:
                 commandline.say(f"{name}: the time is up before {key}")
                 break
-            report.add(key, measure())
+            content["figures"][key] = figure = measure()
+            write_json(path, content)
+            commandline.say(f"{name}: {key}: {json.dumps(figure)[:160]}")
     if options.cifar10 is not None and IMAGES in options.parts:
         deadline = started + 60 * options.minutes
         train_images(options.out / IMAGES, options.cifar10, toy, given, deadline)
@@ -134,7 +115,7 @@ def train_images(
 
     directory = studies.Directory(path, "images-check" if toy else "images")
     dataset = directory.study.load(directory.study.config, data)
-    directory.open(dataset.digest(), "benchmarks.accelerator", given)
+    directory.open(dataset.digest, "benchmarks.accelerator", given)
     try:
         studies.train(directory, dataset, lambda: time.monotonic() > deadline)
     except commandline.Preempted as stopped:
@@ -148,29 +129,22 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure all that needs an accelerator, within a budget of time.",
         allow_abbrev=False,
     )
-    add = parser.add_argument
+    add, every = parser.add_argument, (*PARTS, IMAGES)
+    golden = Path(__file__).parents[1] / "tests" / "data" / "golden"
+    numbers = "recorded numbers of the published code; default: tests/data/golden"
+    images = "train-*.parquet and test-*.parquet, for the study of images"
     add("--minutes", type=commandline.positive_number, required=True)
     add("--out", type=Path, required=True, metavar="DIR", help="where files go")
-    every = (*PARTS, IMAGES)
     add("--parts", nargs="+", choices=every, default=every, help="default: all")
     add("--resume", action="store_true", help="measure what DIR does not have yet")
-    add(
-        "--data",
-        type=Path,
-        default=Path(__file__).parents[1] / "tests" / "data" / "golden",
-        metavar="DIR",
-        help="recorded numbers of the published code; default: tests/data/golden",
-    )
-    add(
-        "--cifar10",
-        type=Path,
-        metavar="DIR",
-        help="train-*.parquet and test-*.parquet, for the study of images",
-    )
+    add("--data", type=Path, default=golden, metavar="DIR", help=numbers)
+    add("--cifar10", type=Path, metavar="DIR", help=images)
     return parser
 
 
 Figures = Iterator[tuple[str, Callable[[], Any]]]
+Found = Mapping[str, Any]
+Rows = list[dict[str, Any]]
 
 
 def _parity(toy: bool, data: Path) -> Figures:
@@ -185,196 +159,127 @@ def _candidates(toy: bool, _: Path) -> Figures:
     cases |= BATCHES
     if toy:
         cases = {"24 x 24": ((3, 24, 24),), "two batches": ((2, 16, 16), (2, 16, 24))}
-    slow: dict[str, float] = {}
-    references: dict[str, list[float]] = {}
-    for case, shapes in cases.items():
+    # Entries of the largest matrix that each way was too slow for.
+    slow: dict[str, int] = {}
+
+    def measure(way: str, shapes: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
         entries = max(rows * columns for _, rows, columns in shapes)
-        for way in (*candidates.ways(), peers.TORCH):
+        if way in slow and entries > slow[way]:
+            return {"left_out": "too slow on smaller matrices"}
+        figure = _measure_way(way, [_gaussian(shape) for shape in shapes])
+        if figure.get("first_seconds", 0) > _SLOW:
+            slow[way] = entries
+        return figure
 
-            def measure(case=case, shapes=shapes, way=way, entries=entries):
-                if entries > slow.get(way, np.inf):
-                    return {"left_out": "too slow on smaller matrices"}
-                batches = [_gaussian(shape) for shape in shapes]
-                if case not in references:
-                    references[case] = [
-                        candidates.reference_alpha(w[0]) for w in batches
-                    ]
-                figure = _measure_way(way, batches, references[case])
-                if figure.get("first_seconds", 0) > _SLOW:
-                    slow[way] = min(slow.get(way, np.inf), entries)
-                return figure
-
-            yield f"{case}: {way}", measure
+    for case, shapes in cases.items():
+        for way in (*candidates.WAYS, peers.TORCH):
+            yield f"{case}: {way}", functools.partial(measure, way, shapes)
 
 
-def _gaussian(shape: tuple[int, int, int]) -> jax.Array:
-    key = jax.random.key(sum(shape))
-    return jax.block_until_ready(jax.random.normal(key, shape) / shape[1] ** 0.5)
+@functools.cache
+def _gaussian(shape: tuple[int, int, int]) -> tuple[jax.Array, float]:
+    """Draw a batch of matrices; give the alpha of the first in float64, too."""
+    matrices = jax.random.normal(jax.random.key(sum(shape)), shape) / shape[1] ** 0.5
+    return matrices, candidates.reference_alpha(matrices[0])
 
 
 def _measure_way(
-    way: str, batches: Sequence[jax.Array], reference: Sequence[float]
+    way: str, batches: Sequence[tuple[jax.Array, float]]
 ) -> dict[str, Any]:
     """Time one way on several batches, one after the other."""
     try:
-        if way == peers.TORCH:
-            calls = [candidates.torch_way(w) for w in batches]
-        else:
-            function = candidates.ways()[way]
-            calls = [lambda w=w: jax.block_until_ready(function(w)) for w in batches]
-        start = time.perf_counter()
-        alphas = [call() for call in calls]
-        compiled = time.perf_counter() - start
-        seconds = []
-        # One run of a slow way tells enough.
-        while len(seconds) < (1 if seconds and seconds[0] > 1 else REPEATS):
+        calls, seconds, alphas = [], [], []
+        for matrices, _ in batches:
+            if way == peers.TORCH:
+                calls.append(candidates.torch_way(matrices))
+            else:
+                calls.append(functools.partial(candidates.WAYS[way], matrices))
+        # The first round compiles; one more of a slow way tells enough.
+        while len(seconds) < (2 if seconds[1:] and seconds[1] > 1 else 1 + REPEATS):
             start = time.perf_counter()
-            for call in calls:
-                call()
+            alphas = jax.block_until_ready([call() for call in calls])
             seconds.append(time.perf_counter() - start)
     except (ModuleNotFoundError, UserError, NotImplementedError, RuntimeError) as error:
         return {"left_out": str(error).partition("\n")[0][:200]}
-    error = max(
-        abs(float(a[0]) / b - 1) for a, b in zip(alphas, reference, strict=True)
-    )
+    pairs = zip(alphas, batches, strict=True)
     return {
-        "seconds": seconds,
-        "first_seconds": seconds[0],
-        "compile_seconds": compiled - seconds[0],
-        "error": error,
+        "seconds": seconds[1:],
+        "first_seconds": seconds[1],
+        "compile_seconds": seconds[0] - seconds[1],
+        "error": max(abs(float(found[0]) / alpha - 1) for found, (_, alpha) in pairs),
     }
 
 
 def _analyses(toy: bool, _: Path) -> Figures:
-    chosen = {name: networks()[name] for name in NETS}
-    if toy:
-        chosen = {"tiny": networks()["tiny"]}
-    for network in chosen.values():
-        yield network.title, lambda network=network: _whole(network)
-
-
-def _whole(network: Network) -> dict[str, Any]:
-    """Time all ways from the kernels of a network to their alphas."""
-    params = network.params()
-    calls: dict[str, Callable[[], np.ndarray]] = {}
-    missing = {}
-    for title, way in peers.ways(network).items():
-        try:
-            calls[title] = way(network, params)
-        except (ModuleNotFoundError, UserError) as error:
-            missing[title] = str(error)
-    alphas = {title: call() for title, call in calls.items()}
-    seconds: dict[str, list[float]] = {title: [] for title in calls}
-    start = time.monotonic()
-    while len(seconds["tb_optax"]) < REPEATS and time.monotonic() - start < 20:
-        for title, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            seconds[title].append(time.perf_counter() - begin)
-    ours = alphas["tb_optax"]
-    return {
-        "seconds": seconds,
-        "alpha_difference": {
-            title: float(np.abs(found / ours - 1).max())
-            for title, found in alphas.items()
-        },
-        "missing": missing,
-    }
+    for name in ("tiny",) if toy else NETS:
+        network = networks()[name]
+        yield network.title, functools.partial(peers.compare, network, REPEATS, 20.0)
 
 
 def _training(toy: bool, _: Path) -> Figures:
-    task = steps.Task("resnet18", 1.0, 128, 32, "bfloat16")
+    config, side = dataclasses.replace(CIFAR10, compute="bfloat16"), 32
     if toy:
-        task = steps.Task("resnet4", 0.5, 4, 8, "float32")
-    interval = 3 if toy else _IMAGES // task.batch
-    runners: dict[str, Any] = {}
+        tiny = dataclasses.replace(CIFAR10, model="resnet4", width=0.5, batch_size=4)
+        config, side = tiny, 8
+    interval = 3 if toy else _IMAGES // config.batch_size
 
-    def runner(name: str) -> Any:
-        if name not in runners:
-            optimizer = steps.optimizers(task.analyze(), interval)[name]
-            runners[name] = steps.Runner(task, optimizer)
-        return runners[name]
+    @functools.cache
+    def runner(name: str) -> step_cost.Runner:
+        return step_cost.Runner(config, step_cost.arms(interval)[name], side)
 
     def throughput() -> dict[str, Any]:
         """Seconds of a step where no refresh is due, many in a row, in turn."""
-        count = 2 if toy else 50
-        seconds: dict[str, list[float]] = {"without": [], "plain": []}
-        for _ in range(REPEATS):
-            for name, samples in seconds.items():
-                runner(name).move_to(1)
-                begin = time.perf_counter()
-                runner(name)(min(count, interval - 1))
-                samples.append((time.perf_counter() - begin) / min(count, interval - 1))
-        return {"batch": task.batch, "seconds": seconds}
+        count, names = min(50, interval - 1), ("without", "plain")
+        calls = {name: functools.partial(runner(name), count) for name in names}
+        seconds = interleave(
+            calls, REPEATS, before=lambda name: runner(name).move_to(1)
+        )
+        per_step = {name: (np.divide(seconds[name], count)).tolist() for name in names}
+        return {"batch": config.batch_size, "seconds": per_step}
 
     def refresh() -> dict[str, Any]:
-        seconds = []
-        for _ in range(REPEATS):
-            runner("plain").move_to(0)
-            begin = time.perf_counter()
-            runner("plain")()
-            seconds.append(time.perf_counter() - begin)
-        return {"interval": interval, "seconds": seconds}
+        calls = {"plain": runner("plain")}
+        seconds = interleave(
+            calls, REPEATS, before=lambda name: runner(name).move_to(0)
+        )
+        return {"interval": interval, "seconds": seconds["plain"]}
 
     def slowest(name: str) -> dict[str, Any]:
         """Seconds of every step of an interval, waited for one by one."""
-        run, seconds = runner(name), []
-        run.move_to(0)
-        run()
-        run.move_to(interval - 1)
-        for _ in range(interval + 2):
-            begin = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - begin)
-        return {
-            "slowest": max(seconds),
-            "median": statistics.median(seconds),
-            "positions": len(seconds),
-        }
+        [seconds] = step_cost.cycles({name: runner(name)}, 1, interval)[name]
+        figure = {"slowest": max(seconds), "median": float(np.median(seconds))}
+        return figure | {"positions": len(seconds)}
 
     yield "a step", throughput
     yield "a step with a refresh", refresh
     for name in ("without", "plain", "spread"):
-        yield f"the slowest step: {name}", lambda name=name: slowest(name)
+        yield f"the slowest step: {name}", functools.partial(slowest, name)
 
 
-MEASURES: dict[str, Callable[[bool, Path], Figures]] = {
-    "parity": _parity,
-    "candidates": _candidates,
-    "analyses": _analyses,
-    "training": _training,
-}
-
-
-# --- tables -------------------------------------------------------------------------
-
-Rows = list[dict[str, Any]]
+# --- tables ---------------------------------------------------------------------------
 
 
 def sections(directory: Path) -> Iterator[str]:
     """Yield the tables of what a directory holds, in Markdown."""
-    paths = {name: directory / f"{name}.json" for name in _TABLES}
+    paths = {name: directory / f"{name}.json" for name in PARTS}
     found = {
         name: read_json(path, figures=dict)
         for name, path in paths.items()
         if path.exists()
     }
-    for number, (name, content) in enumerate(found.items()):
-        if number == 0:
-            hardware, versions = content["hardware"], content["versions"]
-            listed = ", ".join(f"{key} {value}" for key, value in versions.items())
-            yield f"## On an accelerator: {hardware['device']}"
-            yield f"{listed}.\n\n```bash\n{content['command']}\n```"
-        caption, rows = _TABLES[name]
-        yield f"{caption}:\n\n{table(rows(content['figures']))}"
+    for content in list(found.values())[:1]:
+        yield f"## On an accelerator: {content['hardware']['device']}"
+        yield f"{listed(content['versions'])}.\n\n```bash\n{content['command']}\n```"
+    for name, content in found.items():
+        yield f"{PARTS[name].caption}:\n\n{table(PARTS[name].rows(content['figures']))}"
 
 
 def _milliseconds(seconds: Sequence[float]) -> str:
-    low, middle, high = min(seconds), statistics.median(seconds), max(seconds)
-    return f"{1e3 * middle:.3g} [{1e3 * low:.3g}, {1e3 * high:.3g}]"
+    low, middle, high = 1e3 * np.quantile(seconds, (0, 0.5, 1))
+    return f"{middle:.3g} [{low:.3g}, {high:.3g}]"
 
 
-def _parity_rows(figures: Mapping[str, Any]) -> Rows:
+def _parity_rows(figures: Found) -> Rows:
     rows = []
     for fit, compared in figures.items():
         layers = sum(figure["layers"] for figure in compared.values())
@@ -387,7 +292,7 @@ def _parity_rows(figures: Mapping[str, Any]) -> Rows:
     return rows
 
 
-def _candidate_rows(figures: Mapping[str, Any]) -> Rows:
+def _candidate_rows(figures: Found) -> Rows:
     rows: dict[str, dict[str, Any]] = {}
     for key, figure in figures.items():
         case, _, way = key.rpartition(": ")
@@ -398,28 +303,28 @@ def _candidate_rows(figures: Mapping[str, Any]) -> Rows:
     return list(rows.values())
 
 
-def _analysis_rows(figures: Mapping[str, Any]) -> Rows:
+def _analysis_rows(figures: Found) -> Rows:
     rows = []
     for title, figure in figures.items():
         seconds = figure["seconds"]
         row = {"network": title}
         row |= {way: _milliseconds(samples) for way, samples in seconds.items()}
         if peers.TORCH in seconds:
-            pairs = ratios(seconds["tb_optax"], seconds[peers.TORCH])
-            row["tb_optax / PyTorch"] = f"{statistics.median(pairs):.3g}"
+            pairs = ratios(seconds[peers.OURS], seconds[peers.TORCH])
+            row["tb_optax / PyTorch"] = f"{np.median(pairs):.3g}"
         rows.append(row)
     return rows
 
 
-def _training_rows(figures: Mapping[str, Any]) -> Rows:
+def _training_rows(figures: Found) -> Rows:
     rows: dict[str, float] = {}
     if step := figures.get("a step"):
-        medians = {k: statistics.median(v) for k, v in step["seconds"].items()}
+        medians = {k: np.median(v) for k, v in step["seconds"].items()}
         for name, seconds in medians.items():
             rows[f"images per second, {name}"] = step["batch"] / seconds
         rows["a step, plain / without"] = medians["plain"] / medians["without"]
         if refresh := figures.get("a step with a refresh"):
-            extra = statistics.median(refresh["seconds"]) - medians["plain"]
+            extra = np.median(refresh["seconds"]) - medians["plain"]
             rows["milliseconds of a refresh"] = 1e3 * extra
             rows["refresh / epoch"] = extra / (refresh["interval"] * medians["plain"])
     for name in ("without", "plain", "spread"):
@@ -429,24 +334,41 @@ def _training_rows(figures: Mapping[str, Any]) -> Rows:
     return [{"what": what, "figure": f"{value:.5g}"} for what, value in rows.items()]
 
 
-# What each table shows, and its rows.
-_TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], Rows]]] = {
-    "parity": (
+class Part(NamedTuple):
+    """The share of the time at which a part must have ended, its figures and table."""
+
+    share: float
+    measures: Callable[[bool, Path], Figures]
+    caption: str
+    rows: Callable[[Found], Rows]
+
+
+# What an early part saves of its share, others get.
+PARTS = {
+    "parity": Part(
+        0.2,
+        _parity,
         "Recorded networks in float32 against the published code in float64: "
         "largest relative deviation of an alpha, its share of what rounding allows, "
         "and largest deviation of a multiplier",
         _parity_rows,
     ),
-    "candidates": (
+    "candidates": Part(
+        0.65,
+        _candidates,
         "Milliseconds from matrices to the alpha of each, and the largest relative "
         "error of an alpha against float64",
         _candidate_rows,
     ),
-    "analyses": (
+    "analyses": Part(
+        0.85,
+        _analyses,
         "Milliseconds from kernels to the alpha of every layer",
         _analysis_rows,
     ),
-    "training": (
+    "training": Part(
+        1.0,
+        _training,
         "A training step of ResNet-18, with TempBalance and without",
         _training_rows,
     ),

@@ -44,15 +44,11 @@ class Recipe(NamedTuple):
     seed: Seed
 
 
-def cosine(rate: float | Array, epochs: int) -> optax.Schedule:
-    """Return a cosine from a rate to 0."""
-    return optax.cosine_decay_schedule(rate, epochs)
-
-
 def cosine_with_a_restart(rate: float | Array, epochs: int) -> optax.Schedule:
     """Return two cosines from a rate to 0, each over half of the epochs (SGDR)."""
     halves = [(epochs + 1) // 2, max(1, epochs // 2)]
-    return optax.join_schedules([cosine(rate, half) for half in halves], halves[:1])
+    cosines = [optax.cosine_decay_schedule(rate, half) for half in halves]
+    return optax.join_schedules(cosines, halves[:1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,16 +63,21 @@ class Arm:
         balanced: whether the optimizer holds multipliers that an analysis refreshes.
         control: changes the multipliers of an analysis before they are used.
         once: whether the multipliers of the first analysis are kept.
+        interval: steps from one refresh in the step to the next; None: the refreshes
+            are calls of their own, which are timed.
+        spread: whether such a refresh is spread over its interval.
         parts: options of `layer_analysis` that differ from those of TempBalance.
     """
 
     name: ArmName
     title: str
     optimizer: Callable[[Recipe], optax.GradientTransformation]
-    by_epoch: Callable[[float | Array, int], optax.Schedule] = cosine
+    by_epoch: Callable[..., optax.Schedule] = optax.cosine_decay_schedule
     balanced: bool = False
     control: Control | None = None
     once: bool = False
+    interval: int | None = None
+    spread: bool = False
     parts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def schedule(
@@ -127,8 +128,8 @@ class Arm:
         optimizer = self.optimizer(recipe)
         if not self.balanced:
             return optimizer
-        # The refresh at the start of an epoch is a call of its own, which is timed.
-        return tb_optax.temp_balance(optimizer, analyze, interval=None)
+        refreshed = {"interval": self.interval, "spread": self.spread}
+        return tb_optax.temp_balance(optimizer, analyze, **refreshed)
 
 
 def _sgd(recipe: Recipe) -> optax.GradientTransformation:
@@ -150,10 +151,8 @@ def _lars(recipe: Recipe) -> optax.GradientTransformation:
 
 
 def _lamb(recipe: Recipe) -> optax.GradientTransformation:
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.lamb(recipe.schedule, weight_decay=recipe.config.weight_decay),
-    )
+    lamb = optax.lamb(recipe.schedule, weight_decay=recipe.config.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(1.0), lamb)
 
 
 def _lookahead(recipe: Recipe) -> optax.GradientTransformation:
@@ -161,28 +160,27 @@ def _lookahead(recipe: Recipe) -> optax.GradientTransformation:
 
 
 def _sgdp(recipe: Recipe) -> optax.GradientTransformation:
-    return optax.chain(
-        scale_by_sgdp(recipe.config.momentum, recipe.config.weight_decay),
-        optax.scale_by_learning_rate(recipe.schedule),
-    )
+    moved = scale_by_sgdp(recipe.config.momentum, recipe.config.weight_decay)
+    return optax.chain(moved, optax.scale_by_learning_rate(recipe.schedule))
 
 
 def _adamw(recipe: Recipe) -> optax.GradientTransformation:
     return optax.adamw(recipe.schedule, weight_decay=100 * recipe.config.weight_decay)
 
 
-_FARMS = {"windows": tb_optax.windows(), "min_eigenvalues": 5}
-_RELATIVE = {"metric": tb_optax.relative_alpha}
-_SIGMOID = {"fit": tb_optax.fit_median(1.5), "assign": tb_optax.sigmoid()}
+def _balanced(name: ArmName, title: str, **parts: Any) -> list[Arm]:
+    """Return SGD with a form of TempBalance, and its mean-matched control."""
+    mean: Any = "mean" if name == "tb" else f"{name}_mean"
+    arm = Arm(name, title, _sgd, balanced=True, parts=parts)
+    words = f"{title.removesuffix(' by layers')}, mean-matched"
+    return [arm, dataclasses.replace(arm, name=mean, title=words, control=averaged)]
 
 
-def _balanced(name: ArmName, title: str, **options: Any) -> Arm:
-    return Arm(name, title, _sgd, balanced=True, **options)
-
+_TB, _MEAN = _balanced("tb", "TempBalance")
 
 _ALL = (
     Arm("cal", "cosine SGD", _sgd),
-    _balanced("tb", "TempBalance"),
+    _TB,
     Arm("snr", "SNR", _snr),
     Arm("tb_snr", "TempBalance + SNR", _snr, balanced=True),
     Arm("sgdr", "SGDR", _sgd, by_epoch=cosine_with_a_restart),
@@ -192,25 +190,19 @@ _ALL = (
     Arm("sgdp", "SGDP", _sgdp),
     Arm("tb_sgdp", "TempBalance + SGDP", _sgdp, balanced=True),
     Arm("adamw", "AdamW", _adamw),
-    _balanced("mean", "TempBalance, mean-matched", control=averaged),
-    _balanced("shuffled", "TempBalance, shuffled", control=shuffled),
-    _balanced("reversed", "TempBalance, reversed", control=reversed_order),
-    _balanced("shape_only", "TempBalance, first alphas kept", once=True),
-    _balanced("farms", "FARMS", parts=_FARMS),
-    _balanced("farms_mean", "FARMS, mean-matched", control=averaged, parts=_FARMS),
-    _balanced("relative", "relative alpha", parts=_RELATIVE),
-    _balanced(
-        "relative_mean",
-        "relative alpha, mean-matched",
-        control=averaged,
-        parts=_RELATIVE,
+    _MEAN,
+    Arm("shuffled", "TempBalance, shuffled", _sgd, balanced=True, control=shuffled),
+    Arm(
+        "reversed", "TempBalance, reversed", _sgd, balanced=True, control=reversed_order
     ),
-    _balanced("sigmoid", "Model Balancing by layers", parts=_SIGMOID),
-    _balanced(
-        "sigmoid_mean",
-        "Model Balancing, mean-matched",
-        control=averaged,
-        parts=_SIGMOID,
+    Arm("shape_only", "TempBalance, first alphas kept", _sgd, balanced=True, once=True),
+    *_balanced("farms", "FARMS", windows=tb_optax.windows(), min_eigenvalues=5),
+    *_balanced("relative", "relative alpha", metric=tb_optax.relative_alpha),
+    *_balanced(
+        "sigmoid",
+        "Model Balancing by layers",
+        fit=tb_optax.fit_median(1.5),
+        assign=tb_optax.sigmoid(),
     ),
 )
 

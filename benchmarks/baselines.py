@@ -4,7 +4,6 @@ Kernels have their outputs on the last axis, as in Flax. As a matrix, a kernel i
 (outputs, everything else). The `update` of each transform needs the parameters.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,12 +13,10 @@ import optax
 from jax import Array
 
 
-def _transform(
-    init: Any, update: Callable[..., tuple[Any, Any]]
-) -> optax.GradientTransformation:
+def _transform(init: Any, update: Callable[..., Any]) -> optax.GradientTransformation:
     """Return a transform whose `update` raises `ValueError` without parameters."""
 
-    def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update_fn(updates: Any, state: Any, params: Any = None) -> Any:
         if params is None:
             raise ValueError("update needs the parameters as its third argument.")
         return update(updates, state, params)
@@ -129,39 +126,27 @@ def scale_by_sgdp(
     """
     trace = optax.trace(momentum)
     decay = weight_decay / (1 - momentum)
-    numbers = {"decay": decay, "delta": delta, "ratio": decay_ratio, "eps": eps}
-    moved = functools.partial(_without_radial_part, **numbers)
+
+    def moved(step: Array, gradient: Array, weight: Array) -> Array:
+        update, axes = step + decay * weight, tuple(range(weight.ndim))
+        # By channel comes last: it takes precedence.
+        for view in (axes, axes[:-1]) if weight.ndim > 1 else ():
+            norm = jnp.sqrt(jnp.sum(weight**2, view, keepdims=True))
+            norms = norm * jnp.sqrt(jnp.sum(gradient**2, view, keepdims=True))
+            product = jnp.sum(gradient * weight, view, keepdims=True)
+            cosine = (jnp.abs(product) / jnp.maximum(norms, eps)).max()
+            unit = weight / (norm + eps)
+            across = step - unit * jnp.sum(unit * step, view, keepdims=True)
+            orthogonal = cosine < delta / (weight.size // product.size) ** 0.5
+            projected = across + decay * decay_ratio * weight
+            update = jnp.where(orthogonal, projected, update)
+        return update
 
     def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
         steps, state = trace.update(updates, state)
         return jax.tree.map(moved, steps, updates, params), state
 
     return _transform(trace.init, update)
-
-
-def _without_radial_part(
-    step: Array,
-    gradient: Array,
-    weight: Array,
-    *,
-    decay: float,
-    delta: float,
-    ratio: float,
-    eps: float,
-) -> Array:
-    """Return the update of one leaf; see `scale_by_sgdp`."""
-    update, axes = step + decay * weight, tuple(range(weight.ndim))
-    # By channel comes last: it takes precedence.
-    for view in (axes, axes[:-1]) if weight.ndim > 1 else ():
-        norm = jnp.sqrt(jnp.sum(weight**2, view, keepdims=True))
-        norms = norm * jnp.sqrt(jnp.sum(gradient**2, view, keepdims=True))
-        product = jnp.sum(gradient * weight, view, keepdims=True)
-        cosine = (jnp.abs(product) / jnp.maximum(norms, eps)).max()
-        unit = weight / (norm + eps)
-        across = step - unit * jnp.sum(unit * step, view, keepdims=True)
-        orthogonal = cosine < delta / (weight.size // product.size) ** 0.5
-        update = jnp.where(orthogonal, across + decay * ratio * weight, update)
-    return update
 
 
 class LookaheadState(NamedTuple):

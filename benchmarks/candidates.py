@@ -5,21 +5,19 @@ median-Hill alpha of each, (batch,), through the same fit. `WAYS` lists them, th
 promising first, so that a budget of time is spent on those.
 """
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 import tb_optax
-from benchmarks.machine import torch_on_same_device
+from benchmarks.peers import OURS, torch_on_same_device
 from tb_optax.eigenvalues import of_both_signs, tridiagonal_eigenvalues
 
 Way = Callable[[Array], Array]
 
-OURS = "tb_optax"
 _STACK = tb_optax.MatrixAxes((1,), (2,), stacked=(0,))
 
 
@@ -60,37 +58,19 @@ def _from_eigenvalues(eigenvalues: Callable[[Array], Array]) -> Way:
     return alphas
 
 
+def _from_singular_values(values: Callable[[Array], Array]) -> Way:
+    """Return the same from descending singular values."""
+    return _from_eigenvalues(lambda w: values(w)[:, ::-1] ** 2)
+
+
 def _gram(w: Array) -> Array:
-    highest = jax.lax.Precision.HIGHEST
+    highest = lax.Precision.HIGHEST
     return jnp.einsum("bki,bkj->bij", w, w, precision=highest)
-
-
-def _eigvalsh(w: Array) -> Array:
-    return jnp.linalg.eigvalsh(_gram(w))
-
-
-def _jacobi(w: Array) -> Array:
-    method = jax.lax.linalg.EighImplementation.JACOBI
-    return jax.lax.linalg.eigh(_gram(w), implementation=method)[1]
-
-
-def _svd(w: Array) -> Array:
-    return jnp.linalg.svd(w, compute_uv=False)[:, ::-1] ** 2
-
-
-def _svd_by_qr(w: Array) -> Array:
-    method = jax.lax.linalg.SvdAlgorithm.QR
-    values = jax.lax.linalg.svd(w, compute_uv=False, algorithm=method)
-    return values[:, ::-1] ** 2
-
-
-def _of_both_signs(w: Array) -> Array:
-    return jax.vmap(of_both_signs)(w) ** 2
 
 
 def _tridiagonal(w: Array) -> Array:
     """Reduce one matrix after the other by JAX, and bisect."""
-    _, diagonal, beside, _ = jax.lax.map(jax.lax.linalg.tridiagonal, _gram(w))
+    _, diagonal, beside, _ = lax.map(lax.linalg.tridiagonal, _gram(w))
     return _bisect(diagonal, beside)
 
 
@@ -107,19 +87,14 @@ def _householder(w: Array) -> Array:
     def reflect(k, a):
         column = jnp.where(index > k, a[:, :, k], 0)
         norm = jnp.linalg.norm(column, axis=1)
-        head = column[:, k + 1]
-        v = (
-            column
-            + jnp.where(index == k + 1, 1, 0)
-            * (jnp.where(head < 0, -norm, norm)[:, None])
-        )
+        v = column.at[:, k + 1].add(jnp.where(column[:, k + 1] < 0, -norm, norm))
         length = jnp.linalg.norm(v, axis=1, keepdims=True)
         v = v / jnp.where(length > 0, length, 1)
-        p = jnp.einsum("bij,bj->bi", a, v, precision=jax.lax.Precision.HIGHEST)
+        p = jnp.einsum("bij,bj->bi", a, v, precision=lax.Precision.HIGHEST)
         q = 2 * (p - jnp.sum(v * p, axis=1, keepdims=True) * v)
         return a - v[:, :, None] * q[:, None] - q[:, :, None] * v[:, None]
 
-    a = jax.lax.fori_loop(0, n - 2, reflect, a)
+    a = lax.fori_loop(0, n - 2, reflect, a)
     diagonal = jnp.diagonal(a, axis1=1, axis2=2)
     return _bisect(diagonal, jnp.diagonal(a, offset=1, axis1=1, axis2=2))
 
@@ -144,17 +119,25 @@ def torch_way(w: Array) -> Callable[[], np.ndarray]:
     return alphas
 
 
-@functools.cache
-def ways() -> Mapping[str, Way]:
-    """Return the ways that run in JAX, by name."""
-    return {
-        OURS: _analysis(tb_optax.exact()),
-        "Gram, eigvalsh": _from_eigenvalues(_eigvalsh),
-        "quadrature": _analysis(tb_optax.quadrature(above=0)),
-        "Gram, eigh by Jacobi": _from_eigenvalues(_jacobi),
-        "Householder in JAX, bisection": _from_eigenvalues(_householder),
-        "tridiagonal, bisection": _from_eigenvalues(_tridiagonal),
-        "svd": _from_eigenvalues(_svd),
-        "svd by QR": _from_eigenvalues(_svd_by_qr),
-        "eigvalsh of both signs": _from_eigenvalues(_of_both_signs),
-    }
+# The ways that run in JAX.
+WAYS: dict[str, Way] = {
+    OURS: _analysis(tb_optax.exact()),
+    "Gram, eigvalsh": _from_eigenvalues(lambda w: jnp.linalg.eigvalsh(_gram(w))),
+    "quadrature": _analysis(tb_optax.quadrature(above=0)),
+    "Gram, eigh by Jacobi": _from_eigenvalues(
+        lambda w: lax.linalg.eigh(
+            _gram(w), implementation=lax.linalg.EighImplementation.JACOBI
+        )[1]
+    ),
+    "Householder in JAX, bisection": _from_eigenvalues(_householder),
+    "tridiagonal, bisection": _from_eigenvalues(_tridiagonal),
+    "svd": _from_singular_values(lambda w: jnp.linalg.svd(w, compute_uv=False)),
+    "svd by QR": _from_singular_values(
+        lambda w: lax.linalg.svd(
+            w, compute_uv=False, algorithm=lax.linalg.SvdAlgorithm.QR
+        )
+    ),
+    "eigvalsh of both signs": _from_eigenvalues(
+        lambda w: jax.vmap(of_both_signs)(w) ** 2
+    ),
+}

@@ -2,16 +2,18 @@
 
 import base64
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 from scipy import stats
 from tabulate import tabulate
 
-from benchmarks.timing import Summary, ratios, summary
+from benchmarks.timing import ratios
 
-Row = dict[str, str]
+Row = dict[str, Any]
 
 MEGABYTE = 10**6
 
@@ -28,9 +30,40 @@ summary { font-weight: bold; cursor: pointer; }
 """
 
 
+def head(title: str, results: Mapping[str, Any]) -> Iterator[str]:
+    """Give heading, hardware, threads, versions and command of a measurement."""
+    hardware, threads = results["hardware"], results["threads"]
+    yield f"## {title}: {hardware['device']} ({hardware['platform']})"
+    host = f"{hardware['processor']}, {hardware['cores']} cores"
+    named = ", ".join(f"{name}={value}" for name, value in threads.items())
+    yield (
+        f"Host: {host}, {named or 'default threads'}; "
+        f"load before: {hardware['load_before']}. {listed(results['versions'])}."
+    )
+    yield f"```bash\n{results['command']}\n```"
+
+
+def listed(numbers: Mapping[str, Any]) -> str:
+    """Return names and values in one line."""
+    return ", ".join(f"{name} {value}" for name, value in numbers.items())
+
+
+def against(what: str, samples: Sequence[float], bound: float | None) -> Row:
+    """Return a row of samples next to the bound that their median should keep."""
+    row = {"what": what, "measured": cell(samples), "samples": len(samples)}
+    row |= {"at most": "", "met": ""}
+    if bound is not None:
+        met = "yes" if np.median(samples) <= bound else "**no**"
+        row |= {"at most": f"{bound:g}", "met": met}
+    return row
+
+
 def cell(samples: Sequence[float]) -> str:
-    """Return median, lowest and highest of samples."""
-    return spread_cell(summary(samples))
+    """Return median, lowest and highest; one number where they are equal."""
+    median, low, high = float(np.median(samples)), min(samples), max(samples)
+    if low == high:
+        return number(median)
+    return f"{number(median)} [{number(low)}, {number(high)}]"
 
 
 def ratio_cell(seconds: Mapping[str, Sequence[float]], name: str, other: str) -> str:
@@ -38,11 +71,9 @@ def ratio_cell(seconds: Mapping[str, Sequence[float]], name: str, other: str) ->
     return cell(ratios(seconds[name], seconds[other]))
 
 
-def spread_cell(figure: Summary) -> str:
-    """Return median, lowest and highest; one number where they are equal."""
-    if figure.low == figure.high:
-        return number(figure.median)
-    return f"{number(figure.median)} [{number(figure.low)}, {number(figure.high)}]"
+def megabytes(size: float) -> str:
+    """Return a number of bytes in megabytes."""
+    return number(size / MEGABYTE)
 
 
 def number(value: float) -> str:

@@ -1,7 +1,6 @@
 """What the commands share: arguments, output files, faults in one line, SIGTERM."""
 
 import argparse
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -79,7 +78,7 @@ def resumable(run: Callable[[Callable[[], bool]], None]) -> int:
 def measured(
     name: str,
     description: str,
-    add_options: Callable[[argparse.ArgumentParser], None],
+    options: Mapping[str, Mapping[str, Any]],
     measure: Callable[[argparse.Namespace], Iterator[Mapping[str, Any]]],
     arguments: Sequence[str] | None,
 ) -> int:
@@ -88,34 +87,35 @@ def measured(
     Args:
         name: of its module and of its file of results.
         description: what it does.
-        add_options: adds its options to a parser, which has `--out`, `--force` and
-            `--cores` too.
+        options: arguments of `add_argument` by option, next to `--out` and `--force`.
         measure: checks the options, and returns an iterator of parts of the results.
-            The cores are bound by then.
         arguments: the command line; None reads that of the process.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     parser = Parser(
         prog=f"python -m benchmarks.{name}", description=description, allow_abbrev=False
     )
-    add_options(parser)
+    for option, keywords in options.items():
+        parser.add_argument(option, **keywords)
     add, file = parser.add_argument, f"{name}.json"
     what = f"JSON file; default: benchmarks/results/{file}"
     add("--out", type=Path, default=RESULTS / file, metavar="FILE", help=what)
     add("--force", action="store_true", help="overwrite that file")
-    what = "cores to use; default: all there are"
-    add("--cores", type=whole_number, metavar="N", help=what)
 
     def run() -> None:
-        options = parser.parse_args(given)
-        check_output(options.out, force=options.force)
-        machine.bind_cores(options.cores)
-        parts = measure(options)
+        chosen = parser.parse_args(given)
+        if chosen.out.is_dir():
+            raise UserError(f"{chosen.out} is a directory; give a file as --out")
+        if chosen.out.exists() and not chosen.force:
+            raise UserError(f"{chosen.out} exists; give --force or another --out")
+        machine.leave_memory()
+        parts = measure(chosen)
         results = machine.describe(f"benchmarks.{name}", given)
+        chosen.out.parent.mkdir(parents=True, exist_ok=True)
         for part in parts:
             results |= part
-            write_json(options.out, results)
-        print(options.out)
+            write_json(chosen.out, results)
+        print(chosen.out)
 
     return guarded(run)
 
@@ -134,15 +134,6 @@ def positive_number(text: str) -> float:
     return number
 
 
-def check_output(out: Path, *, force: bool) -> None:
-    """Raise `UserError` if the file cannot be written, or is there already."""
-    if out.is_dir():
-        raise UserError(f"{out} is a directory; give a file as --out")
-    if out.exists() and not force:
-        raise UserError(f"{out} exists; give --force or another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-
-
 def check_names(option: str, names: Sequence[str], allowed: Sequence[str]) -> None:
     """Raise `UserError` if a name is not allowed, or stands twice."""
     for name in names:
@@ -150,12 +141,6 @@ def check_names(option: str, names: Sequence[str], allowed: Sequence[str]) -> No
             raise UserError(f"{option} is {name!r}; allowed: {', '.join(allowed)}")
     if len(set(names)) < len(names):
         raise UserError(f"{option} names one twice: {' '.join(names)}")
-
-
-def without_places(command: str, *options: str) -> str:
-    """Return a command line without the paths of these options: they are private."""
-    pattern = rf"--({'|'.join(options)})[ =]\S+"
-    return re.sub(pattern, r"--\1 DIRECTORY", command)
 
 
 def say(message: str) -> None:

@@ -3,24 +3,22 @@
     python -m benchmarks.compare digits
     python -m benchmarks.compare cifar10-check --seeds 3 --data-dir DIRECTORY
 
-The name is one of `benchmarks.grids`. The seeds are consecutive, from that of its base
-on: 43, 44, 45, ... All arms of a seed come before the next seed, and have the same
-initial weights, order of the rows, and augmentation. `benchmarks.runs` describes the
-directory of a run, `runs/NAME/VARIANT/seedSEED/ARM`. After each run, `report.md`,
-`summary.json`, and the pictures of the comparison are regenerated.
+The name is one of `benchmarks.grids`; one of `benchmarks.studies` runs that study
+instead, see `benchmarks.protocol`. Seeds are consecutive: 43, 44, 45, ... All arms of a
+seed come before the next seed, and have the same initial weights, order of the rows,
+and augmentation. `benchmarks.runs` describes the directory of a run,
+`runs/NAME/VARIANT/seedSEED/ARM`. After each run, `report.md`, `summary.json`, and the
+pictures of the comparison are regenerated.
 
 `--resume` continues after a kill, on a CPU to the same bits, and leaves finished runs
 alone; more seeds and more arms may be asked for then. SIGTERM ends the command after
-the current epoch. Each arm of a variant is compiled once for all seeds.
+the current epoch.
 
 `--at-once K` trains K seeds in one vectorized program: as one at a time up to rounding,
-and with one K-th of the seconds each. It pays where one seed does not fill an
-accelerator, that is, for small networks; on a CPU it is slower than one at a time.
+and with one K-th of the seconds each. It pays for small networks on an accelerator.
 
 A comparison becomes a section of `benchmarks/README.md` once its files are copied to
 `compare_NAME.json` and `compare_NAME_*.png` in `benchmarks/results`.
-
-A name of `benchmarks.studies` runs that study instead; see `benchmarks.protocol`.
 
 Faults of arguments, data, or directory end with exit code 2.
 """
@@ -33,7 +31,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks import data, experiments, machine, report, studies
+from benchmarks import data, experiments, findings, machine, plots, report, studies
 from benchmarks.commandline import check_names, resumable
 from benchmarks.configs import ArmName
 from benchmarks.errors import UserError
@@ -141,17 +139,14 @@ def _run_study(
     directory = studies.Directory(out, command.study)
     dataset = directory.study.load(directory.study.config, command.data_dir)
     program = "benchmarks.compare"
-    directory.open(dataset.digest(), program, arguments, command.resume)
+    directory.open(dataset.digest, program, arguments, command.resume)
     try:
         studies.train(directory, dataset, stopping)
         if command.timing:
             studies.measure(directory, dataset, command.timing)
     finally:
         if command.plots:
-            from benchmarks import findings  # Matplotlib is an extra.
-
-            findings.write(directory)
-            print((out / findings.REPORT).read_text(encoding="utf-8"))
+            print(findings.write(directory))
     print(out)
 
 
@@ -164,20 +159,12 @@ def _run(
     datasets = data.load_all([run for group in groups for run in group])
     if groups:
         known = known.save("benchmarks.compare", arguments)
-        for _ in experiments.train(groups, datasets, stopping):
-            _report(known, plots=command.plots)
-    else:
-        _report(known, plots=command.plots)
+    for _ in [None] if not groups else experiments.train(groups, datasets, stopping):
+        if command.plots:
+            plots.write_comparison(known)
+        report.write(known)
     print((known.path / report.REPORT).read_text(encoding="utf-8"))
     print(known.path)
-
-
-def _report(experiment: Experiment, *, plots: bool) -> None:
-    if plots:
-        from benchmarks.plots import write_comparison  # Matplotlib is an extra.
-
-        write_comparison(experiment)
-    report.write(experiment)
 
 
 if __name__ == "__main__":

@@ -9,29 +9,10 @@ from benchmarks.errors import UserError
 from benchmarks.models import Compute, Init, Name
 
 DatasetName = Literal["digits", "cifar10", "cifar100", "svhn", "tiny_imagenet"]
-ArmName = Literal[
-    "cal",
-    "tb",
-    "snr",
-    "tb_snr",
-    "sgdr",
-    "lars",
-    "lamb",
-    "lookahead",
-    "sgdp",
-    "tb_sgdp",
-    "adamw",
-    "mean",
-    "shuffled",
-    "reversed",
-    "shape_only",
-    "farms",
-    "farms_mean",
-    "relative",
-    "relative_mean",
-    "sigmoid",
-    "sigmoid_mean",
-]
+_Optimizer = Literal["cal", "tb", "snr", "tb_snr", "sgdr", "lars", "lamb", "lookahead"]
+_Other = Literal["sgdp", "tb_sgdp", "adamw", "mean", "shuffled", "reversed"]
+_Form = Literal["shape_only", "farms", "farms_mean", "relative", "relative_mean"]
+ArmName = Literal[_Optimizer, _Other, _Form, "sigmoid", "sigmoid_mean"]
 Metric = Literal["alpha", "alpha_hat", "spectral_norm"]
 Fit = Literal["median", "min_ks", "peak"]
 

@@ -90,25 +90,26 @@ def load(config: Config) -> Dataset:
     the hub is read. The digits need neither. The augmentation is that of the published
     experiments, which mirror the digits of SVHN as they mirror everything else.
     """
+    data_dir = None if config.data_dir is None else Path(config.data_dir)
     if config.dataset == "digits":
         pad, flip, num_classes = 1, False, 10
-        if config.data_dir is not None:
+        if data_dir is not None:
             given = f"--data-dir is {config.data_dir!r}"
             raise UserError(f"{given}, but digits read no directory")
         (images, labels), test = _digits()
     else:
         source = SOURCES[config.dataset]
         pad, flip, num_classes = 4, True, source.num_classes
-        data_dir = None if config.data_dir is None else Path(config.data_dir)
         # Validation rows come after the subset: then all rows are read.
         rows = config.subset if config.validation is None else None
         images, labels = read(source, source.train, data_dir, rows=rows)
         test = read(source, source.test, data_dir)
     train, held_out = partition(len(labels), config)
-    validation = images[held_out], labels[held_out]
-    images, labels = images[train], labels[train]
-    preparation = Preparation.of(images, pad=pad, flip=flip)
-    return Dataset(images, labels, *validation, *test, num_classes, preparation)
+    parts = {"train": (images[train], labels[train]), "test": test}
+    if len(held_out):
+        parts["validation"] = images[held_out], labels[held_out]
+    preparation = Preparation.of(images[train], pad=pad, flip=flip)
+    return Dataset(parts, num_classes, preparation)
 
 
 def load_all(runs: Sequence[Run]) -> dict[str, Dataset]:
@@ -120,7 +121,7 @@ def load_all(runs: Sequence[Run]) -> dict[str, Dataset]:
         if what not in loaded:
             loaded[what] = load(run.config)
         found[run.variant] = loaded[what]
-        run.check(loaded[what].digest())
+        run.check(loaded[what].digest)
     return found
 
 
@@ -177,7 +178,11 @@ def read(
         if number == split.rows:
             raise UserError(f"{where} is one too many; published: {split.rows} rows")
         images.append(_pixels(image, source, where))
-        labels.append(_label(label, source, where))
+        last = source.num_classes - 1
+        if not isinstance(label, int) or not 0 <= label <= last:
+            allowed = f"allowed: 0 to {last}"
+            raise UserError(f"{where}: {source.label} is {label!r}; {allowed}")
+        labels.append(label)
     if not images:
         raise UserError(f"{place}: the {split.name} split has no rows")
     return np.stack(images), np.array(labels, np.int32)
@@ -189,14 +194,10 @@ def _hub(source: Source, split: Split) -> Pairs:
 
     for reader in ("datasets", "huggingface_hub"):  # What goes wrong is raised, too.
         logging.getLogger(reader).setLevel(logging.CRITICAL)
-    name = f"the hub's {source.repository}"
+    name, options = f"the hub's {source.repository}", {"split": split.name}
+    options["verification_mode"] = "basic_checks"
     try:
-        rows = datasets.load_dataset(
-            source.repository,
-            source.config,
-            split=split.name,
-            verification_mode="basic_checks",
-        )
+        rows = datasets.load_dataset(source.repository, source.config, **options)
         _check_columns(rows.column_names, source, name)
         rows = rows.cast_column(source.image, datasets.Image(decode=False))
     except UserError:
@@ -206,10 +207,8 @@ def _hub(source: Source, split: Split) -> Pairs:
         why = f"({first_line(error)}); give --data-dir with {files}"
         raise UserError(f"{name} cannot be read {why}") from error
     if len(rows) != split.rows:
-        raise UserError(
-            f"{name} has {len(rows)} rows in {split.name}; published: {split.rows}; "
-            "give --data-dir"
-        )
+        there = f"{len(rows)} rows in {split.name}; published: {split.rows}"
+        raise UserError(f"{name} has {there}; give --data-dir")
     return ((row[source.image], row[source.label]) for row in rows)
 
 
@@ -254,11 +253,3 @@ def _pixels(image: Any, source: Source, where: str) -> np.ndarray:
         allowed = f"{source.size}x{source.size}"
         raise UserError(f"{where}: the image is {width}x{height}; allowed: {allowed}")
     return pixels
-
-
-def _label(label: Any, source: Source, where: str) -> int:
-    last = source.num_classes - 1
-    if not isinstance(label, int) or not 0 <= label <= last:
-        allowed = f"allowed: 0 to {last}"
-        raise UserError(f"{where}: {source.label} is {label!r}; {allowed}")
-    return label

@@ -13,20 +13,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from tqdm import tqdm
 
 from benchmarks.arms import ARMS
 from benchmarks.commandline import Preempted
 from benchmarks.configs import Config
-from benchmarks.files import Row, append_lines, read_record, write_record
-from benchmarks.loop import Program, TrainState, make_program
-from benchmarks.runs import LAYERS, METRICS, Run
+from benchmarks.files import Row, finite, read_record, write_record
+from benchmarks.loop import Program, Trained, TrainState, make_program
+from benchmarks.runs import LAYERS, METRICS, Run, Session
 
 _RECORD = "experiment.json"
 
-# Seconds from one saved state of a short run to the next.
-_PAUSE = 60
+# Seconds from one saved state of a run to the next.
+PAUSE = 60
 
 MakeProgram = Callable[[Any, Any, Any], Program]
 
@@ -96,7 +97,7 @@ def unfinished(runs: Sequence[Run], at_once: int = 1) -> list[tuple[Run, ...]]:
     """Group the unfinished runs; all runs of a group can be trained at once.
 
     They are `at_once` or fewer, differ in their seeds alone, and have equally many
-    epochs done. A kill between two checkpoints leaves some an epoch behind the others.
+    epochs done. A kill between two checkpoints leaves some behind the others.
     """
     seeds = list(dict.fromkeys(run.config.seed for run in runs))
     groups: dict[tuple[Any, ...], list[Run]] = {}
@@ -123,8 +124,6 @@ def train(
         for group in groups:
             first = group[0]
             dataset, place = datasets[first.variant], (first.variant, first.arm)
-            for run in group:
-                run.open(dataset)
             if place not in trainers:
                 trainers[place] = Trainer(first.config, ARMS[first.arm], dataset)
             states = trainers[place].train(group, progress, stopping)
@@ -139,8 +138,7 @@ class Trainer:
         arm: how they train.
         dataset: what they train on.
         make: makes the program of these three; default: that of images.
-        brief: for runs that are short and many: nothing is written down of layers, and
-            a state is saved once a minute instead of after each epoch.
+        brief: write nothing down of layers: runs are short and many.
     """
 
     def __init__(
@@ -155,9 +153,9 @@ class Trainer:
         self._config, self._arm, self._dataset = config, arm, dataset
         self._brief = brief
         self.program = (make or make_program)(config, arm, dataset)
-        rows = dataset.parts()["train"]
+        rows = dataset.parts["train"]
         # By the number of runs at once.
-        self._compiled = functools.cache(lambda n: self.program.compiled(rows, n))
+        self._compiled = functools.cache(lambda n: self.program.epoch(rows, n))
 
     def train(
         self,
@@ -169,119 +167,99 @@ class Trainer:
     ) -> list[TrainState]:
         """Train to the last epoch; return the states.
 
+        A state is saved once in `PAUSE` seconds, and in the end.
+
         Args:
             runs: have equally many epochs done. Several are trained in one vectorized
                 program, and each is given the same share of the seconds.
             progress: counts the epochs of all runs.
-            stopping: whether to raise `Preempted` after the epoch that runs.
+            stopping: whether to save and raise `Preempted` before the next epoch.
             tested: epochs, from 1 on, after which the test rows are read; default: all.
         """
-        done, epochs, title = runs[0].done(), self._config.epochs, _title(runs)
+        epochs, saved_at = self._config.epochs, time.monotonic()
+        seeds = "+".join(str(run.config.seed) for run in runs)
+        title = f"{runs[0].variant}/{runs[0].arm} seed {seeds}"
         with contextlib.ExitStack() as stack:
-            opened = [stack.enter_context(run.states(self.program)) for run in runs]
-            states, saves = [pair[0] for pair in opened], [pair[1] for pair in opened]
+            for run in runs:
+                run.start(self._dataset)
+            sessions = [stack.enter_context(run.session(self.program)) for run in runs]
+            saved = done = sessions[0].record["epochs"]
             if done == epochs:
-                return states
+                return [session.state for session in sessions]
             progress.set_description(f"{title}: compiling")
-            program = self._compiled(len(runs))
+            train_epoch = self._compiled(len(runs))
             progress.set_description(title)
-            parts = jax.device_put(self._dataset.parts())
-            untested = {name: parts[name] for name in parts if name != "test"}
-            saved, saved_at = done, time.monotonic()
-
-            def save(epochs: int) -> None:
-                for run_save, state in zip(saves, states, strict=True):
-                    run_save(epochs, state)
-
+            parts = jax.device_put(dict(self._dataset.parts))
             for epoch in range(done, epochs):
-                if stopping():
-                    if saved < epoch:
-                        save(epoch)
+                late = time.monotonic() - saved_at > PAUSE
+                if saved < epoch and (late or stopping()):
+                    for session in sessions:
+                        session.save(epoch)
+                    saved, saved_at = epoch, time.monotonic()
+                if saved == epoch and stopping():
                     where = f"{epoch} of {epochs} epochs"
                     raise Preempted(f"{title} is saved after {where}")
-                read = parts if tested is None or epoch + 1 in tested else untested
-                states, loss = self._epoch(program, runs, states, read, epoch)
-                late = time.monotonic() - saved_at > _PAUSE
-                if epoch + 1 == epochs or late or not self._brief:
-                    save(epoch + 1)
-                    saved, saved_at = epoch + 1, time.monotonic()
+                read = dict(parts)
+                if tested is not None and epoch + 1 not in tested:
+                    del read["test"]
+                loss = self._epoch(train_epoch, sessions, read, epoch)
                 progress.set_postfix_str(f"training loss {loss:.3f}")
                 progress.update(len(runs))
-            return states
+            for session in sessions:
+                session.save(epochs)
+            return [session.state for session in sessions]
 
     def _epoch(
         self,
-        program: Program,
-        runs: Sequence[Run],
-        states: list[TrainState],
+        train_epoch: Callable[..., Trained],
+        sessions: Sequence[Session],
         parts: Mapping[str, tuple[Array, Array]],
         epoch: int,
-    ) -> tuple[list[TrainState], float]:
-        """Train and write down an epoch of all runs; return states and mean loss."""
-        analysis_seconds = [0.0] * len(runs)
-        due = epoch % self._config.interval == 0 and not (epoch and self._arm.once)
-        if due and (self._arm.balanced or not self._brief):
-            states, analysis_seconds = self._analyze(program, runs, states, epoch)
+    ) -> float:
+        """Train all runs for an epoch and write it down; return the mean loss."""
+        config, arm, analysis_seconds = self._config, self._arm, [0.0] * len(sessions)
+        due = epoch % config.interval == 0 and not (epoch and arm.once)
+        if due and (arm.balanced or not self._brief):
+            analysis_seconds = [self._analyze(session, epoch) for session in sessions]
+        states = [session.state for session in sessions]
         start = time.perf_counter()
-        trained = program.train(tuple(states), *parts["train"], jnp.int32(epoch))
-        jax.block_until_ready(trained)
-        seconds = (time.perf_counter() - start) / len(runs)
-        states = [state for state, _ in trained]
-        scores = {
-            part: [scores for _, scores in trained]
-            if part == "train"
-            else program.evaluate(tuple(states), *rows)
-            for part, rows in parts.items()
-        }
-        if epoch + 1 == self._config.epochs and not self._brief:
-            states, _ = self._analyze(program, runs, states, epoch + 1)
-        for place, run in enumerate(runs):
-            schedule = self._arm.schedule(self._config, 1, run.rate)
-            rate = float(jnp.asarray(schedule(epoch)))
-            row: Row = {"epoch": epoch + 1, "learning_rate": rate}
-            for part in parts:
-                row[f"{part}_loss"] = float(scores[part][place].loss)
-                row[f"{part}_accuracy"] = float(scores[part][place].accuracy)
+        trained = train_epoch(states, parts["train"], epoch)
+        states, training = jax.block_until_ready(trained)
+        seconds = (time.perf_counter() - start) / len(sessions)
+        for place, session in enumerate(sessions):
+            session.state = states[place]
+            rate = float(arm.schedule(config, 1, session.run.rate)(jnp.int32(epoch)))
+            row = {"epoch": epoch + 1, "learning_rate": rate}
+            for part, rows in parts.items():
+                scores = training[place]
+                if part != "train":
+                    scores = self.program.evaluate(session.state, *rows)
+                row[f"{part}_loss"] = float(scores.loss)
+                row[f"{part}_accuracy"] = float(scores.accuracy)
             row["train_seconds"] = seconds
             row["analysis_seconds"] = analysis_seconds[place]
-            append_lines(run.path / METRICS, [row])
-        losses = [float(own.loss) for own in scores["train"]]
-        return states, sum(losses) / len(losses)
+            session.record[METRICS].append(finite(row))
+            if epoch + 1 == config.epochs and not self._brief:
+                self._analyze(session, epoch + 1)
+        return float(np.mean([scores.loss for scores in training]))
 
-    def _analyze(
-        self,
-        program: Program,
-        runs: Sequence[Run],
-        states: list[TrainState],
-        epochs: int,
-    ) -> tuple[list[TrainState], list[float]]:
-        """Refresh the multipliers of each run; write its layers down and time it."""
-        refreshed, seconds = [], []
-        for run, state in zip(runs, states, strict=True):
-            start = time.perf_counter()
-            state, analysis = jax.block_until_ready(program.refresh(state))
-            # For an arm without multipliers, the analysis is for the pictures only.
-            taken = time.perf_counter() - start
-            seconds.append(taken if self._arm.balanced else 0.0)
-            refreshed.append(state)
-            if self._brief:
-                continue
-            rows = []
-            for row in analysis.rows():
-                own: Row = {"epoch": epochs, "layer": label(row.pop("layer"))}
-                own["multiplier"] = row.pop("multipliers")
-                if not self._arm.balanced:
-                    own["multiplier"] = 1.0
-                rows.append(own | row)
-            append_lines(run.path / LAYERS, rows)
-        return refreshed, seconds
+    def _analyze(self, session: Session, epochs: int) -> float:
+        """Refresh the multipliers of a run and write its layers down; time it."""
+        refresh = self.program.refresh  # Compiled ahead of the clock.
+        start = time.perf_counter()
+        refreshed = jax.block_until_ready(refresh(session.state))
+        session.state, analysis = refreshed
+        seconds = time.perf_counter() - start
+        for row in [] if self._brief else analysis.rows():
+            own: Row = {"epoch": epochs, "layer": label(row.pop("layer"))}
+            own["multiplier"] = row.pop("multipliers")
+            if not self._arm.balanced:
+                own["multiplier"] = 1.0
+            session.record[LAYERS].append(finite(own | row))
+        # For an arm without multipliers, the analysis is for the pictures only.
+        return seconds if self._arm.balanced else 0.0
 
 
 def label(path: str) -> str:
     """Name a layer in tables and pictures: its path without `/kernel`."""
     return path.removesuffix("/kernel")
-
-
-def _title(runs: Sequence[Run]) -> str:
-    seeds = "+".join(str(run.config.seed) for run in runs)
-    return f"{runs[0].variant}/{runs[0].arm} seed {seeds}"

@@ -1,4 +1,4 @@
-"""JSON objects, replaced at once; rows of JSON, one a line; records of directories."""
+"""JSON files that are replaced at once, and the records of directories."""
 
 import hashlib
 import json
@@ -47,31 +47,24 @@ def read_json(path: Path, **fields: type) -> Row:
     return content
 
 
-def append_lines(path: Path, rows: Iterable[Row]) -> None:
-    """Add a line per row."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(as_lines(rows))
+def finite(row: Mapping[str, Any]) -> Row:
+    """Return a row for JSON, which has no NaN and no infinity: null stands for both."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }
 
 
-def as_lines(rows: Iterable[Row]) -> str:
-    """Return a line per row. JSON has no NaN and no infinity: null stands for both."""
-
-    def finite(value: Any) -> Any:
-        return value if not isinstance(value, float) or math.isfinite(value) else None
-
-    return "".join(
-        json.dumps({name: finite(value) for name, value in row.items()}) + "\n"
-        for row in rows
-    )
+def write_lines(path: Path, rows: Iterable[Row]) -> None:
+    """Write a line per row so that a kill leaves either the old file or the new one."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_lines(path: Path) -> list[Row]:
-    """Return the rows of a file, without a last line that a kill has cut short."""
-    if not path.exists():
-        return []
-    whole, _, _ = path.read_bytes().rpartition(b"\n")
+    """Return the rows of a file; none if it is not there."""
     rows = []
-    for number, line in enumerate(whole.splitlines(), 1):
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
             if not isinstance(rows[-1], dict):
@@ -82,13 +75,14 @@ def read_lines(path: Path) -> list[Row]:
     return rows
 
 
-def digest(path: Path, size: int | None = None) -> str:
-    """Return the SHA-256 of a file, of its first bytes, or of a whole directory."""
-    if not path.is_dir():
-        return hashlib.sha256(path.read_bytes()[:size]).hexdigest()
+def digest(path: Path) -> str:
+    """Return the SHA-256 of all files below a directory."""
     files = sorted(file for file in path.rglob("*") if file.is_file())
-    named = [f"{file.relative_to(path)} {digest(file)}" for file in files]
-    return hashlib.sha256("\n".join(named).encode()).hexdigest()
+    total = hashlib.sha256()
+    for file in files:
+        content = hashlib.sha256(file.read_bytes()).hexdigest()
+        total.update(f"{file.relative_to(path)} {content}\n".encode())
+    return total.hexdigest()
 
 
 def read_record(

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import itertools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,64 +49,42 @@ class Preparation:
 
     def augment(self, key: Array, images: Array) -> Array:
         """Return randomly cropped and flipped images, normalized."""
-        count, height, width, channels = images.shape
         crop_key, flip_key = jax.random.split(key)
         pad = self.pad
         padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-        corners = jax.random.randint(crop_key, (count, 2), 0, 2 * pad + 1)
+        corners = jax.random.randint(crop_key, (len(images), 2), 0, 2 * pad + 1)
 
         def crop(image: Array, corner: Array) -> Array:
             start = (corner[0], corner[1], 0)
-            return jax.lax.dynamic_slice(image, start, (height, width, channels))
+            return jax.lax.dynamic_slice(image, start, images.shape[1:])
 
         images = jax.vmap(crop)(padded, corners)
         if self.flip:
-            mirrored = jax.random.bernoulli(flip_key, shape=(count, 1, 1, 1))
+            mirrored = jax.random.bernoulli(flip_key, shape=(len(images), 1, 1, 1))
             images = jnp.where(mirrored, images[:, :, ::-1], images)
         return self.normalize(images)
 
 
-class Data:
-    """What a run reads, in parts by name, each a tuple of arrays."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """Rows to train on, to test on, and maybe held out, in a fixed order.
 
-    def parts(self) -> Mapping[str, tuple[np.ndarray, ...]]:
-        """Return the rows of each part."""
-        raise NotImplementedError
+    Attributes:
+        parts: arrays of each part by its name: images (N, H, W, C) in uint8 and labels
+            (N,) in int32, or text. The validation rows are held out of the training.
+        num_classes: number of labels.
+        preparation: the way of images into a network.
+    """
 
-    def digest(self) -> str:
-        """Return a SHA-256 over everything that a run reads."""
-        return self._digest
+    parts: Mapping[str, tuple[np.ndarray, ...]]
+    num_classes: int
+    preparation: Any = None
 
     @functools.cached_property
-    def _digest(self) -> str:
+    def digest(self) -> str:
+        """A SHA-256 over everything that a run reads."""
         digest = hashlib.sha256()
-        for array in itertools.chain(*self.parts().values()):
+        for array in itertools.chain(*self.parts.values()):
             digest.update(repr(array.shape).encode())
             digest.update(array.tobytes())
         return digest.hexdigest()
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Dataset(Data):
-    """Images (N, H, W, C) in uint8 and labels (N,) in int32, in a fixed order.
-
-    The validation rows are training rows that are held out; there may be none.
-    """
-
-    train_images: np.ndarray
-    train_labels: np.ndarray
-    validation_images: np.ndarray
-    validation_labels: np.ndarray
-    test_images: np.ndarray
-    test_labels: np.ndarray
-    num_classes: int
-    preparation: Preparation
-
-    def parts(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Return the images and labels of each part that is not empty, by its name."""
-        parts = {
-            "train": (self.train_images, self.train_labels),
-            "test": (self.test_images, self.test_labels),
-            "validation": (self.validation_images, self.validation_labels),
-        }
-        return {name: part for name, part in parts.items() if len(part[1])}

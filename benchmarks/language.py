@@ -27,8 +27,8 @@ import tb_optax
 from benchmarks import controls, loop
 from benchmarks.configs import LanguageConfig
 from benchmarks.errors import UserError
-from benchmarks.images import Data
-from benchmarks.loop import Program, Scores, TrainState
+from benchmarks.images import Dataset
+from benchmarks.loop import Program, Scores
 from benchmarks.models.llama import Llama
 from tb_optax import recipes
 
@@ -38,58 +38,37 @@ VOCABULARY = 256  # Bytes.
 _LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "__pycache__"}
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Text(Data):
-    """Bytes to train on (N,), and windows (windows, length + 1) to evaluate on."""
+def load(config: LanguageConfig, directory: Path | None = None) -> Dataset:
+    """Read all Python files below a directory, by default the standard library.
 
-    train: np.ndarray
-    validation: np.ndarray
-    test: np.ndarray
-
-    def parts(self) -> dict[str, tuple[np.ndarray, ...]]:
-        """Return the rows of each part."""
-        names = ("train", "validation", "test")
-        return {name: (getattr(self, name),) for name in names}
-
-
-def load(config: LanguageConfig, directory: Path | None = None) -> Text:
-    """Read all Python files below a directory, by default the standard library."""
+    Returns:
+        Bytes to train on (N,), and windows (windows, length + 1) to evaluate on.
+    """
     root = Path(sysconfig.get_paths()["stdlib"]) if directory is None else directory
     files: dict[str, list[bytes]] = {"train": [], "validation": [], "test": []}
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
         if not _LEFT_OUT & set(name.parts):
-            files[_part(name)].append(path.read_bytes())
+            # One file of 20 is for validation, one for the test.
+            drawn = hashlib.sha256(name.as_posix().encode()).digest()[0] % 20
+            part = {0: "validation", 1: "test"}.get(drawn, "train")
+            files[part].append(path.read_bytes())
     parts = {k: np.frombuffer(b"".join(v), np.uint8) for k, v in files.items()}
     for name, part in parts.items():
         if len(part) < config.length + 2:
             there = f"{root} has {len(part)} bytes in Python files for {name}"
             raise UserError(f"{there}; too few")
-    windows = (_windows(parts[name], config) for name in ("validation", "test"))
-    return Text(parts["train"], *windows)
-
-
-def _part(name: Path) -> str:
-    """Choose the part of a file: one of 20 is for validation, one for the test."""
-    drawn = hashlib.sha256(name.as_posix().encode()).digest()[0] % 20
-    return {0: "validation", 1: "test"}.get(drawn, "train")
-
-
-def _windows(text: np.ndarray, config: LanguageConfig) -> np.ndarray:
-    """Return windows at equal distances."""
-    starts = np.linspace(0, len(text) - config.length - 1, config.windows).astype(int)
-    return text[starts[:, None] + np.arange(config.length + 1)]
+    for name in ("validation", "test"):  # Windows at equal distances.
+        last = len(parts[name]) - config.length - 1
+        starts = np.linspace(0, last, config.windows).astype(int)
+        parts[name] = parts[name][starts[:, None] + np.arange(config.length + 1)]
+    return Dataset({name: (part,) for name, part in parts.items()}, VOCABULARY)
 
 
 # --- arms -----------------------------------------------------------------------------
 
 Layers = tuple[tb_optax.Layer, ...]
 Balance = Callable[[LanguageConfig, Layers], optax.GradientTransformationExtraArgs]
-
-
-def without_ends(layers: Layers) -> Layers:
-    """Leave out the first and the last layer."""
-    return layers[1:-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +79,7 @@ class LanguageArm:
         name: its name in files.
         title: its name in tables and pictures.
         balance: builds the published method from a `tb_optax.recipes`.
-        chosen: chooses the layers to tune.
+        chosen: chooses the layers to tune; default: all but the first and the last.
         decay: whether the method takes the place of the weight decay.
         control: what the arm does to the multipliers of the method.
         parent: the arm that a control is held against, and inherits its rate from.
@@ -109,7 +88,7 @@ class LanguageArm:
     name: str
     title: str
     balance: Balance | None = None
-    chosen: Callable[[Layers], Layers] = without_ends
+    chosen: Callable[[Layers], Layers] = lambda layers: layers[1:-1]
     decay: bool = False
     control: controls.Control | None = None
     parent: str | None = None
@@ -134,21 +113,20 @@ class LanguageArm:
         rate: float | Array,
     ) -> optax.GradientTransformation:
         """Return the optimizer for a model with these layers."""
-        weight_decay, layers = config.weight_decay, self.chosen(layers)
-        decay = optax.add_decayed_weights(weight_decay, mask=kernels)
-        balance = optax.identity()
+        decay: Any = optax.add_decayed_weights(config.weight_decay, mask=kernels)
+        balance: Any = optax.identity()
         if self.balance is not None:
-            balance = self.balance(config, layers)
-            if self.control is not None:
-                analyze = tb_optax.layer_analysis(layers)
-                hold = tb_optax.scale_by_temp_balance(analyze, interval=None)
-                if self.decay:
-                    hold = tb_optax.add_balanced_weight_decay(
-                        weight_decay, analyze, interval=None, mask=kernels
-                    )
-                balance = controls.controlled(balance, hold, self.control, seed)
+            balance = self.balance(config, self.chosen(layers))
+        if self.control is not None:
+            analyze = tb_optax.layer_analysis(self.chosen(layers))
+            hold = tb_optax.scale_by_temp_balance(analyze, interval=None)
             if self.decay:
-                decay, balance = balance, optax.identity()
+                hold = tb_optax.add_balanced_weight_decay(
+                    config.weight_decay, analyze, interval=None, mask=kernels
+                )
+            balance = controls.controlled(balance, hold, self.control, seed)
+        if self.decay:
+            decay, balance = balance, optax.identity()
         return optax.chain(
             optax.clip_by_global_norm(1.0),
             optax.scale_by_adam(b2=0.95),
@@ -163,47 +141,37 @@ def kernels(params: optax.Params) -> Any:
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
-def _temp_balance(config: LanguageConfig, layers: Layers) -> Any:
-    return recipes.temp_balance(layers, interval=config.refresh)
-
-
-def _shape_only(config: LanguageConfig, layers: Layers) -> Any:
-    """Keep the multipliers of the first alphas."""
-    return recipes.temp_balance(layers, interval=config.updates)
-
-
-def _llr(config: LanguageConfig, layers: Layers) -> Any:
-    return recipes.llr(layers, total_steps=config.updates)
-
-
 def _alpha_decay(config: LanguageConfig, layers: Layers) -> Any:
-    decay, interval = config.weight_decay, config.refresh
-    return recipes.alpha_decay(
-        layers, weight_decay=decay, interval=interval, mask=kernels
-    )
-
-
-def _model_balancing(config: LanguageConfig, layers: Layers) -> Any:
-    return recipes.model_balancing(layers, interval=config.refresh)
+    options = {"interval": config.refresh, "mask": kernels}
+    return recipes.alpha_decay(layers, weight_decay=config.weight_decay, **options)
 
 
 def _with_embedding(layers: Layers) -> Layers:
     """Add the embedding in front, unless it is the head, too."""
     axes = tb_optax.MatrixAxes((0,), (1,))
     embedding = tb_optax.Layer("embedding/embedding", axes)
-    others = tuple(layer for layer in layers if layer.path != embedding.path)
-    return embedding, *others
-
-
-def _without_last(layers: Layers) -> Layers:
-    return layers[:-1]
+    return embedding, *(layer for layer in layers if layer.path != embedding.path)
 
 
 _METHODS = (
-    LanguageArm("temp_balance", "TempBalance", _temp_balance),
-    LanguageArm("llr", "LLR", _llr, _with_embedding),
+    LanguageArm(
+        "temp_balance",
+        "TempBalance",
+        lambda config, layers: recipes.temp_balance(layers, interval=config.refresh),
+    ),
+    LanguageArm(
+        "llr",
+        "LLR",
+        lambda config, layers: recipes.llr(layers, total_steps=config.updates),
+        _with_embedding,
+    ),
     LanguageArm("alpha_decay", "AlphaDecay", _alpha_decay, decay=True),
-    LanguageArm("model_balancing", "Model Balancing", _model_balancing, _without_last),
+    LanguageArm(
+        "model_balancing",
+        "Model Balancing",
+        lambda config, layers: recipes.model_balancing(layers, interval=config.refresh),
+        lambda layers: layers[:-1],
+    ),
 )
 
 
@@ -212,6 +180,8 @@ def _control(of: LanguageArm, name: str, words: str, **changes: Any) -> Language
     changes |= {"name": name, "title": f"{of.title}, {words}", "parent": of.name}
     return dataclasses.replace(of, **changes)
 
+
+_FIRST = {"balance": lambda c, layers: recipes.temp_balance(layers, interval=c.updates)}
 
 _ALL = (
     LanguageArm("uniform", "AdamW"),
@@ -222,7 +192,8 @@ _ALL = (
     ),
     _control(_METHODS[0], "reversed", "reversed", control=controls.reversed_order),
     _control(_METHODS[0], "shuffled", "shuffled", control=controls.shuffled),
-    _control(_METHODS[0], "shape_only", "first alphas kept", balance=_shape_only),
+    # The first refresh is the only one.
+    _control(_METHODS[0], "shape_only", "first alphas kept", **_FIRST),
 )
 
 ARMS: dict[str, LanguageArm] = {arm.name: arm for arm in _ALL}
@@ -231,82 +202,47 @@ ARMS: dict[str, LanguageArm] = {arm.name: arm for arm in _ALL}
 # --- program --------------------------------------------------------------------------
 
 
-def make_program(config: LanguageConfig, arm: LanguageArm, data: Text) -> Program:
+def make_program(config: LanguageConfig, arm: LanguageArm, data: Dataset) -> Program:
     """Put together the functions of an arm; nothing is computed yet."""
     del data
-    model = nnx.eval_shape(lambda: _build(config, 0))
+
+    def build(seed: Any) -> Llama:
+        sizes = config.width, config.depth, config.heads
+        rngs = nnx.Rngs(loop.keys(seed)[0])
+        return Llama(VOCABULARY, *sizes, tied=config.tied, rngs=rngs)
+
+    model = nnx.eval_shape(lambda: build(0))
     tokens = jax.ShapeDtypeStruct((1, config.length), jnp.int32)
     layers = tb_optax.trace_layers(Llama.__call__, model, tokens, norms="none")
-    analyze = tb_optax.layer_analysis(layers)
-    loss_fn = _loss(nnx.graphdef(model))
+    graph, analysis = nnx.graphdef(model), tb_optax.layer_analysis(layers)
 
     @jax.jit
-    def initial(seed: Array) -> Any:
-        return nnx.to_pure_dict(nnx.state(_build(config, seed), nnx.Param))
+    def initial(seed: Array) -> tuple[Any, Any]:
+        return nnx.to_pure_dict(nnx.state(build(seed), nnx.Param)), {}
 
     def optimizer(seed: Any, rate: Any) -> optax.GradientTransformation:
         return arm.build(config, layers, seed, rate)
 
-    def start(seed: Any, rate: Any) -> TrainState:
-        seed, rate = jnp.uint32(seed), jnp.float32(rate)
-        params = initial(seed)
-        return TrainState(seed, rate, params, {}, optimizer(seed, rate).init(params))
+    def draw(seed: Array, rows: loop.Rows, epoch: Array) -> Array:
+        """Return where the windows of each batch start."""
+        key = jax.random.fold_in(loop.keys(seed)[1], epoch)
+        shape, last = (config.steps, config.batch_size), len(rows[0]) - config.length
+        return jax.random.randint(key, shape, 0, last)
 
-    def evaluate(state: TrainState, windows: Array) -> Scores:
-        def score(window: Array) -> Scores:
-            return loss_fn(state.params, None, window[None].astype(jnp.int32))[1][1]
-
-        scores = jax.lax.map(score, windows, batch_size=config.batch_size)
-        return jax.tree.map(jnp.mean, scores)
-
-    def refresh(state: TrainState) -> tuple[TrainState, tb_optax.Analysis]:
-        return state, analyze(state.params)
-
-    train = _epoch(config, loop.training_step(loss_fn, optimizer))
-    return loop.assembled(layers, start, train, jax.jit(evaluate), refresh)
-
-
-def _build(config: LanguageConfig, seed: Any) -> Llama:
-    return Llama(
-        VOCABULARY,
-        width=config.width,
-        depth=config.depth,
-        heads=config.heads,
-        tied=config.tied,
-        rngs=nnx.Rngs(loop.keys(seed)[0]),
-    )
-
-
-def _loss(graph: nnx.GraphDef) -> loop.LossFn:
-    """Return the mean cross-entropy of the bytes of windows, given those before."""
-
-    def loss_fn(params: Any, stats: Any, windows: Array):
+    def scores(params: Any, windows: Array) -> Scores:
+        """Return the means over the bytes of windows, given those before."""
+        windows = windows.astype(jnp.int32)
         logits = nnx.merge(graph, params)(windows[:, :-1])
-        loss = loop.cross_entropy(logits, windows[:, 1:]).mean()
         accuracy = jnp.mean(logits.argmax(-1) == windows[:, 1:])
-        return loss, (stats, Scores(loss, accuracy))
+        return Scores(loop.cross_entropy(logits, windows[:, 1:]).mean(), accuracy)
 
-    return loss_fn
+    def loss(params: Any, stats: Any, rows: loop.Rows, starts: Array):
+        found = scores(params, rows[0][starts[:, None] + jnp.arange(config.length + 1)])
+        return found.loss, (stats, found)
 
+    def score(params: Any, stats: Any, window: Array) -> Scores:
+        del stats
+        return scores(params, window[None])
 
-def _epoch(
-    config: LanguageConfig, step: Callable[..., tuple[TrainState, Scores]]
-) -> Callable[..., tuple[TrainState, Scores]]:
-    """Return the updates from one evaluation to the next; see `Program.train`."""
-
-    def train(state: TrainState, text: Array, epoch: Array):
-        key = jax.random.fold_in(loop.keys(state.seed)[1], epoch)
-        shape, last = (config.steps, config.batch_size), len(text) - config.length
-        places = jax.random.randint(key, shape, 0, last)
-
-        def window(start: Array) -> Array:
-            cut = jax.lax.dynamic_slice(text, (start,), (config.length + 1,))
-            return cut.astype(jnp.int32)
-
-        def body(state: TrainState, starts: Array):
-            return step(state, jax.vmap(window)(starts))
-
-        state, scores = jax.lax.scan(body, state, places)
-        return state, jax.tree.map(jnp.mean, scores)
-
-    return train
+    parts = layers, initial, optimizer, draw, loss, score, config.batch_size
+    return Program(*parts, analysis=lambda _: analysis)

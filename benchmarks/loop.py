@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax import Array
@@ -35,59 +34,167 @@ class TrainState(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Means over the rows of an epoch or of a test set."""
+    """Loss and accuracy of a row, or their means over the rows of a part."""
 
     loss: Array  # shape ()
     accuracy: Array  # shape (), from 0 to 1
 
 
-# From parameters, running averages, and a batch to (loss, (running averages, scores)).
-LossFn = Callable[..., tuple[Array, tuple[Any, Scores]]]
+Rows = Sequence[Any]  # Arrays.
+Trained = tuple[list[TrainState], list[Scores]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """What a run of an arm calls, jitted.
+    """What a run of an arm calls.
 
     Attributes:
         layers: the layers that are analyzed, in the order of execution.
-        abstract: shapes and placement of the state.
-        start: `(seed, rate) -> state`, before the first step.
-        train: `(states, *rows, epoch) -> [(state, scores), ...]`, for a tuple of states
-            of different seeds or rates at once; consumes them.
-        evaluate: `(states, *rows) -> [scores, ...]`, with running averages.
-        refresh: `(state) -> state, analysis`; consumes the state, and sets the
-            multipliers if the arm has some.
+        initial: `(seed) -> parameters, running averages`.
+        optimizer: builds the optimizer from a seed and a learning rate.
+        draw: `(seed, rows, epoch) -> batches`, arrays with an axis of steps in front.
+        loss: `(parameters, running averages, rows, batch) -> loss, (running averages,
+            scores)`, in training.
+        score: `(parameters, running averages, *row) -> scores` of one row. Programs
+            with equal ones share a compiled evaluation.
+        size: rows that are evaluated together.
+        analysis: `(seed) -> (parameters) -> analysis`.
+        balanced: whether the optimizer has multipliers that an analysis sets.
     """
 
     layers: tuple[tb_optax.Layer, ...]
-    abstract: TrainState
-    start: Any
-    train: Any
-    evaluate: Any
-    refresh: Any
+    initial: Callable[[Array], tuple[Any, Any]]
+    optimizer: Callable[[Seed, Any], optax.GradientTransformation]
+    draw: Callable[[Array, Rows, Array], Any]
+    loss: Callable[..., tuple[Array, tuple[Any, Scores]]]
+    score: Callable[..., Scores]
+    size: int
+    analysis: Callable[[Seed], Analyze]
+    balanced: bool = False
 
-    def compiled(self, rows: Sequence[np.ndarray], count: int) -> "Program":
-        """Compile what is timed, for `count` states at once and these training rows."""
-        rows = jax.eval_shape(lambda *rows: rows, *rows)
-        epoch = jax.ShapeDtypeStruct((), jnp.int32)
-        states = (self.abstract,) * count
-        return dataclasses.replace(
-            self,
-            train=self.train.lower(states, *rows, epoch).compile(),
-            refresh=self.refresh.lower(self.abstract).compile(),
+    def start(self, seed: Seed, rate: float | Array) -> TrainState:
+        """Return the state before the first step."""
+        seed, rate = jnp.uint32(seed), jnp.float32(rate)
+        params, batch_stats = self.initial(seed)
+        opt_state = self.optimizer(seed, rate).init(params)
+        return TrainState(seed, rate, params, batch_stats, opt_state)
+
+    @functools.cached_property
+    def abstract(self) -> TrainState:
+        """Shapes and placement of the state."""
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            jax.eval_shape(self.start, 0, 0.0),
         )
+
+    def step(self, state: TrainState, rows: Rows, batch: Any):
+        """Return the state after a step on a batch, and the scores of the batch."""
+        gradient_fn = jax.value_and_grad(self.loss, has_aux=True)
+        (_, (stats, scores)), gradients = gradient_fn(
+            state.params, state.batch_stats, rows, batch
+        )
+        updates, opt_state = self.optimizer(state.seed, state.rate).update(
+            gradients, state.opt_state, state.params
+        )
+        params = optax.apply_updates(state.params, updates)
+        state = state._replace(params=params, batch_stats=stats, opt_state=opt_state)
+        return state, scores
+
+    def epoch(self, rows: Rows, count: int) -> Callable[..., Trained]:
+        """Compile an epoch of `count` states at once, of different seeds or rates.
+
+        Returns:
+            `(states, rows, epoch) -> states, scores`, in lists, which consumes states.
+        """
+        draw, step, many = self.draw, self.step, count > 1
+        if many:
+            draw = jax.vmap(draw, (0, None, None))
+            step = jax.vmap(step, (0, None, 0))
+
+        def numbered(
+            state: TrainState, sums: Scores, rows: Rows, batches: Any, n: Array
+        ):
+            batch = jax.tree.map(lambda leaf: leaf[:, n] if many else leaf[n], batches)
+            state, scores = step(state, rows, batch)
+            return state, jax.tree.map(jnp.add, sums, scores)
+
+        def stacked(states: Sequence[TrainState]) -> TrainState:
+            return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+        def unstacked(tree: Any) -> list[Any]:
+            leaves, structure = jax.tree.flatten(tree)
+            return [structure.unflatten(own) for own in zip(*leaves, strict=True)]
+
+        # Compiled ahead of the clock.
+        number = jax.ShapeDtypeStruct((), jnp.int32)
+        rows = jax.eval_shape(lambda *rows: rows, *rows)
+        state = self.abstract
+        if many:
+            state = jax.eval_shape(stacked, (state,) * count)
+        drawn = jax.eval_shape(draw, state.seed, rows, number)
+        steps = jax.tree.leaves(drawn)[0].shape[int(many)]
+        draw = jax.jit(draw).lower(state.seed, rows, number).compile()
+        zeros = Scores(*[jnp.zeros(count if many else ())] * 2)
+        jitted = jax.jit(numbered, donate_argnums=0)
+        step_and_add = jitted.lower(state, zeros, rows, drawn, number).compile()
+
+        def train(states: Sequence[TrainState], rows: Rows, epoch: int) -> Trained:
+            state = stacked(states) if many else states[0]
+            batches, sums = draw(state.seed, rows, jnp.int32(epoch)), zeros
+            for number in range(steps):
+                state, sums = step_and_add(
+                    state, sums, rows, batches, jnp.int32(number)
+                )
+            means = jax.tree.map(lambda values: values / steps, sums)
+            if not many:
+                return [state], [means]
+            return unstacked(state), unstacked(means)
+
+        return train
+
+    def evaluate(self, state: TrainState, *rows: Any) -> Scores:
+        """Return the mean scores of rows, with running averages."""
+        return _evaluate(self.score, self.size, state.params, state.batch_stats, rows)
+
+    @functools.cached_property
+    def refresh(self) -> Any:
+        """`(state) -> state, analysis`, compiled: consumes the state, sets multipliers.
+
+        Without multipliers, the state is as it was.
+        """
+
+        def refresh(state: TrainState) -> tuple[TrainState, tb_optax.Analysis]:
+            analyzed = self.analysis(state.seed)(state.params)
+            if self.balanced:
+                opt_state = tb_optax.set_multipliers(state.opt_state, analyzed)
+                state = state._replace(opt_state=opt_state)
+            return state, analyzed
+
+        return jax.jit(refresh, donate_argnums=0).lower(self.abstract).compile()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _evaluate(
+    score: Callable[..., Scores], size: int, params: Any, stats: Any, rows: Rows
+) -> Scores:
+    def scored(row: Rows) -> Scores:
+        return score(params, stats, *row)
+
+    scores = jax.lax.map(scored, rows, batch_size=size)
+    return jax.tree.map(lambda values: values.mean(dtype=jnp.float32), scores)
 
 
 def make_program(config: Config, arm: Arm, data: Dataset) -> Program:
     """Put together the functions of an arm; nothing is computed yet."""
-    sizes = data.num_classes, config.width, data.train_images.shape[-1]
+    sizes = data.num_classes, config.width, data.parts["train"][0].shape[-1]
     shape = Shape(config.model, *sizes, config.init, config.compute)
     # Evaluation is in full precision, whatever the training computes in.
     plain = nnx.eval_shape(lambda: shape._replace(compute="float32").build(0))
-    model = nnx.eval_shape(lambda: shape.build(0))
+    graph = nnx.graphdef(nnx.eval_shape(lambda: shape.build(0)))
     layers = balanced_layers(plain, config)
-    steps = len(data.train_images) // config.batch_size
+    steps = len(data.parts["train"][0]) // config.batch_size
+    preparation = data.preparation
 
     def analysis(seed: Seed) -> Analyze:
         return arm.analysis(config, layers, seed)
@@ -95,50 +202,33 @@ def make_program(config: Config, arm: Arm, data: Dataset) -> Program:
     def optimizer(seed: Seed, rate: Array) -> optax.GradientTransformation:
         return arm.build(config, analysis(seed), steps, seed, rate)
 
-    def start(seed: Seed, rate: float | Array) -> TrainState:
-        seed, rate = jnp.uint32(seed), jnp.float32(rate)
-        params, batch_stats = initial(shape, seed)
-        opt_state = optimizer(seed, rate).init(params)
-        return TrainState(seed, rate, params, batch_stats, opt_state)
+    def draw(seed: Array, rows: Rows, epoch: Array) -> tuple[Array, Array]:
+        """Return the rows of each batch, and a key to augment them."""
+        key = jax.random.fold_in(keys(seed)[1], epoch)
+        order_key, augment_key = jax.random.split(key)
+        order = jax.random.permutation(order_key, len(rows[0]))
+        order = order[: steps * config.batch_size].reshape(steps, config.batch_size)
+        return order, jax.random.split(augment_key, steps)
 
-    def refresh(state: TrainState) -> tuple[TrainState, tb_optax.Analysis]:
-        analyzed = analysis(state.seed)(state.params)
-        if arm.balanced:
-            opt_state = tb_optax.set_multipliers(state.opt_state, analyzed)
-            state = state._replace(opt_state=opt_state)
-        return state, analyzed
+    def loss(params: Any, stats: Any, rows: Rows, batch: tuple[Array, Array]):
+        (images, labels), (own, key) = rows, batch
+        model, labels = nnx.merge(graph, params, stats), labels[own]
+        logits = model(preparation.augment(key, images[own]), train=True)
+        loss = cross_entropy(logits, labels, config.smoothing).mean()
+        accuracy = jnp.mean(logits.argmax(-1) == labels)
+        stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+        return loss, (stats, Scores(loss, accuracy))
 
-    step = training_step(image_loss(nnx.graphdef(model), config.smoothing), optimizer)
-    train = _epoch(step, data.preparation, config.batch_size)
-    static = nnx.graphdef(plain), data.preparation, config.batch_size
-
-    def evaluate(state: TrainState, images: Array, labels: Array) -> Scores:
-        # The state of the optimizer is left out: one program serves all arms.
-        return _evaluate(*static, state._replace(opt_state=()), images, labels)
-
-    return assembled(layers, start, train, evaluate, refresh)
-
-
-def assembled(
-    layers: tuple[tb_optax.Layer, ...],
-    start: Callable[[Seed, Any], TrainState],
-    train: Callable[..., tuple[TrainState, Scores]],
-    evaluate: Callable[..., Scores],
-    refresh: Callable[[TrainState], tuple[TrainState, tb_optax.Analysis]],
-) -> Program:
-    """Return the program of functions of one state; `evaluate` is jitted already."""
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        jax.eval_shape(start, 0, 0.0),
-    )
     return Program(
         layers,
-        abstract,
-        start,
-        train=jax.jit(_at_once(train), donate_argnums=0),
-        evaluate=_at_once(evaluate),
-        refresh=jax.jit(refresh, donate_argnums=0),
+        functools.partial(initial, shape),
+        optimizer,
+        draw,
+        loss,
+        Score(nnx.graphdef(plain), preparation),
+        config.batch_size,
+        analysis,
+        arm.balanced,
     )
 
 
@@ -148,43 +238,17 @@ def balanced_layers(model: models.Model, config: Config) -> tuple[tb_optax.Layer
     return layers if config.ends else layers[1:-1]
 
 
-def training_step(
-    loss_fn: LossFn, optimizer: Callable[[Array, Array], optax.GradientTransformation]
-) -> Callable[..., tuple[TrainState, Scores]]:
-    """Return `(state, *batch) -> state, scores`: gradients, updates, new parameters.
+class Score(NamedTuple):
+    """The score of an image by a model with running averages."""
 
-    The optimizer is built from a seed and a learning rate.
-    """
+    graph: nnx.GraphDef
+    preparation: Preparation
 
-    def step(state: TrainState, *batch: Array) -> tuple[TrainState, Scores]:
-        gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (_, (batch_stats, scores)), gradients = gradient_fn(
-            state.params, state.batch_stats, *batch
-        )
-        updates, opt_state = optimizer(state.seed, state.rate).update(
-            gradients, state.opt_state, state.params
-        )
-        params = optax.apply_updates(state.params, updates)
-        state = state._replace(
-            params=params, batch_stats=batch_stats, opt_state=opt_state
-        )
-        return state, scores
-
-    return step
-
-
-def image_loss(graph: nnx.GraphDef, smoothing: float = 0.0) -> LossFn:
-    """Return the mean cross-entropy of a model of images, in training mode."""
-
-    def loss_fn(params: Any, batch_stats: Any, images: Array, labels: Array):
-        model = nnx.merge(graph, params, batch_stats)
-        logits = model(images, train=True)
-        loss = cross_entropy(logits, labels, smoothing).mean()
-        accuracy = jnp.mean(logits.argmax(-1) == labels)
-        stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-        return loss, (stats, Scores(loss, accuracy))
-
-    return loss_fn
+    def __call__(self, params: Any, stats: Any, image: Array, label: Array) -> Scores:
+        """Return the scores."""
+        model = nnx.merge(self.graph, params, stats)
+        logits = model(self.preparation.normalize(image)[None], train=False)[0]
+        return Scores(cross_entropy(logits, label), logits.argmax(-1) == label)
 
 
 class Shape(NamedTuple):
@@ -212,77 +276,6 @@ def initial(shape: Shape, seed: Array) -> tuple[Any, Any]:
 def keys(seed: Seed) -> Array:
     """Return the key of the initial weights, and that of row order and augmentation."""
     return jax.random.split(jax.random.key(seed))
-
-
-def _at_once(function: Callable[..., Any]) -> Callable[..., list[Any]]:
-    """Return the function of a tuple of states, vectorized if there are several."""
-
-    @functools.wraps(function)
-    def at_once(states: tuple[TrainState, ...], *shared: Array) -> list[Any]:
-        if len(states) == 1:
-            return [function(states[0], *shared)]
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-        results = jax.vmap(lambda state: function(state, *shared))(stacked)
-        return [
-            jax.tree.map(lambda leaf, place=place: leaf[place], results)
-            for place in range(len(states))
-        ]
-
-    return at_once
-
-
-def _epoch(
-    step: Callable[..., tuple[TrainState, Scores]],
-    preparation: Preparation,
-    batch_size: int,
-) -> Callable[..., tuple[TrainState, Scores]]:
-    """Return one pass over the training rows; see `Program.train`."""
-
-    def train(
-        state: TrainState, images: Array, labels: Array, epoch: Array
-    ) -> tuple[TrainState, Scores]:
-        steps = len(images) // batch_size
-        key = jax.random.fold_in(keys(state.seed)[1], epoch)
-        order_key, augment_key = jax.random.split(key)
-        order = jax.random.permutation(order_key, len(images))[: steps * batch_size]
-
-        def body(state: TrainState, batch: tuple[Array, Array]):
-            rows, key = batch
-            return step(state, preparation.augment(key, images[rows]), labels[rows])
-
-        batches = order.reshape(steps, batch_size), jax.random.split(augment_key, steps)
-        state, scores = jax.lax.scan(body, state, batches)
-        return state, jax.tree.map(jnp.mean, scores)
-
-    return train
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _evaluate(
-    graph: nnx.GraphDef,
-    preparation: Preparation,
-    size: int,
-    state: TrainState,
-    images: Array,
-    labels: Array,
-) -> Scores:
-    """Pass over all rows; the last batch is filled up and masked.
-
-    It is compiled once for all arms.
-    """
-    model, rows = nnx.merge(graph, state.params, state.batch_stats), len(images)
-    order = jnp.arange(-(-rows // size) * size).reshape(-1, size)
-
-    def body(_: None, row: Array) -> tuple[None, Scores]:
-        label = labels[row % rows]
-        pixels = preparation.normalize(images[row % rows])
-        logits = model(pixels, train=False)
-        loss = cross_entropy(logits, label)
-        right = (logits.argmax(-1) == label) & (row < rows)
-        return None, Scores(jnp.where(row < rows, loss, 0).sum(), right.sum())
-
-    _, sums = jax.lax.scan(body, None, order)
-    return jax.tree.map(lambda column: column.sum() / rows, sums)
 
 
 def cross_entropy(logits: Array, labels: Array, smoothing: float = 0.0) -> Array:

@@ -3,10 +3,12 @@
 import contextlib
 import os
 import platform
-import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
+
+import jax
 
 from benchmarks.errors import UserError
 
@@ -17,26 +19,25 @@ _PACKAGES = ("jax", "jaxlib", "numpy", "scipy", "torch", "optax", "flax", "tb-op
 
 
 def bind_cores(count: int | None) -> None:
-    """Bind the process to some cores; call it before importing what is measured.
-
-    The pools of XLA, BLAS and PyTorch, and all children, follow. Nothing else about
-    their threads is set: they are measured as they are by default. None takes all cores
-    that the process may use.
-    """
+    """Bind the process to some cores, before JAX starts its threads; None: to all."""
     cores = sorted(os.sched_getaffinity(0))
-    count = count or len(cores)
-    if count > len(cores):
+    if count is not None and count > len(cores):
         raise UserError(f"--cores is {count}; allowed: at most {len(cores)}")
     os.sched_setaffinity(0, cores[:count])
-    # PyTorch on the same accelerator needs memory too.
+
+
+def leave_memory() -> None:
+    """Let JAX leave memory of the accelerator to PyTorch; call it before JAX starts."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 def describe(program: str, arguments: Sequence[str]) -> dict[str, Any]:
     """Return the command, hardware, threads and versions of a measurement."""
-    import jax  # Only once the cores are bound.
-
     device = jax.devices()[0]
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
     return {
         "command": " ".join(["python -m", program, *arguments]),
         "hardware": {
@@ -49,36 +50,13 @@ def describe(program: str, arguments: Sequence[str]) -> dict[str, Any]:
         "threads": {
             name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ
         },
-        "versions": {"python": platform.python_version()} | _versions(),
+        "versions": versions,
     }
-
-
-def torch_on_same_device():
-    """Return PyTorch and its name of the device that JAX uses, or raise `UserError`."""
-    import jax  # Only once the cores are bound.
-    import torch
-
-    if jax.default_backend() == "cpu":
-        return torch, "cpu"
-    if not torch.cuda.is_available():
-        which = f"PyTorch {torch.__version__}"
-        raise UserError(f"{which} does not see the device that JAX uses")
-    return torch, "cuda"
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def _processor() -> str:
     """Return the model of the processor, as the system calls it."""
-    if sys.platform == "linux":
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    models = [line.partition(":")[2] for line in lines if line.startswith("model name")]
+    return models[0].strip() if models else platform.processor() or platform.machine()

@@ -10,8 +10,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 import tb_optax
@@ -53,22 +51,13 @@ class Network:
         """Number of weights."""
         return sum(map(math.prod, self.shapes.values()))
 
-    def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Return the parameters without their numbers."""
-        return {
-            path: jax.ShapeDtypeStruct(shape, jnp.float32)
-            for path, shape in self.shapes.items()
-        }
-
     def params(self, seed: int = 0) -> dict[str, jax.Array]:
         """Draw Gaussian kernels of variance 1 / fan-in, in float32."""
-        params = {}
-        for number, (path, shape) in enumerate(self.shapes.items()):
-            rng = np.random.default_rng((seed, number))
-            kernel = rng.standard_normal(shape, np.float32)
-            kernel *= np.float32(math.prod(shape[:-1]) ** -0.5)
-            params[path] = jnp.asarray(kernel)
-        return params
+        keys = jax.random.split(jax.random.key(seed), len(self.shapes))
+        return {
+            path: jax.random.normal(key, shape) * math.prod(shape[:-1]) ** -0.5
+            for key, (path, shape) in zip(keys, self.shapes.items(), strict=True)
+        }
 
 
 def of_model(name: str, *, width: float = 1.0) -> Shapes:

@@ -77,8 +77,17 @@ def learning_figure(metrics: pd.DataFrame, arms: Sequence[str]) -> Figure:
             for number, arm in enumerate(arms):
                 rows = own[own["arm"] == arm].astype({column: float})
                 curves = rows.pivot(index="epoch", columns="seed", values=column)
-                lengths = rows.groupby("seed")["epoch"].max()
-                _draw_curves(axes, curves, lengths, ARMS[arm].title, f"C{number}")
+                if curves.empty:
+                    continue
+                lengths, color = rows.groupby("seed")["epoch"].max(), f"C{number}"
+                shorter = lengths.index[lengths < lengths.max()]
+                axes.plot(curves[shorter], color=color, linewidth=0.7)
+                # A loss that is not finite leaves a gap.
+                whole = curves.drop(columns=shorter).to_numpy()
+                band = whole.min(axis=1), whole.max(axis=1)
+                axes.fill_between(curves.index, *band, color=color, alpha=0.2, lw=0)
+                mean, title = whole.mean(axis=1), ARMS[arm].title
+                axes.plot(curves.index, mean, color=color, label=title)
             axes.set_ylabel(label)
             axes.set_title(variant if len(variants) > 1 else "")
             _finish(axes)
@@ -91,21 +100,6 @@ def learning_figure(metrics: pd.DataFrame, arms: Sequence[str]) -> Figure:
     return figure
 
 
-def _draw_curves(
-    axes: Axes, curves: pd.DataFrame, lengths: pd.Series, title: str, color: str
-) -> None:
-    """Draw the curves of an arm: a line per epoch, a column per seed."""
-    if curves.empty:
-        return
-    shorter = lengths.index[lengths < lengths.max()]
-    axes.plot(curves[shorter], color=color, linewidth=0.7)
-    # A loss that is not finite leaves a gap.
-    whole = curves.drop(columns=shorter).to_numpy()
-    low, high = whole.min(axis=1), whole.max(axis=1)
-    axes.fill_between(curves.index, low, high, color=color, alpha=0.2, linewidth=0)
-    axes.plot(curves.index, whole.mean(axis=1), color=color, label=title)
-
-
 def alpha_figure(layers: pd.DataFrame, arms: Sequence[str]) -> Figure:
     """Return alpha of each tuned layer: a line of panels per variant, one per arm."""
     variants = list(dict.fromkeys(layers["variant"]))
@@ -114,11 +108,12 @@ def alpha_figure(layers: pd.DataFrame, arms: Sequence[str]) -> Figure:
     figure.suptitle(f"Power-law exponent of each layer while training{mean}")
     for line, variant in zip(grid, variants, strict=True):
         for axes, arm in zip(line, arms, strict=True):
-            _draw_alpha(axes, layers[layers["variant"] == variant], arm)
+            steps, (alpha,), names = _curves(layers, variant, arm, "alpha")
+            plots.curves(steps, alpha, names, axes=axes)
+            _finish(axes)
             name = ARMS[arm].title
             axes.set_title(f"{variant}: {name}" if len(variants) > 1 else name)
-        for axes in line[1:]:
-            axes.set_ylabel("")
+            axes.set_ylabel("alpha" if axes is line[0] else "")
     every = [axes for line in grid for axes in line]
     plots.depth_legend(figure, max(every, key=lambda axes: len(axes.lines)))
     return figure
@@ -127,64 +122,51 @@ def alpha_figure(layers: pd.DataFrame, arms: Sequence[str]) -> Figure:
 def overview_figure(
     layers: pd.DataFrame, spectra: Mapping[str, np.ndarray], arm: str
 ) -> Figure:
-    """Return one arm on one page: exponents, multipliers, and four spectra."""
+    """Return one arm on one page: exponents, multipliers, and four spectra.
+
+    The spectra are those of tuned layers, from the first to the last.
+    """
     figure = Figure(figsize=(3.4 * PANELS, 7.6), layout="constrained")
     figure.suptitle(ARMS[arm].title)
     parts: Any = figure.subfigures(2, 1, height_ratios=[4.2, 3.4])
     top, bottom = parts
-    left, right = top.subplots(1, 2)
-    _draw_alpha(left, layers, arm)
-    left.set_title("Exponent of each layer while training", fontsize="medium")
-    plots.depth_legend(top, left)
-    curves = _curves(layers, arm, "multiplier")
-    values, names = curves.to_numpy(), list(map(str, curves))
+    both = top.subplots(1, 2)
+    steps, values, names = _curves(layers, "base", arm, "alpha", "multiplier")
+    alpha, multipliers = values
     # The last analysis is of the final weights: no epoch comes after it.
-    used = np.vstack([values[:-1], values[-2:-1]])
-    label = "multiplier of the learning rate"
-    plots.curves(curves.index, used, names, label=label, held=True, axes=right)
-    right.axhline(1, color="0.6", linestyle=":", zorder=0)
-    right.set_title("Its learning-rate multiplier", fontsize="medium")
-    _finish(right)
+    multipliers[-1] = multipliers[-2]
+    plots.training(steps, alpha, multipliers, names, axes=both)
+    plots.depth_legend(top, both[0])
+    titles = "Exponent of each layer while training", "Its learning-rate multiplier"
+    for axes, title in zip(both, titles, strict=True):
+        axes.set_title(title, fontsize="medium")
+        _finish(axes)
     line = bottom.subplots(1, PANELS, sharex=True, sharey=True)
-    _draw_spectra(line, layers, arm, spectra)
-    return figure
-
-
-def _draw_alpha(axes: Axes, layers: pd.DataFrame, arm: str) -> None:
-    curves = _curves(layers, arm, "alpha")
-    names = list(map(str, curves))
-    plots.curves(curves.index, curves.to_numpy(), names, axes=axes)
-    _finish(axes)
-
-
-def _draw_spectra(
-    line: Sequence[Axes],
-    layers: pd.DataFrame,
-    arm: str,
-    spectra: Mapping[str, np.ndarray],
-) -> None:
-    """Draw as many tuned layers as there are axes, from the first to the last."""
     own = layers[(layers["arm"] == arm) & layers["tuned"]]
     last = own[own["epoch"] == layers["epoch"].max()].to_dict("records")
     picks = np.linspace(0, len(last) - 1, min(len(line), len(last))).round()
     for axes, pick in zip(line, picks, strict=False):
-        fit = last[int(pick)]
-        plots.spectrum(spectra[fit["layer"]], fit, axes=axes)
-        axes.set_ylabel("")
-    for axes in line[len(picks) :]:
-        axes.set_axis_off()
-    line[0].set_ylabel("density")
-    for axes in line:
-        axes.set_xlabel("eigenvalue λ = σ²")
+        plots.spectrum(spectra[last[int(pick)]["layer"]], last[int(pick)], axes=axes)
+    for place, axes in enumerate(line):
+        axes.set(xlabel="eigenvalue λ = σ²", ylabel="" if place else "density")
+        if place >= len(picks):
+            axes.set_axis_off()
+    return figure
 
 
-def _curves(layers: pd.DataFrame, arm: str, column: str) -> pd.DataFrame:
-    """Return a line per epoch and a column per layer ever tuned; NaN where it isn't."""
-    own = layers[layers["arm"] == arm]
-    tuned = own.assign(value=own[column].astype(float).where(own["tuned"]))
-    table = tuned.pivot(index="epoch", columns="layer", values="value")
+def _curves(
+    layers: pd.DataFrame, variant: str, arm: str, *columns: str
+) -> tuple[np.ndarray, list[np.ndarray], list[str]]:
+    """Return epochs, numbers of the layers ever tuned (NaN where not), and names."""
+    own = layers[(layers["variant"] == variant) & (layers["arm"] == arm)]
     ever = set(own["layer"][own["tuned"]])
-    return table[[layer for layer in dict.fromkeys(own["layer"]) if layer in ever]]
+    names = [layer for layer in dict.fromkeys(own["layer"]) if layer in ever]
+    values = []
+    for column in columns:
+        tuned = own.assign(value=own[column].astype(float).where(own["tuned"]))
+        table = tuned.pivot(index="epoch", columns="layer", values="value")
+        values.append(table[names].to_numpy(copy=True))
+    return np.sort(own["epoch"].unique()), values, names
 
 
 def _panels(
@@ -205,8 +187,7 @@ def _finish(axes: Axes) -> None:
 
 
 def _save(figures: Mapping[str, Figure], directory: Path) -> list[Path]:
-    paths = []
-    for name, figure in sorted(figures.items()):
-        paths.append(directory / name)
-        figure.savefig(paths[-1], dpi=DPI)
+    paths = [directory / name for name in sorted(figures)]
+    for path in paths:
+        figures[path.name].savefig(path, dpi=DPI)
     return paths

@@ -6,6 +6,7 @@ Accuracies go from 0 to 1. A run whose loss is no longer finite counts as it is.
 import dataclasses
 import datetime
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,10 +14,9 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.arms import ARMS
-from benchmarks.cells import mean_cell, page, paired, table
-from benchmarks.commandline import without_places
+from benchmarks.cells import Row, listed, mean_cell, page, paired, table
 from benchmarks.experiments import Experiment
-from benchmarks.files import Row, write_json, write_text
+from benchmarks.files import write_json, write_text
 from benchmarks.published import settings
 from benchmarks.runs import LAYERS, METRICS, Run
 
@@ -81,40 +81,33 @@ def outcome(epochs: pd.DataFrame, images: int = 0) -> Row:
 # --- one directory of `benchmarks.train` ----------------------------------------------
 
 
-def run_sections(runs: Sequence[Run]) -> list[tuple[str, list[Row]]]:
-    """Return headings and rows: of the arms, and of the layers of each arm."""
-    sections = [("Arms", [_arm_row(run) for run in runs])]
+def write_run(runs: Sequence[Run], pictures: Sequence[Path], directory: Path) -> str:
+    """Write `table.md`, and `report.html` with the pictures; return the tables."""
+    config = runs[0].config
+    arms = [_arm_row(run, read([run], METRICS)) for run in runs]
+    layers = []
     for run in runs:
-        layers = read([run], LAYERS)
-        last = layers[layers["epoch"] == layers["epoch"].max()]
-        rows = [_layer_row(row, run.arm) for row in last.to_dict("records")]
-        sections.append((f"{ARMS[run.arm].title}: layers", rows))
-    return sections
-
-
-def run_tables(runs: Sequence[Run]) -> str:
-    """Return a table of the arms, and one of the layers of each."""
-    (_, arms), *layers = run_sections(runs)
+        rows = read([run], LAYERS)
+        last = rows[rows["epoch"] == rows["epoch"].max()].to_dict("records")
+        own = [_layer_row(row, run.arm) for row in last]
+        layers.append((f"{ARMS[run.arm].title}: layers", own))
     parts = [table(arms), LEGEND]
     parts += [f"{heading}\n\n{table(rows)}" for heading, rows in layers]
-    return "\n\n".join(parts) + "\n"
-
-
-def run_page(runs: Sequence[Run], pictures: Sequence[Path]) -> str:
-    """Return the same and the settings as a page of HTML, with pictures inside."""
-    config = runs[0].config
+    text = "\n\n".join(parts) + "\n"
+    write_text(directory / "table.md", text)
     settings = [
         {"setting": name, "value": str(value)}
         for name, value in dataclasses.asdict(config).items()
-        if name not in ("arm", "data_dir")  # A page says nothing of places.
+        if name != "data_dir"  # A page says nothing of places.
     ]
     title = f"{config.model} on {config.dataset}, seed {config.seed}"
-    sections = [*run_sections(runs), ("Settings", settings)]
-    return page(title, LEGEND.replace("`", ""), sections, pictures)
+    sections = [("Arms", arms), *layers, ("Settings", settings)]
+    about = LEGEND.replace("`", "")
+    write_text(directory / "report.html", page(title, about, sections, pictures))
+    return text
 
 
-def _arm_row(run: Run) -> Row:
-    epochs = read([run], METRICS)
+def _arm_row(run: Run, epochs: pd.DataFrame) -> Row:
     found = outcome(epochs)
     row = {"arm": f"{run.arm} ({ARMS[run.arm].title})", "epochs": len(epochs)}
     for part in ("train", "test"):
@@ -162,7 +155,7 @@ def summarize(experiment: Experiment) -> dict[str, Any]:
         own["epochs"] = len(epochs)
         if len(epochs) == run.config.epochs:
             batch = run.config.batch_size  # Only whole batches are seen.
-            own |= outcome(epochs, run.train_rows() // batch * batch)
+            own |= outcome(epochs, run.record()["train_rows"] // batch * batch)
         runs.append(own)
     for variant, config in experiment.configs.items():
         configs[variant] = dataclasses.asdict(config)
@@ -186,7 +179,7 @@ def portable(commands: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the commands without the paths of one machine; equal ones once."""
     found = []
     for command in commands:
-        text = without_places(command["command"], "data-dir", "out")
+        text = re.sub(r"--(data-dir|out)[ =]\S+", r"--\1 DIRECTORY", command["command"])
         portable = {**command, "command": text.replace(" --resume", "")}
         if portable not in found:
             found.append(portable)
@@ -195,9 +188,9 @@ def portable(commands: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def section(summary: Summary, pictures: Sequence[str]) -> Iterator[str]:
     """Give the parts of a comparison's section, with links to its pictures."""
-    runs = pd.DataFrame(summary["runs"])
+    runs, configs = pd.DataFrame(summary["runs"]), summary["configs"]
     devices = {_device(command): None for command in summary["commands"]}
-    lengths = sorted({config["epochs"] for config in summary["configs"].values()})
+    lengths = sorted({config["epochs"] for config in configs.values()})
     epochs = f"{' or '.join(map(str, lengths))} epoch{'s' if lengths != [1] else ''}"
     yield f"## Comparison {summary['name']}, {epochs}: {', '.join(devices)}"
     yield from _remarks(summary, runs)
@@ -214,14 +207,17 @@ def section(summary: Summary, pictures: Sequence[str]) -> Iterator[str]:
     for picture in pictures:
         yield f"![{PurePosixPath(picture).stem}]({picture})"
     yield "Numbers of the arms:"
-    yield table(_number_rows(summary))
-    configs = list(summary["configs"].values())
-    common = [
-        f"{name} {value}"
-        for name, value in configs[0].items()
-        if value is not None and all(own[name] == value for own in configs)
-    ]
-    yield f"Configuration: {', '.join(common)}."
+    # What every variant has alike, and what is varied.
+    frame = pd.DataFrame(list(configs.values()), dtype=object)
+    common = {
+        str(name): values.iloc[0]
+        for name, values in frame.items()
+        if values.map(str).nunique() == 1
+    }
+    varied = [name for name in map(str, frame) if name not in common]
+    yield table(_number_rows(summary, varied))
+    common = {name: value for name, value in common.items() if value is not None}
+    yield f"Configuration: {listed(common)}."
     yield from machines(summary["commands"])
 
 
@@ -256,7 +252,7 @@ def _remarks(summary: Summary, runs: pd.DataFrame) -> Iterator[str]:
 
 def _accuracy_rows(summary: Summary, percent: pd.DataFrame) -> Iterator[Row]:
     for row, place in _rows(summary):
-        row["seeds"] = str(percent[place].count())
+        row["seeds"] = percent[place].count()
         row["accuracy"] = mean_cell(percent[place], "{:.2f}")
         yield row | _paired(summary, percent, place, "difference", "{:+.2f}")
 
@@ -275,18 +271,12 @@ def _speed_rows(summary: Summary, runs: pd.DataFrame) -> Iterator[Row]:
         yield row
 
 
-def _number_rows(summary: Summary) -> Iterator[Row]:
-    configs = summary["configs"]
-    varied = [
-        name
-        for name in next(iter(configs.values()))
-        if len({str(own[name]) for own in configs.values()}) > 1
-        # These have a column of their own, as they are there without a value too.
-        and name not in ("learning_rate", "low", "high")
-    ]
+def _number_rows(summary: Summary, varied: Sequence[str]) -> Iterator[Row]:
     for row, (variant, arm) in _rows(summary):
-        row |= {name: str(configs[variant][name]) for name in varied}
-        own = summary["settings"][variant][arm]
+        own = summary["configs"][variant] | summary["settings"][variant][arm]
+        # These have a column of their own, as they are there without a value too.
+        columns = [x for x in varied if x not in ("learning_rate", "low", "high")]
+        row |= {name: str(own[name]) for name in columns}
         row["first learning rate"] = f"{own['learning_rate']:g}"
         bounds = f"{own['low']:g} to {own['high']:g}"
         row["multipliers"] = bounds if ARMS[arm].balanced else ""
@@ -322,8 +312,7 @@ def machines(commands: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for command in commands:
         hardware, versions = command["hardware"], command["versions"]
         host = f"{hardware['processor']}, {hardware['cores']} cores"
-        named = ", ".join(f"{name} {text}" for name, text in versions.items())
-        machine = f"On {_device(command)}, host {host}; {named}:"
+        machine = f"On {_device(command)}, host {host}; {listed(versions)}:"
         by_machine.setdefault(machine, []).append(command["command"])
     for machine, lines in by_machine.items():
         yield machine

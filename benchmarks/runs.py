@@ -1,19 +1,19 @@
 """A run: one arm of an experiment from one seed, in a directory of its own.
 
-    config.json     everything that the numbers depend on, and the digest of the data
-    metrics.jsonl   a line per epoch
-    layers.jsonl    a line per layer and analysis; epoch 0 is before training
-    checkpoints/    the newest state, written by Orbax
-    progress.json   epochs done, with the sizes and digests of the other files
+    run.json        everything that the numbers depend on, the digest of the data, the
+                    epochs done, a row per epoch, and a row per layer and analysis, of
+                    which epoch 0 is before training
+    checkpoints/    the state after these epochs, written by Orbax
 
-`progress.json` is replaced last and at once. What a kill leaves after the state that it
-names is cut off on resuming, and a file that does not have its digest is damaged.
+`run.json` is replaced last and at once, and has digests of its own content and of the
+state: what a kill leaves after them is forgotten, and what is damaged is found.
 """
 
 import contextlib
 import dataclasses
-import os
-from collections.abc import Callable, Generator
+import hashlib
+import json
+from collections.abc import Generator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,14 @@ import orbax.checkpoint as ocp
 
 from benchmarks.configs import LanguageConfig, option
 from benchmarks.errors import UserError, first_line
-from benchmarks.files import Row, digest, is_empty, read_json, read_lines, write_json
+from benchmarks.files import Row, digest, is_empty, read_json, write_json
 from benchmarks.loop import Program, TrainState
 from benchmarks.published import settings
 
-METRICS, LAYERS = "metrics.jsonl", "layers.jsonl"
+RECORD, METRICS, LAYERS = "run.json", "metrics", "layers"
 
 # Where the data lie may change; what they are may not, and has a digest.
 _FREE = ("arms", "data_dir")
-
-Save = Callable[[int, TrainState], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,16 +58,23 @@ class Run:
 
     def done(self) -> int:
         """Return the number of epochs that are saved."""
-        return self._progress()["epochs"]
+        return self.record()["epochs"]
 
-    def train_rows(self) -> int:
-        """Return the number of rows that the run trains on."""
-        return read_json(self.path / "config.json", train_rows=int)["train_rows"]
+    def record(self) -> Row:
+        """Return what is saved, or raise `UserError` if it is damaged."""
+        file = self.path / RECORD
+        if not file.exists():
+            return {"epochs": 0, METRICS: [], LAYERS: []}
+        kinds = {METRICS: list, LAYERS: list, "data_sha256": str, "sha256": str}
+        record = read_json(file, config=dict, epochs=int, **kinds)
+        if record["sha256"] != _own_digest(record):
+            raise UserError(f"{file} is damaged: not what was saved; restore it")
+        return record
 
     def rows(self, name: str) -> list[Row]:
         """Return the rows of `METRICS` or `LAYERS`, and which run they are of."""
         own = {"variant": self.variant, "arm": self.arm, "seed": self.config.seed}
-        return [own | row for row in read_lines(self.path / name)]
+        return [own | row for row in self.record()[name]]
 
     def check(self, data_sha256: str | None = None) -> None:
         """Raise `UserError` if its directory holds another run or a damaged one.
@@ -79,99 +84,92 @@ class Run:
         """
         if is_empty(self.path):
             return
-        file, other = self.path / "config.json", "give another --out"
+        file, other = self.path / RECORD, "give another --out"
         if not file.exists():
-            raise UserError(f"{self.path} holds no run: no {file.name}; {other}")
-        content = read_json(file, config=dict, data_sha256=str)
+            raise UserError(f"{self.path} holds no run: no {RECORD}; {other}")
+        record = self.record()
         for name, value in self._recorded().items():
-            if name not in content["config"]:
+            if name not in record["config"]:
                 raise UserError(f"{file} has no field {name!r}; {other}")
-            if (there := content["config"][name]) != value:
+            if (there := record["config"][name]) != value:
                 raise UserError(
                     f"{option(name)} is {value!r}, but the run in {self.path} has "
                     f"{there!r}; give that, or another --out"
                 )
-        if data_sha256 not in (None, content["data_sha256"]):
+        if data_sha256 not in (None, record["data_sha256"]):
             raise UserError(
                 f"the data are not those of the run in {self.path}; {other}"
             )
-        for name, (size, expected) in self._progress()["files"].items():
-            self._check_digest(name, expected, size)
 
-    def open(self, data: Any) -> None:
-        """Start the run, or cut off what a kill has left after its saved state."""
-        if is_empty(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            packages = ("jax", "jaxlib", "optax", "flax")
-            content = {
-                "config": self._recorded(),
-                "data_sha256": data.digest(),
-                "train_rows": len(data.parts()["train"][-1]),
-                "device": jax.devices()[0].device_kind,
-                "versions": {name: version(name) for name in packages},
-            }
-            write_json(self.path / "config.json", content)
-        sizes = self._progress()["files"]
-        for name in (METRICS, LAYERS):
-            (self.path / name).touch()
-            os.truncate(self.path / name, sizes.get(name, [0])[0])
+    def start(self, data: Any) -> None:
+        """Write down what is trained on what, unless that is there."""
+        if not is_empty(self.path):
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        packages = ("jax", "jaxlib", "optax", "flax")
+        own = {
+            "config": self._recorded(),
+            "data_sha256": data.digest,
+            "train_rows": len(data.parts["train"][-1]),
+            "device": jax.devices()[0].device_kind,
+            "versions": {name: version(name) for name in packages},
+        }
+        self.write(own | self.record())
 
     @contextlib.contextmanager
-    def states(self, program: Program) -> Generator[tuple[TrainState, Save]]:
-        """Give the state that is saved, or the first one, and `save(epochs, state)`."""
-        progress, directory = self._progress(), self.path / "checkpoints"
-        if done := progress["epochs"]:
-            # Before Orbax reads it, which reports damage in many ways.
-            self._check_digest(f"checkpoints/{done}", progress["checkpoint_sha256"])
+    def session(self, program: Program) -> Generator["Session"]:
+        """Give the state that is saved, or the first one."""
+        record, directory = self.record(), self.path / "checkpoints"
         options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+        if done := record["epochs"]:
+            # Before Orbax reads it, which reports damage in many ways.
+            place = directory / str(done)
+            if digest(place) != record["checkpoint_sha256"]:
+                raise UserError(f"{place} is damaged or gone; give another --out")
         with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
-
-            def forget_others(epochs: int) -> None:
-                for other in set(manager.all_steps()) - {epochs}:
-                    manager.delete(other)
-
-            def save(epochs: int, state: TrainState) -> None:
-                manager.save(epochs, args=ocp.args.StandardSave(state))
-                files = {
-                    name: [(self.path / name).stat().st_size, digest(self.path / name)]
-                    for name in (METRICS, LAYERS)
-                }
-                content = {
-                    "epochs": epochs,
-                    "files": files,
-                    "checkpoint_sha256": digest(directory / str(epochs)),
-                }
-                write_json(self.path / "progress.json", content)
-                forget_others(epochs)
-
-            forget_others(done)
+            _forget_others(manager, done)
             if done:
                 state = _restore(manager, done, program.abstract)
             else:
                 state = program.start(self.config.seed, self.rate)
-            yield state, save
+            yield Session(self, manager, record, state)
 
-    def _recorded(self) -> dict[str, Any]:
+    def _recorded(self) -> Row:
         """Return what the numbers depend on, as JSON gives it back."""
         content = dataclasses.asdict(self.config) | {"arm": self.arm}
         return {name: content[name] for name in content if name not in _FREE}
 
-    def _progress(self) -> dict[str, Any]:
-        file = self.path / "progress.json"
-        if not file.exists():
-            return {"epochs": 0, "files": {}}
-        return read_json(file, epochs=int, files=dict, checkpoint_sha256=str)
+    def write(self, record: Row) -> None:
+        """Replace what is written down."""
+        write_json(self.path / RECORD, record | {"sha256": _own_digest(record)})
 
-    def _check_digest(self, name: str, expected: str, size: int | None = None) -> None:
-        path, remedy = self.path / name, "give another --out"
-        try:
-            found = digest(path, size)
-        except OSError as error:
-            raise UserError(
-                f"{path} cannot be read ({error.strerror}); {remedy}"
-            ) from error
-        if found != expected:
-            raise UserError(f"{path} is damaged: it is not what was saved; {remedy}")
+
+@dataclasses.dataclass
+class Session:
+    """A run that is trained: what is written down of it, and its state."""
+
+    run: Run
+    manager: ocp.CheckpointManager
+    record: Row
+    state: TrainState
+
+    def save(self, epochs: int) -> None:
+        """Write the state and the record down."""
+        self.manager.save(epochs, args=ocp.args.StandardSave(self.state))
+        sha256 = digest(self.run.path / "checkpoints" / str(epochs))
+        self.record |= {"epochs": epochs, "checkpoint_sha256": sha256}
+        self.run.write(self.record)
+        _forget_others(self.manager, epochs)
+
+
+def _own_digest(record: Mapping[str, Any]) -> str:
+    content = {name: record[name] for name in record if name != "sha256"}
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _forget_others(manager: ocp.CheckpointManager, epochs: int) -> None:
+    for other in set(manager.all_steps()) - {epochs}:
+        manager.delete(other)
 
 
 def _restore(manager: ocp.CheckpointManager, epochs: int, abstract: TrainState) -> Any:

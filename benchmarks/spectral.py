@@ -7,118 +7,188 @@ Parts, all of them unless `--parts` chooses:
 
 - `analysis`: from kernels to alphas, this library and the published way in PyTorch in
   turn, with the threads that both have by default.
-- `compilation`: seconds and temporary memory of the compiled analysis, each time in
-  a new process.
+- `compilation`: seconds to load LAPACK, which JAX does once per process, then to trace
+  and to compile the analysis; its temporary memory. Each time in a new process, where
+  neither JAX nor XLA remembers anything; nothing is computed.
 
 Results are written part by part. Without PyTorch the published way is left out with a
-line on stderr. Faults of the arguments are one line on stderr and exit code 2.
+line on stderr. Faults of the arguments are one line on stderr and exit code 2. For
+fewer cores, put `taskset -c 0` in front.
 """
 
 import argparse
+import json
+import os
+import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from benchmarks import commandline
-from benchmarks.errors import UserError
+import jax
+import jax.numpy as jnp
 
-NETS = (
-    *("resnet18", "resnet34", "vgg16", "wrn16x8", "wrn28x6", "vit_b16"),
-    *("gpt2", "llm_block"),
-)
-COMPILED = ("resnet18", "resnet152", "llm_block")
+import tb_optax
+from benchmarks import cells, commandline, timing
+from benchmarks.networks import networks
+from benchmarks.peers import OURS, QUADRATURE, TORCH, compare
+
+# What each part measures, unless `--nets` chooses.
+PARTS = {
+    "analysis": (
+        *("resnet18", "resnet34", "vgg16", "wrn16x8", "wrn28x6", "vit_b16"),
+        *("gpt2", "llm_block"),
+    ),
+    "compilation": ("resnet18", "resnet152", "llm_block"),
+}
+
+# Bounds of analysis time / the published way: on a CPU by network, on a GPU for all.
+_OF_TORCH_CPU = dict.fromkeys(("resnet18", "wrn28x6", "vgg16", "vit_b16"), 0.5)
+_OF_TORCH_GPU = 0.1
+_QUADRATURE_OF_EXACT = 0.25  # Of a 4096-wide LLM block.
+_COMPILE_SECONDS = {"resnet18": 5.0, "resnet152": 9.0}
+_TEMPORARY_MEGABYTES = {"resnet18": 200.0, "llm_block": 1000.0}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
+    number, positive = commandline.whole_number, commandline.positive_number
+    named = "networks; a wrong name lists those there are"
+    beyond = "start no further round of a comparison beyond these seconds (600)"
+    options = {
+        "--parts": {"nargs": "+", "default": list(PARTS), "help": "default: all"},
+        "--nets": {"nargs": "+", "help": named},
+        "--repeats": {"type": number, "default": 7, "help": "rounds (7)"},
+        "--budget": {"type": positive, "default": 600.0, "help": beyond},
+    }
     description = "Measure the spectral analysis against the published way."
-    return commandline.measured(
-        "spectral", description, _add_options, _measure, arguments
-    )
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    add, number = parser.add_argument, commandline.whole_number
-    add("--parts", nargs="+", default=list(PARTS), help=f"of {' '.join(PARTS)}")
-    add("--nets", nargs="+", help="networks; a wrong name lists those there are")
-    add("--repeats", type=number, default=7, help="rounds (7)")
-    add(
-        "--budget",
-        type=commandline.positive_number,
-        default=600.0,
-        metavar="SECONDS",
-        help="start no further round of a comparison beyond it (600)",
-    )
+    return commandline.measured("spectral", description, options, _measure, arguments)
 
 
 def _measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    # What is imported before the cores are bound would not see which they are.
-    from benchmarks.networks import networks
-
     commandline.check_names("--parts", options.parts, tuple(PARTS))
     commandline.check_names("--nets", options.nets or (), tuple(networks()))
+    for part in options.parts:
+        found: dict[str, dict[str, Any]] = {}
+        for name in options.nets or PARTS[part]:
+            network = networks()[name]
+            found[name] = {"title": network.title, "layers": len(network.layers)}
+            commandline.say(f"{network.title}: {part}")
+            if part == "analysis":
+                found[name] |= {"matrices": network.matrices, "weights": network.size}
+                found[name] |= compare(network, options.repeats, options.budget)
+            else:
+                runs = [_compile_afresh(name) for _ in range(options.repeats)]
+                found[name] |= {key: [run[key] for run in runs] for key in runs[0]}
+            yield {part: found}
 
-    def parts() -> Iterator[dict[str, Any]]:
-        for part in options.parts:
-            chosen, measure = PARTS[part]
-            found = {}
-            for name in options.nets or chosen:
-                network = networks()[name]
-                head = {"title": network.title, "layers": len(network.layers)}
-                found[name] = head | measure(name, network, options)
-                yield {part: found}
 
-    return parts()
-
-
-def _analysis(_: str, network: Any, options: argparse.Namespace) -> dict[str, Any]:
-    import numpy as np
-
-    from benchmarks import peers, timing
-
-    params = network.params()
-    calls, alphas, missing = {}, {}, {}
-    for title, way in peers.ways(network).items():
-        try:
-            run = way(network, params)
-        except (ModuleNotFoundError, UserError) as error:
-            missing[title] = str(error)
-            commandline.say(f"{network.title}: without {title}: {error}")
-        else:
-            # Keep what the last call returns.
-            calls[title] = lambda t=title, run=run: alphas.update({t: run()})
-    seconds = timing.interleave(
-        calls, options.repeats, before=timing.rest, budget=options.budget
-    )
-    medians = {title: timing.summary(own).median for title, own in seconds.items()}
-    listed = ", ".join(f"{title} {median:.3g} s" for title, median in medians.items())
-    commandline.say(f"{network.title}: {listed}")
+def compilation(name: str) -> dict[str, Any]:
+    """Trace and compile the analysis of a network."""
+    network = networks()[name]
+    analyze = jax.jit(tb_optax.layer_analysis(network.layers))
+    abstract = jax.eval_shape(network.params)
+    one = jax.block_until_ready(jnp.ones((1, 1)))  # Before the clock the backend is up.
+    begin = time.perf_counter()
+    jax.jit(jax.lax.linalg.tridiagonal).lower(one)
+    start = time.perf_counter()
+    lowered = analyze.lower(abstract)
+    traced = time.perf_counter()
+    compiled = lowered.compile()
     return {
-        "matrices": network.matrices,
-        "weights": network.size,
-        "seconds": seconds,
-        "alpha_difference": {
-            title: float(np.max(np.abs(found / alphas[peers.OURS] - 1)))
-            for title, found in alphas.items()
-        },
-        "missing": missing,
+        "load_seconds": start - begin,
+        "trace_seconds": traced - start,
+        "compile_seconds": time.perf_counter() - traced,
+        "temporary_bytes": timing.temporary_bytes(compiled),
     }
 
 
-def _compilation(
-    name: str, network: Any, options: argparse.Namespace
-) -> dict[str, Any]:
-    from benchmarks.compilation import measure_afresh
+def _compile_afresh(name: str) -> dict[str, Any]:
+    program = "import json, sys; from benchmarks.spectral import compilation; "
+    program += "print(json.dumps(compilation(sys.argv[1])))"
+    caches = ("JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE")
+    process = subprocess.run(
+        [sys.executable, "-c", program, name],
+        cwd=Path(__file__).parents[1],
+        env={k: v for k, v in os.environ.items() if not k.startswith(caches)},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    return json.loads(process.stdout)
 
-    commandline.say(f"{network.title}: compiling {options.repeats} times")
-    runs = [measure_afresh(name) for _ in range(options.repeats)]
-    return {key: [run[key] for run in runs] for key in runs[0]}
+
+# --- tables ---------------------------------------------------------------------------
 
 
-PARTS: dict[str, tuple[Sequence[str], Callable[..., dict[str, Any]]]] = {
-    "analysis": (NETS, _analysis),
-    "compilation": (COMPILED, _compilation),
-}
+def section(results: Mapping[str, Any]) -> Iterator[str]:
+    """Give the section of a file of results."""
+    yield from cells.head("Analysis", results)
+    yield cells.table(_bounds(results))
+    if nets := results.get("analysis", {}):
+        yield "Seconds from kernels to the alpha of every layer:"
+        yield cells.table(_analysis_row(net) for net in nets.values())
+        yield "Largest relative difference of an alpha from this library's:"
+        rows = []
+        for net in nets.values():
+            apart = {k: f"{x:.0e}" for k, x in net["alpha_difference"].items()}
+            apart.pop(OURS)
+            rows.append({"network": net["title"]} | apart)
+        yield cells.table(rows)
+    for net in nets.values():
+        for name, reason in net["missing"].items():
+            yield f"{net['title']}, without {name}: {reason}."
+    if nets := results.get("compilation"):
+        yield "Compilation, each in a new process:"
+        yield cells.table(
+            {
+                "network": net["title"],
+                "layers": net["layers"],
+                "seconds to load LAPACK": cells.cell(net["load_seconds"]),
+                "to trace": cells.cell(net["trace_seconds"]),
+                "to compile": cells.cell(net["compile_seconds"]),
+                "temporary MB": cells.megabytes(max(net["temporary_bytes"])),
+            }
+            for net in nets.values()
+        )
+
+
+def _analysis_row(net: Mapping[str, Any]) -> cells.Row:
+    row = {
+        "network": net["title"],
+        "layers": net["layers"],
+        "matrices": net["matrices"],
+    }
+    row["weights, M"] = cells.number(net["weights"] / 1e6)
+    row |= {name: cells.cell(samples) for name, samples in net["seconds"].items()}
+    if TORCH in net["seconds"]:
+        row[f"{OURS} / PyTorch"] = cells.ratio_cell(net["seconds"], OURS, TORCH)
+    return row
+
+
+def _bounds(results: Mapping[str, Any]) -> Iterator[cells.Row]:
+    on_cpu = results["hardware"]["platform"] == "cpu"
+    for name, net in results.get("analysis", {}).items():
+        seconds, what = net["seconds"], f"analysis of {net['title']}"
+        bound = _OF_TORCH_CPU.get(name) if on_cpu else _OF_TORCH_GPU
+        if bound is not None and TORCH in seconds:
+            ratio = timing.ratios(seconds[OURS], seconds[TORCH])
+            yield cells.against(f"{what} / published way in PyTorch", ratio, bound)
+        if QUADRATURE in seconds:
+            ratio = timing.ratios(seconds[QUADRATURE], seconds[OURS])
+            what = f"{what}, quadrature / exact"
+            yield cells.against(what, ratio, _QUADRATURE_OF_EXACT)
+    nets = results.get("compilation", {})
+    for name in (name for name in _COMPILE_SECONDS if name in nets):
+        net = nets[name]
+        both = zip(net["trace_seconds"], net["compile_seconds"], strict=True)
+        what = f"tracing and compiling the analysis of {net['title']}, s"
+        yield cells.against(what, [*map(sum, both)], _COMPILE_SECONDS[name])
+    for name in (name for name in _TEMPORARY_MEGABYTES if name in nets):
+        used = [size / cells.MEGABYTE for size in nets[name]["temporary_bytes"]]
+        what = f"temporary memory of the analysis of {nets[name]['title']}, MB"
+        yield cells.against(what, used, _TEMPORARY_MEGABYTES[name])
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,7 +10,6 @@ The first two files are enough to go on with on another machine.
 
 import dataclasses
 import functools
-import itertools
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -18,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from tqdm import tqdm
 
 from benchmarks import arms, data, files, images, language, loop, timing
 from benchmarks.configs import CIFAR10, Config, LanguageConfig
 from benchmarks.experiments import Trainer
 from benchmarks.files import Row
+from benchmarks.loop import Rows, Trained, TrainState
 from benchmarks.protocol import Study, Trial, plan
 from benchmarks.runs import METRICS, Run
 
@@ -32,11 +31,20 @@ STUDY, EVALUATIONS, RUNNING = "study.json", "evaluations.jsonl", "running"
 TIMING = "timing.json"
 
 
-def _language(config: LanguageConfig, *left_out: str, **numbers: Any) -> Study:
+def _language(
+    config: LanguageConfig, *left_out: str, rates: tuple[float, ...]
+) -> Study:
     named = {k: arm for k, arm in language.ARMS.items() if k not in left_out}
-    parents = {k: arm.parent for k, arm in named.items() if arm.parent is not None}
-    own = {"load": language.load, "make": language.make_program}
-    return Study(config, named, parents, **own, **numbers)
+    return Study(
+        config,
+        named,
+        {k: arm.parent for k, arm in named.items() if arm.parent is not None},
+        rates,
+        sweep_seeds=(1, 2),
+        fresh_seeds=tuple(range(11, 17)),
+        load=language.load,
+        make=language.make_program,
+    )
 
 
 def _images(config: Config, directory: Path | None) -> images.Dataset:
@@ -44,17 +52,13 @@ def _images(config: Config, directory: Path | None) -> images.Dataset:
     return data.load(dataclasses.replace(config, data_dir=place))
 
 
-_LANGUAGE = {
-    "rates": (2e-3, 4e-3, 8e-3, 1.6e-2),
-    "sweep_seeds": (1, 2),
-    "fresh_seeds": (11, 12, 13, 14, 15, 16),
-}
-
 _IMAGE_CONTROLS = ("mean", "shuffled", "reversed", "shape_only")
 
 STUDIES: dict[str, Study] = {
     # 0.5 million parameters, 300 updates: 40 s a trial on one core of a CPU.
-    "language-small": _language(LanguageConfig(), "shuffled", **_LANGUAGE),
+    "language-small": _language(
+        LanguageConfig(), "shuffled", rates=(2e-3, 4e-3, 8e-3, 1.6e-2)
+    ),
     # 12 million parameters, 10,000 updates of 16,384 bytes: for an accelerator.
     "language": _language(
         LanguageConfig(
@@ -69,7 +73,7 @@ STUDIES: dict[str, Study] = {
             refresh=100,
             interval=20,
         ),
-        **(_LANGUAGE | {"rates": (1e-3, 2e-3, 4e-3, 8e-3)}),
+        rates=(1e-3, 2e-3, 4e-3, 8e-3),
     ),
     # ResNet-18 at half width: for an accelerator.
     "images": Study(
@@ -141,11 +145,7 @@ class Directory:
         there = files.read_record(self.path / STUDY, own, resume=resume)
         content = own | {"commands": there["commands"]}
         files.write_record(self.path / STUDY, content, program, arguments)
-        # What a kill has left of a line would damage the next one.
-        whole = self.evaluations()
-        lines = files.as_lines(itertools.chain(*whole.values()))
-        files.write_text(self.path / EVALUATIONS, lines)
-        for trial in whole:
+        for trial in self.evaluations():
             shutil.rmtree(self.run(trial).path, ignore_errors=True)
 
     def evaluations(self) -> dict[Trial, list[Row]]:
@@ -183,28 +183,27 @@ class Directory:
 
     def keep(self, trial: Trial) -> None:
         """Add a trial that has ended to the evaluations."""
-        path = self.run(trial).path
+        run, rows = self.run(trial), files.read_lines(self.path / EVALUATIONS)
         head = trial._asdict() | {"command": len(self.recorded()["commands"]) - 1}
-        rows = [head | row for row in files.read_lines(path / METRICS)]
-        files.append_lines(self.path / EVALUATIONS, rows)
-        shutil.rmtree(path)
+        rows += [head | row for row in run.record()[METRICS]]
+        files.write_lines(self.path / EVALUATIONS, rows)
+        shutil.rmtree(run.path)
+
+
+def _epoch(train: Callable[..., Trained], states: list[TrainState], rows: Rows) -> None:
+    """Train an epoch and wait for it; keep the states for the next."""
+    states[:], _ = jax.block_until_ready(train(states, rows, 0))
 
 
 def measure(directory: Directory, dataset: Any, rounds: int) -> None:
     """Time all arms in turn, from one evaluation to the next; write it down."""
     study = directory.study
-    rows = jax.device_put(dataset.parts()["train"])
-    programs, states = {}, {}
+    rows = jax.device_put(dataset.parts["train"])
+    calls = {}
     for name, arm in study.arms.items():
         program = study.make(study.config, arm, dataset)
-        programs[name] = program.compiled(rows, 1)
-        states[name] = program.start(0, study.rates[0])
-
-    def epoch(name: str) -> None:
-        trained = programs[name].train((states[name],), *rows, jnp.int32(0))
-        [(states[name], _)] = jax.block_until_ready(trained)
-
-    calls = {name: functools.partial(epoch, name) for name in study.arms}
+        states = [program.start(0, study.rates[0])]
+        calls[name] = functools.partial(_epoch, program.epoch(rows, 1), states, rows)
     seconds = timing.interleave(calls, rounds)
     files.write_json(directory.path / TIMING, {"seconds": seconds})
 
@@ -226,8 +225,7 @@ def train(directory: Directory, dataset: Any, stopping: Callable[[], bool]) -> N
         with tqdm(total=total, unit="epoch", desc=directory.name) as progress:
             for trial in todo:
                 run = directory.run(trial)
-                run.check(dataset.digest())
-                run.open(dataset)
+                run.check(dataset.digest)
                 tested = (epochs,) if trial.phase == "fresh" else ()
                 trainer(trial.arm).train([run], progress, stopping, tested=tested)
                 directory.keep(trial)

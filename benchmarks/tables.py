@@ -15,7 +15,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import accelerator, commandline, findings, report, speed_tables, studies
+from benchmarks import (
+    accelerator,
+    commandline,
+    findings,
+    report,
+    spectral,
+    step_cost,
+    studies,
+    weightwatcher,
+)
 from benchmarks.errors import UserError
 from benchmarks.files import read_json
 
@@ -59,7 +68,7 @@ def answered(path: Path, directory: Path) -> str:
     def table(match: re.Match[str]) -> str:
         name = match[1]
         marked = f"<!-- study {name}: `{_COMMAND}` -->"
-        return f"{marked}\n\n{findings.brief(found[name])}\n\n<!-- end -->"
+        return f"{marked}\n\n{findings.Findings(found[name]).brief()}\n\n<!-- end -->"
 
     return _ANSWER.sub(table, path.read_text(encoding="utf-8"))
 
@@ -80,10 +89,11 @@ def render(directory: Path) -> str:
         "Samples are taken in turn, A B C A B C ...; a cell is their median, [lowest, "
         "highest]; a ratio is that of the samples of one round.",
     ]
-    for name in ("spectral", "step_cost", "weightwatcher"):
+    for command in (spectral, step_cost, weightwatcher):
+        name = command.__name__.rpartition(".")[2]
         paths = sorted(directory.glob(f"{name}*.json"))
         for path in paths:
-            parts += getattr(speed_tables, name)(read_json(path))
+            parts += command.section(read_json(path))
         if not paths:
             parts += [f"Not measured: `python -m benchmarks.{name}`."]
     cards = sorted(path for path in directory.glob("accelerator*") if path.is_dir())
@@ -101,7 +111,8 @@ def render(directory: Path) -> str:
     for study in _studies(directory):
         pictures = sorted(study.path.glob("*.png"))
         place = Path(commandline.RESULTS.name, study.path.relative_to(directory))
-        parts += findings.section(study, [str(place / file.name) for file in pictures])
+        links = [str(place / file.name) for file in pictures]
+        parts += findings.Findings(study).section(links)
     return "\n\n".join(parts) + "\n"
 
 

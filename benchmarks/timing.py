@@ -1,28 +1,20 @@
 """Interleaved measurements: A B C A B C ..., so that a busy moment hits all alike."""
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
+
+import jax
 
 Samples = dict[str, list[float]]
-
-
-class Summary(NamedTuple):
-    """What a list of samples is reported as."""
-
-    median: float
-    low: float
-    high: float
-    count: int
 
 
 def interleave(
     functions: Mapping[str, Callable[[], Any]],
     repeats: int,
     *,
-    before: Callable[[str], Any] | None = None,
+    before: Callable[[str], Any] = lambda _: None,
     budget: float = math.inf,
 ) -> Samples:
     """Time functions in turn, after one call of each that is not counted.
@@ -33,39 +25,35 @@ def interleave(
         before: called with the name ahead of every call, outside of the time.
         budget: seconds; after the first round, none starts that would pass them.
     """
-    samples: Samples = {name: [] for name in functions}
 
-    def round_of_calls() -> None:
+    def one_round() -> list[float]:
+        seconds = []
         for name, function in functions.items():
-            if before is not None:
-                before(name)
+            before(name)
             start = time.perf_counter()
             function()
-            samples[name].append(time.perf_counter() - start)
+            seconds.append(time.perf_counter() - start)
+        return seconds
 
-    round_of_calls()
-    for values in samples.values():
-        values.clear()
-    start = time.perf_counter()
-    for done in range(repeats):
+    one_round()
+    start, rounds = time.perf_counter(), [one_round()]
+    while len(rounds) < repeats:
         spent = time.perf_counter() - start
-        if done and spent * (done + 1) / done > budget:
+        if spent + spent / len(rounds) > budget:
             break
-        round_of_calls()
-    return samples
-
-
-def rest(name: str) -> None:
-    """Wait until the threads of the library that was called before no longer spin."""
-    del name
-    time.sleep(0.2)
-
-
-def summary(samples: Sequence[float]) -> Summary:
-    """Return median and extremes."""
-    return Summary(statistics.median(samples), min(samples), max(samples), len(samples))
+        rounds.append(one_round())
+    return dict(zip(functions, map(list, zip(*rounds, strict=True)), strict=True))
 
 
 def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> list[float]:
     """Return the ratio of each round: its two samples stand side by side in time."""
     return [a / b for a, b in zip(numerator, denominator, strict=True)]
+
+
+def temporary_bytes(compiled: jax.stages.Compiled) -> int:
+    """Return what a program allocates besides its arguments and results."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        backend = jax.default_backend()
+        raise RuntimeError(f"{backend} does not tell what memory a program takes")
+    return memory.temp_size_in_bytes

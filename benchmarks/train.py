@@ -21,11 +21,10 @@ from pathlib import Path
 import tyro
 
 import tb_optax
-from benchmarks import data, report
+from benchmarks import data, plots, report
 from benchmarks.commandline import resumable
 from benchmarks.configs import RECIPES, Config, DatasetName
 from benchmarks.experiments import Experiment, label, train, unfinished
-from benchmarks.files import write_text
 
 _PROGRAM = "python -m benchmarks.train"
 
@@ -78,8 +77,7 @@ def _run(arguments: Sequence[str], stopping: Callable[[], bool]) -> None:
     config = command.config
     name = f"{config.dataset}-{config.model}-seed{config.seed}"
     out, seeds = command.out or Path("runs", name), (config.seed,)
-    variants = {"base": config}
-    asked = Experiment(out, "train", variants, config.arms, seeds, flat=True)
+    asked = Experiment(out, "train", {"base": config}, config.arms, seeds, flat=True)
     known, runs = asked.joined(resume=command.resume), asked.runs()
     datasets = data.load_all(runs)
     if unfinished(runs):
@@ -89,17 +87,9 @@ def _run(arguments: Sequence[str], stopping: Callable[[], bool]) -> None:
         names = [label(layer.path) for layer in program.layers]
         eigenvalues = tb_optax.esd(state.params, program.layers)
         spectra[run.arm] = dict(zip(names, eigenvalues, strict=True))
-    tables = report.run_tables(runs)
-    write_text(asked.path / "table.md", tables)
-    print(tables)
-    print(asked.path / "table.md")
-    pictures = []
-    if command.plots:
-        from benchmarks import plots  # Matplotlib is an extra of its own.
-
-        pictures = plots.write_run(runs, spectra, asked.path)
-    write_text(asked.path / "report.html", report.run_page(runs, pictures))
-    print(*pictures, asked.path / "report.html", sep="\n")
+    pictures = plots.write_run(runs, spectra, out) if command.plots else []
+    print(report.write_run(runs, pictures, out))
+    print(out / "table.md", *pictures, out / "report.html", sep="\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import tb_optax
-from benchmarks import commandline, timing
+from benchmarks import cells, commandline, timing
+from benchmarks.peers import OURS
+
+PEER = "WeightWatcher"
 
 _SCRIPT = """
 import sys
@@ -38,18 +41,19 @@ print(float(watcher.analyze(min_evals=0)["alpha"].iloc[0]))
 """
 
 
+# Bounds of this library's time / WeightWatcher's.
+_BOUNDS = {"fit": 0.1, "whole": 0.5}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    description = "Time minimum-KS fits against WeightWatcher."
-    return commandline.measured(
-        "weightwatcher", description, _add_options, _measure, arguments
-    )
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
     number = commandline.whole_number
-    parser.add_argument("--size", type=number, default=2048, help="of the matrix")
-    parser.add_argument("--repeats", type=number, default=3, help="rounds (3)")
+    options = {
+        "--size": {"type": number, "default": 2048, "help": "of the matrix (2048)"},
+        "--repeats": {"type": number, "default": 3, "help": "rounds (3)"},
+    }
+    what = "Time minimum-KS fits against WeightWatcher."
+    return commandline.measured("weightwatcher", what, options, _measure, arguments)
 
 
 def _measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -79,8 +83,8 @@ def _fits(kernel: np.ndarray) -> dict[str, Callable[[], float]]:
     valid = jnp.ones(logarithms.shape, bool)
     fit = jax.jit(tb_optax.fit_min_ks())
     return {
-        "tb_optax": lambda: float(fit(logarithms, valid).alpha[0]),
-        "WeightWatcher": lambda: float(WW_powerlaw.pl_fit(data=eigenvalues).alpha),
+        OURS: lambda: float(fit(logarithms, valid).alpha[0]),
+        PEER: lambda: float(WW_powerlaw.pl_fit(data=eigenvalues).alpha),
     }
 
 
@@ -103,8 +107,8 @@ def _wholes(kernel: np.ndarray) -> dict[str, Callable[[], float]]:
             return float(watcher.analyze(min_evals=0)["alpha"].iloc[0])
 
     return {
-        "tb_optax": lambda: float(analyze(params).alpha[0]),
-        "WeightWatcher": published,
+        OURS: lambda: float(analyze(params).alpha[0]),
+        PEER: published,
     }
 
 
@@ -126,7 +130,28 @@ def _processes(path: Path) -> dict[str, Callable[[], float]]:
     def published() -> float:
         return float(run("-c", _SCRIPT, path).split()[-1])
 
-    return {"tb_optax": ours, "WeightWatcher": published}
+    return {OURS: ours, PEER: published}
+
+
+def section(results: Mapping[str, Any]) -> Iterator[str]:
+    """Give the section of a file of results."""
+    size = results["size"]
+    yield from cells.head(f"A {size} x {size} matrix, minimum-KS fit", results)
+    names = {
+        "fit": "fit, eigenvalues given",
+        "whole": "whole analysis",
+        "process": "whole process, from a file",
+    }
+    rows = []
+    for part in [part for part in names if part in results]:
+        seconds, alphas = results[part]["seconds"], results[part]["alphas"]
+        ratio = timing.ratios(seconds[OURS], seconds[PEER])
+        what = f"{names[part]}, {OURS} / {PEER}"
+        row = cells.against(what, ratio, _BOUNDS.get(part))
+        row |= {f"{name}, s": cells.cell(own) for name, own in seconds.items()}
+        apart = abs(alphas[OURS] / alphas[PEER] - 1)
+        rows.append(row | {"alphas apart": f"{apart:.0e}"})
+    yield cells.table(rows)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from benchmarks import arms, data, experiments, images, loop
-from benchmarks.files import read_lines
-from benchmarks.runs import LAYERS, METRICS, Run
+from benchmarks.files import read_json
+from benchmarks.runs import LAYERS, METRICS, RECORD, Run
 from benchmarks.train import parse
 
 EPOCHS = 3
@@ -27,8 +27,20 @@ def eight_images():
     pixels = rng.integers(0, 256, (8, 8, 8, 3), np.uint8)
     labels = rng.integers(0, 10, 8, np.int32)
     preparation = images.Preparation.of(pixels, pad=1, flip=True)
-    none = pixels[:0], labels[:0]
-    return images.Dataset(pixels, labels, *none, pixels, labels, 10, preparation)
+    parts = {"train": (pixels, labels), "test": (pixels, labels)}
+    return images.Dataset(parts, 10, preparation)
+
+
+def compile_once(monkeypatch):
+    """Compiles the epoch of a program once for as many states."""
+    compiled, real = {}, loop.Program.epoch
+
+    def epoch(self, rows, count):
+        if (self, count) not in compiled:
+            compiled[self, count] = real(self, rows, count)
+        return compiled[self, count]
+
+    monkeypatch.setattr(loop.Program, "epoch", epoch)
 
 
 def keep_programs(monkeypatch):
@@ -36,34 +48,34 @@ def keep_programs(monkeypatch):
 
     Returns the seed and the arm of every call for a program.
     """
-    calls, made, compiled = [], {}, {}
+    calls, made = [], {}
 
     def make_program(config, arm, data):
         calls.append((config.seed, arm.name))
         config = dataclasses.replace(config, seed=0, validation=None, arms=("cal",))
-        rows = hashlib.sha256(data.train_images.tobytes()).hexdigest()
+        rows = hashlib.sha256(data.parts["train"][0].tobytes()).hexdigest()
         key = config, arm.name, rows
         if key not in made:
             made[key] = real_program(config, arm, data)
         return made[key]
 
-    def compile_once(self, data, count):
-        if (id(self), count) not in compiled:
-            compiled[id(self), count] = real_compiled(self, data, count)
-        return compiled[id(self), count]
-
-    real_program, real_compiled = loop.make_program, loop.Program.compiled
+    real_program = loop.make_program
     monkeypatch.setattr(experiments, "make_program", make_program)
-    monkeypatch.setattr(loop.Program, "compiled", compile_once)
+    compile_once(monkeypatch)
     return calls
 
 
-def timeless(path):
-    """The lines of a file without the fields that hold seconds."""
+def timeless(rows):
+    """Rows without the fields that hold seconds."""
     return [
         {key: value for key, value in row.items() if not key.endswith("_seconds")}
-        for row in read_lines(path)
+        for row in rows
     ]
+
+
+def record(path):
+    """What a run in this directory has written down."""
+    return read_json(path / RECORD)
 
 
 def program_of(arm):
@@ -74,8 +86,8 @@ def program_of(arm):
 
 def final_state(run):
     """The last checkpoint of a run, as NumPy arrays."""
-    with run.states(program_of(run.arm)) as (state, _):
-        return jax.device_get(state)
+    with run.session(program_of(run.arm)) as session:
+        return jax.device_get(session.state)
 
 
 def assert_same_runs(path, other, *names):
@@ -83,7 +95,7 @@ def assert_same_runs(path, other, *names):
     for arm in names:
         one, two = Run(path / arm, CONFIG, arm), Run(other / arm, CONFIG, arm)
         for name in (METRICS, LAYERS):
-            assert timeless(one.path / name) == timeless(two.path / name)
+            assert timeless(one.rows(name)) == timeless(two.rows(name))
         jax.tree.map(np.testing.assert_array_equal, final_state(one), final_state(two))
 
 

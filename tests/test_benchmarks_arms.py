@@ -103,8 +103,8 @@ def first_epoch(arm, **fields):
     state = program.start(config.seed, 0.1)
     if arms.ARMS[arm].balanced:
         state, _ = program.refresh(state)
-    rows = dataset.parts()["train"]
-    [(state, scores)] = program.train((state,), *rows, jnp.int32(0))
+    rows = dataset.parts["train"]
+    [state], [scores] = program.epoch(rows, 1)([state], rows, 0)
     return program, state, scores
 
 
@@ -115,10 +115,10 @@ def plain():
 
 def test_an_epoch_depends_on_seed_and_number_alone(plain):
     program, _, scores = plain
-    losses, rows = [], eight_images().parts()["train"]
+    losses, rows = [], eight_images().parts["train"]
+    train = program.epoch(rows, 1)
     for seed, number in ((configs.DIGITS.seed, 0), (configs.DIGITS.seed, 1), (7, 0)):
-        start = program.start(seed, 0.1)
-        [(_, own)] = program.train((start,), *rows, jnp.int32(number))
+        _, [own] = train([program.start(seed, 0.1)], rows, number)
         losses.append(float(own.loss))
     assert losses[0] == scores.loss
     assert len(set(losses)) == 3
@@ -132,14 +132,14 @@ def test_arms_share_weights_row_order_and_augmentation(plain):
 def test_only_training_computes_in_bfloat16(plain):
     program, state, scores = first_epoch("cal", compute="bfloat16")
     other_program, _, other_scores = plain
-    test = eight_images().parts()["test"]
-    [tested] = program.evaluate((state,), *test)
+    test = eight_images().parts["test"]
+    tested = program.evaluate(state, *test)
     for leaf in jax.tree.leaves((state.params, state.batch_stats, scores, tested)):
         assert leaf.dtype == jnp.float32
     assert scores.loss != other_scores.loss
     np.testing.assert_allclose(scores.loss, other_scores.loss, rtol=0.02)
     # The loss of the same weights is the same: evaluation is in float32.
-    [expected] = other_program.evaluate((state,), *test)
+    expected = other_program.evaluate(state, *test)
     assert tested.loss == expected.loss
 
 

@@ -9,16 +9,14 @@ import numpy as np
 import pytest
 import reference
 from flax import nnx
-from runs import TINY
+from runs import TINY, record
 
 from benchmarks import models
 from benchmarks.arms import ARMS
 from benchmarks.configs import CIFAR10
-from benchmarks.files import read_json, read_lines
 from benchmarks.grids import GRIDS
 from benchmarks.loop import balanced_layers
-from benchmarks.models.families import ResNet
-from benchmarks.models.parts import FLAX, Parts, Plan
+from benchmarks.models.families import Plan, ResNet
 from benchmarks.published import PAIRS, settings
 from benchmarks.train import main, parse
 
@@ -112,8 +110,7 @@ def by_path(tree):
 
 def small():
     """A net of two blocks, whose head has enough eigenvalues to be tuned."""
-    parts = Parts(FLAX, nnx.Rngs(3))
-    return ResNet(parts, Plan((64,), (2,), 3, 100))
+    return ResNet(Plan((64,), (2,), 3, 100, nnx.Rngs(3)))
 
 
 @pytest.fixture(scope="module")
@@ -209,10 +206,10 @@ def test_a_run_with_every_choice_made_otherwise(tmp_path):
     assert (config.metric, config.fit) == ("spectral_norm", "peak")
     assert (config.norms, config.ends, config.interval) == (False, True, 2)
     assert main([*arguments, "--out", str(tmp_path)]) == 0
-    recorded = read_json(tmp_path / "tb" / "config.json")["config"]
+    written = record(tmp_path / "tb")
     expected = dataclasses.asdict(config) | {"arm": "tb"}
-    assert recorded.items() <= expected.items()
-    rows = read_lines(tmp_path / "tb" / "layers.jsonl")
+    assert written["config"].items() <= expected.items()
+    rows = written["layers"]
     # Before the first and the third epoch, and after the last.
     assert {row["epoch"] for row in rows} == {0, 2, 3}
     names = [row["layer"] for row in rows if row["epoch"] == 0]

@@ -66,13 +66,13 @@ def test_no_file_is_in_two_parts(tmp_path):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "more.py").write_text("!" * 80)
     text = language.load(dataclasses.replace(CONFIG, windows=200), tmp_path)
-    found = [set(part.reshape(-1).tolist()) for (part,) in text.parts().values()]
+    found = [set(part.reshape(-1).tolist()) for (part,) in text.parts.values()]
     assert all(found)
     assert set.union(*found) == set(range(40, 120))
     assert sum(map(len, found)) == 80
-    digest = text.digest()
+    digest = text.digest
     (tmp_path / "0.py").write_text("changed" * 8)
-    assert language.load(CONFIG, tmp_path).digest() != digest
+    assert language.load(CONFIG, tmp_path).digest != digest
 
 
 # --- controls -------------------------------------------------------------------------

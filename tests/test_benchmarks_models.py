@@ -1,21 +1,19 @@
-"""The models of the benchmarks, their convolution and the steps that train them."""
+"""The models of the benchmarks, and the steps that train them."""
 
+import dataclasses
 import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
-from jax import lax
 from runs import eight_images
 
-from benchmarks import loop, models
-from benchmarks.models.convolution import NHWC, convolution
-from benchmarks.models.families import VGG, ResNet, WideResNet
-from benchmarks.models.parts import FLAX, TORCH, Parts, Plan
+from benchmarks import configs, loop, models
+from benchmarks.arms import ARMS
+from benchmarks.models.families import VGG, Plan, ResNet, WideResNet
 
 
 def parameter_count(name, num_classes, width=1.0):
@@ -61,10 +59,10 @@ def test_resnets_take_64_pixels(name):
 
 
 def test_torch_initialization_is_uniform_within_the_root_of_the_fan_in():
-    parts = Parts(TORCH, nnx.Rngs(0))
+    plan = Plan((256,), (1,), 3, 512, nnx.Rngs(0), torch=True)
     for module, fan_in in (
-        (parts.conv(64, 512, 3, bias=True), 9 * 64),
-        (parts.head(256, 512), 256),
+        (plan.conv(64, 512, 3, bias=True), 9 * 64),
+        (plan.head(), 256),
     ):
         for leaf in (module.kernel, module.bias):
             assert leaf is not None
@@ -146,58 +144,34 @@ def test_layers_are_in_execution_order_and_norms_follow(name):
     assert {layer.path: set(layer.follows) for layer in layers} == expected
 
 
-def test_convolution_and_its_gradients_are_those_of_jax():
-    def loss(function, images, kernel, stride, padding):
-        def apply(images, kernel):
-            y = function(
-                images, kernel, (stride, stride), padding, dimension_numbers=NHWC
-            )
-            return jnp.sum(jnp.sin(y)), y
-
-        return jax.value_and_grad(apply, (0, 1), has_aux=True)(images, kernel)
-
-    @functools.partial(jax.jit, static_argnums=1)
-    def results(key, function):
-        """Values and gradients for every kind of window, stride, and side."""
-        keys, found = jax.random.split(key), []
-        windows = (1, 0), (3, 1), (3, "SAME"), (5, 0)
-        for (size, pad), stride, side in itertools.product(windows, (1, 2), (7, 8)):
-            images = jax.random.normal(keys[0], (4, side, side, 3))
-            kernel = jax.random.normal(keys[1], (size, size, 3, 5))
-            padding = pad if pad == "SAME" else ((pad, pad), (pad, pad))
-            found.append(loss(function, images, kernel, stride, padding))
-        return found
-
-    key = jax.random.key(0)
-    ours, theirs = results(key, convolution), results(key, lax.conv_general_dilated)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize(
-    ("family", "channels"), [(ResNet, (4, 6)), (VGG, (4, 6)), (WideResNet, (4, 4, 6))]
+    ("name", "family", "channels"),
+    [
+        ("resnet4", ResNet, (4, 6)),
+        ("vgg16", VGG, (4, 6)),
+        ("wrn16_8", WideResNet, (4, 4, 6)),
+    ],
 )
-def test_two_steps_of_every_family_move_all_weights(family, channels):
+def test_two_steps_of_every_family_move_all_weights(
+    name, family, channels, monkeypatch
+):
     """Steps of a small network of each kind: the named ones have more of the same."""
-    model = family(Parts(FLAX, nnx.Rngs(0)), Plan(channels, (1, 1), 3, 10))
-    _, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
-    optimizer = optax.sgd(0.1, momentum=0.9)
-    params, stats = nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
-    opt_state = optimizer.init(params)
-    start = loop.TrainState(jnp.uint32(0), jnp.float32(0), params, stats, opt_state)
-    step = jax.jit(
-        loop.training_step(loop.image_loss(nnx.graphdef(model)), lambda *_: optimizer)
-    )
-    images, labels = eight_images().parts()["train"]
-    state, losses = start, []
-    for _ in range(2):
-        state, scores = step(state, jnp.asarray(images, jnp.float32) / 255, labels)
+    sizes = {name: (family, channels, (1, 1))}
+    monkeypatch.setattr(models, "_SIZES", sizes)
+    dataset = eight_images()
+    config = dataclasses.replace(configs.DIGITS, model=name, batch_size=8)
+    program = loop.make_program(config, ARMS["cal"], dataset)
+    rows = dataset.parts["train"]
+    train, start, losses = program.epoch(rows, 1), program.start(0, 0.1), []
+    states = [jax.tree.map(jnp.copy, start)]
+    for epoch in range(2):
+        states, [scores] = train(states, rows, epoch)
         losses.append(float(scores.loss))
     assert np.isfinite(losses).all()
     assert losses[0] != losses[1]
     for before, after in zip(
         jax.tree.leaves((start.params, start.batch_stats)),
-        jax.tree.leaves((state.params, state.batch_stats)),
+        jax.tree.leaves((states[0].params, states[0].batch_stats)),
         strict=True,
     ):
         assert np.isfinite(after).all()

@@ -12,7 +12,7 @@ from scipy import stats
 from benchmarks import configs, plots, report, tables
 from benchmarks.cells import page
 from benchmarks.experiments import Experiment
-from benchmarks.files import append_lines
+from benchmarks.files import finite
 from benchmarks.runs import LAYERS, METRICS
 
 EPOCHS, SEEDS, ARMS = 5, (43, 44, 45, 46), ("cal", "tb")
@@ -42,6 +42,12 @@ def test_the_first_of_the_best_epochs_is_chosen():
     assert "selected" not in report.outcome(history([1.0] * 5))
 
 
+def write(run, metrics, layers):
+    """Writes the record of a run, as if it had been trained."""
+    run.start(eight_images())
+    run.write(run.record() | {METRICS: [*map(finite, metrics)], LAYERS: layers})
+
+
 @pytest.fixture
 def made_up(tmp_path):
     """A comparison, and the rows of each of its runs by arm and seed.
@@ -54,7 +60,6 @@ def made_up(tmp_path):
     experiment = experiment.save("benchmarks.compare", arguments)
     rng, rows = np.random.default_rng(0), {}
     for run in experiment.runs():
-        run.open(eight_images())
         arm, seed = run.arm, run.config.seed
         epochs = EPOCHS - 2 if (arm, seed) == ("tb", 46) else EPOCHS
         names = ("train_loss", "test_loss", "test_accuracy", "validation_accuracy")
@@ -65,14 +70,13 @@ def made_up(tmp_path):
         ]
         if (arm, seed) == ("cal", 44):
             rows[arm, seed][3]["train_loss"] = float("nan")
-        append_lines(run.path / METRICS, rows[arm, seed])
         layers = [
             {"epoch": epoch, "layer": layer, "tuned": tuned}
             | {"alpha": rng.uniform(2, 4) if tuned else None}
             for epoch in range(epochs + 1)
             for layer, tuned in TUNED
         ]
-        append_lines(run.path / LAYERS, layers)
+        write(run, rows[arm, seed], layers)
     return experiment, rows
 
 
@@ -165,11 +169,8 @@ def test_variants_are_compared_with_the_first(made_up):
     both = dataclasses.replace(experiment, configs=configs, arms=("cal",))
     for run in both.runs():
         if run.variant == "other":
-            run.open(eight_images())
-            half = [
-                row | {"test_accuracy": 0.5} for row in rows["cal", run.config.seed]
-            ]
-            append_lines(run.path / METRICS, half)
+            own = rows["cal", run.config.seed]
+            write(run, [row | {"test_accuracy": 0.5} for row in own], [])
     cal = np.array([last(rows["cal", seed]) for seed in SEEDS])
     low, high = stats.t.interval(0.95, 3, 50 - cal.mean(), stats.sem(cal))
     cells = row_of(written(both), "after the last epoch", "other")

@@ -29,6 +29,7 @@ from runs import (
     final_state,
     keep_programs,
     program_of,
+    record,
     snapshot,
     timeless,
 )
@@ -38,7 +39,7 @@ from benchmarks.errors import UserError
 from benchmarks.experiments import Experiment, unfinished
 from benchmarks.files import read_json, read_lines
 from benchmarks.grids import GRIDS, Grid
-from benchmarks.runs import LAYERS, METRICS, Run
+from benchmarks.runs import LAYERS, METRICS, RECORD, Run
 
 ROOT = Path(__file__).parents[1]
 ARMS, SEEDS = ("cal", "tb"), (43, 44)
@@ -51,6 +52,7 @@ def programs():
     GRIDS["tiny"] = Grid(CONFIG)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(plots, "DPI", 40)
+        monkeypatch.setattr(experiments, "PAUSE", 0)
         yield keep_programs(monkeypatch)
     del GRIDS["tiny"]
 
@@ -86,11 +88,11 @@ def compared(out, *arguments):
     assert compare.main(["tiny", "--no-plots", "--out", str(out), *arguments]) == 0
 
 
-def of_comparison(out):
-    """What the runs of a comparison have written, by seed, arm, and file."""
+def of_comparison(out, arms=ARMS):
+    """What the runs of a comparison have written, by seed, arm, and table."""
     return {
-        (seed, arm, name): timeless(out / "base" / f"seed{seed}" / arm / name)
-        for seed, arm, name in itertools.product(SEEDS, ARMS, (METRICS, LAYERS))
+        (seed, arm, name): timeless(record(out / "base" / f"seed{seed}" / arm)[name])
+        for seed, arm, name in itertools.product(SEEDS, arms, (METRICS, LAYERS))
     }
 
 
@@ -99,15 +101,15 @@ def of_comparison(out):
 
 def test_a_training_leaves_its_records(finished):
     for arm in ARMS:
-        recorded = read_json(finished / arm / "config.json")["config"]
-        assert (recorded["arm"], recorded["epochs"]) == (arm, EPOCHS)
-        metrics = read_lines(finished / arm / METRICS)
+        written = record(finished / arm)
+        assert (written["config"]["arm"], written["epochs"]) == (arm, EPOCHS)
+        metrics = written[METRICS]
         assert [row["epoch"] for row in metrics] == [1, 2, 3]
         rates = [row["learning_rate"] for row in metrics]
         np.testing.assert_allclose(rates, [0.1, 0.075, 0.025], rtol=1e-6)
         for row in metrics:
             assert (row["analysis_seconds"] > 0) == (arm == "tb")
-    cal, tb = (read_lines(finished / arm / LAYERS) for arm in ARMS)
+    cal, tb = (record(finished / arm)[LAYERS] for arm in ARMS)
     # Two convolutions, before each epoch and after the last.
     assert len(cal) == len(tb) == 2 * (EPOCHS + 1)
     assert [row["alpha"] for row in cal[:2]] == [row["alpha"] for row in tb[:2]]
@@ -134,7 +136,7 @@ def test_a_comparison_has_a_run_of_each_seed_and_arm(whole, finished):
     assert len(set(losses)) == len(losses) == 4
     for arm in ARMS:
         for name in (METRICS, LAYERS):
-            assert lines[43, arm, name] == timeless(finished / arm / name)
+            assert lines[43, arm, name] == timeless(record(finished / arm)[name])
     report = (whole / "report.md").read_text()
     assert "TempBalance" in report
     assert "Not finished" not in report
@@ -188,17 +190,17 @@ def test_rows_held_out_are_scored_and_change_no_training(finished, tmp_path):
     out = tmp_path / "held_out"
     arguments = [*TINY, "--arms", "cal", "--validation", "70", "--no-plots"]
     assert train.main([*arguments, "--out", str(out)]) == 0
-    run, rows = Run(out / "cal", CONFIG, "cal"), timeless(out / "cal" / METRICS)
+    run, rows = Run(out / "cal", CONFIG, "cal"), timeless(record(out / "cal")[METRICS])
     dataset, state = data.load(train.parse(arguments).config), final_state(run)
     model = models.build(
         "resnet4", num_classes=10, width=0.5, image_channels=1, rngs=nnx.Rngs(0)
     )
     nnx.update(model, state.params)
     nnx.update(model, state.batch_stats)
-    images = dataset.preparation.normalize(jnp.asarray(dataset.validation_images))
+    images = dataset.preparation.normalize(jnp.asarray(dataset.parts["validation"][0]))
     logits = jax.jit(lambda images: model(images, train=False))(images)
     logits = np.asarray(logits, np.float64)
-    labels = dataset.validation_labels
+    labels = dataset.parts["validation"][1]
     chosen = logits[np.arange(len(labels)), labels]
     loss = np.mean(np.log(np.exp(logits).sum(1)) - chosen)
     accuracy = np.mean(logits.argmax(1) == labels)
@@ -206,7 +208,7 @@ def test_rows_held_out_are_scored_and_change_no_training(finished, tmp_path):
     assert rows[-1]["validation_loss"] == pytest.approx(loss, rel=1e-4)
     own = ("validation_loss", "validation_accuracy")
     shared = [{key: row[key] for key in row if key not in own} for row in rows]
-    assert shared == timeless(finished / "cal" / METRICS)
+    assert shared == timeless(record(finished / "cal")[METRICS])
     plain = final_state(Run(finished / "cal", CONFIG, "cal"))
     jax.tree.map(np.testing.assert_array_equal, state, plain)
     tables = (out / "table.md").read_text(), (finished / "table.md").read_text()
@@ -217,24 +219,22 @@ def test_rows_held_out_are_scored_and_change_no_training(finished, tmp_path):
 
 
 def kill_at_write(monkeypatch, number):
-    """Kills the command in place of its write of this number, counted from 1."""
-    writes = itertools.count(1)
+    """Kills the command right before or right after a write: two numbers for each."""
+    kills = itertools.count(1)
 
     def mortal(place, name):
         def write(*arguments, **options):
-            if next(writes) < number:
-                return real(*arguments, **options)
-            if name == "append_lines":
-                with arguments[0].open("a") as file:
-                    file.write('{"epoch": 3}\n{"epoch": 3, "lo')
-            raise Killed
+            if next(kills) == number:
+                raise Killed
+            result = real(*arguments, **options)
+            if next(kills) == number:
+                raise Killed
+            return result
 
         real = getattr(place, name)
         monkeypatch.setattr(place, name, write)
 
-    mortal(experiments, "append_lines")
     mortal(os, "replace")
-    mortal(os, "truncate")
     mortal(ocp.CheckpointManager, "save")
     mortal(ocp.CheckpointManager, "delete")
 
@@ -252,7 +252,9 @@ def test_killed_at_any_write_it_ends_with_the_same_bits(finished, tmp_path):
 
 
 def in_a_process(out):
-    command = [sys.executable, "-m", "benchmarks.train", *TINY, "--arms", "tb"]
+    program = "import sys; from benchmarks import experiments, train; "
+    program += "experiments.PAUSE = 0; sys.exit(train.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, *TINY, "--arms", "tb"]
     return subprocess.Popen(
         [*command, "--resume", "--no-plots", "--out", str(out)],
         cwd=ROOT,
@@ -266,13 +268,13 @@ def in_a_process(out):
     "kills", [1, pytest.param(20, marks=pytest.mark.long)], ids=str
 )
 def test_a_killed_process_goes_on_as_if_nothing_had_happened(kills, finished, tmp_path):
+    def saved():
+        return Run(out / "tb", CONFIG, "tb").done()
+
     rng, out, done = random.Random(0), tmp_path / "0", 0
     while done < kills:
-        process = in_a_process(out)
-        lines = len(read_lines(out / "tb" / METRICS))
-        while process.poll() is None:
-            if len(read_lines(out / "tb" / METRICS)) > lines:
-                break
+        process, before = in_a_process(out), saved()
+        while process.poll() is None and saved() == before:
             time.sleep(0.002)
         # A checkpoint of this run takes some hundredths of a second.
         time.sleep(0.1 * rng.random() * (kills > 1))
@@ -303,10 +305,9 @@ def test_sigterm_saves_the_epoch(at_once, whole, tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().out == message
     monkeypatch.setattr(ocp.CheckpointManager, "save", real)
     compared(out, *arguments)
-    found, expected = of_comparison(out), of_comparison(whole)
-    for seed, name in itertools.product(SEEDS, (METRICS, LAYERS)):
-        pairs = zip(found[seed, "tb", name], expected[seed, "tb", name], strict=True)
-        for row, other in pairs:
+    found, expected = of_comparison(out, ["tb"]), of_comparison(whole)
+    for place, rows in found.items():
+        for row, other in zip(rows, expected[place], strict=True):
             if at_once == "1":
                 assert row == other
             for column in {"train_loss", "test_loss", "alpha", "multiplier"} & set(row):
@@ -341,7 +342,7 @@ def damages(content, rng):
 def read_run(run, program):
     """Reads everything that resuming reads."""
     run.check()
-    with run.states(program):
+    with run.session(program):
         pass
 
 
@@ -364,29 +365,25 @@ def test_every_damaged_file_is_found(kinds, copy):
             assert str(path) in str(raised.value)
             cases += 1
         file.write_bytes(content)
+    # Well-formed, but not what was saved.
+    file, content = path / RECORD, record(path)
     for name in (METRICS, LAYERS):
-        content = (path / name).read_bytes()
-        lines = content.splitlines(keepends=True)
-        for count in range(len(lines)):
-            (path / name).write_bytes(b"".join(lines[:count]))
-            with pytest.raises(UserError, match=f"{name} is damaged"):
+        for count in range(len(content[name])):
+            file.write_text(json.dumps(content | {name: content[name][:count]}))
+            with pytest.raises(UserError, match=f"{RECORD} is damaged"):
                 run.check()
-        # What a kill leaves after the saved lines is no damage.
-        (path / name).write_bytes(content + b'{"epoch": 4, "lo')
-        run.check()
-    read_run(run, program)
     assert cases >= 10 * kinds
 
 
 def lose_field(file):
-    content = json.loads(file.read_text())
+    content = record(file.parent)
     del content["config"]["epochs"]
-    file.write_text(json.dumps(content))
+    Run(file.parent, CONFIG, "tb").write(content)
 
 
 def other_data(file):
-    content = json.loads(file.read_text())
-    file.write_text(json.dumps(content | {"data_sha256": "0"}))
+    content = record(file.parent) | {"data_sha256": "0"}
+    Run(file.parent, CONFIG, "tb").write(content)
 
 
 def cut(file):
@@ -402,18 +399,15 @@ def replace_by_a_file(directory):
     ("damage", "name", "words"),
     [
         (cut, "experiment.json", "experiment.json damaged"),
-        (cut, "tb/config.json", "config.json damaged"),
-        (lambda file: file.write_text("{}"), "tb/config.json", "damaged 'config'"),
-        (lambda file: file.write_text("[]"), "tb/config.json", "config.json damaged"),
-        (lose_field, "tb/config.json", "config.json field 'epochs'"),
-        (other_data, "tb/config.json", "data"),
-        (Path.unlink, "tb/config.json", "holds no run"),
-        (cut, "tb/metrics.jsonl", "metrics.jsonl damaged"),
-        (Path.unlink, "tb/layers.jsonl", "layers.jsonl cannot be read"),
-        (cut, "tb/progress.json", "progress.json damaged"),
+        (cut, "tb/run.json", "run.json damaged"),
+        (lambda file: file.write_text("{}"), "tb/run.json", "damaged 'config'"),
+        (lambda file: file.write_text("[]"), "tb/run.json", "run.json damaged"),
+        (lose_field, "tb/run.json", "run.json field 'epochs'"),
+        (other_data, "tb/run.json", "data"),
+        (Path.unlink, "tb/run.json", "holds no run"),
         (cut, f"tb/checkpoints/{EPOCHS}/default/_METADATA", "checkpoints damaged"),
         (replace_by_a_file, f"tb/checkpoints/{EPOCHS}", "checkpoints damaged"),
-        (shutil.rmtree, f"tb/checkpoints/{EPOCHS}", "checkpoints cannot be read"),
+        (shutil.rmtree, f"tb/checkpoints/{EPOCHS}", "checkpoints gone"),
     ],
 )
 def test_damage_is_one_line(damage, name, words, copy, capsys):
@@ -431,10 +425,9 @@ def test_lines_that_are_no_rows_are_named(tmp_path):
             read_lines(tmp_path / "lines")
 
 
-def test_what_is_not_finite_is_null(tmp_path):
+def test_what_is_not_finite_is_null():
     row = {"loss": float("nan"), "alpha": float("inf"), "epoch": 1}
-    files.append_lines(tmp_path / "lines", [row])
-    assert read_lines(tmp_path / "lines") == [{"loss": None, "alpha": None, "epoch": 1}]
+    assert files.finite(row) == {"loss": None, "alpha": None, "epoch": 1}
 
 
 # --- faults of the user ---------------------------------------------------------------

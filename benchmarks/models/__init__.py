@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import tb_optax
-from benchmarks.models.families import VGG, ResNet, WideResNet
-from benchmarks.models.parts import FLAX, TORCH, Parts, Plan
+from benchmarks.models.families import VGG, Plan, ResNet, WideResNet
 
 Model: TypeAlias = ResNet | VGG | WideResNet
 Name = Literal[
@@ -75,13 +74,17 @@ def build(
     Raises:
         ValueError: if there is no such model, initialization, or type.
     """
-    _check("model", name, NAMES)
-    _check("init", init, get_args(Init))
-    _check("compute", compute, get_args(Compute))
+    for what, given, allowed in (
+        ("model", name, NAMES),
+        ("init", init, get_args(Init)),
+        ("compute", compute, get_args(Compute)),
+    ):
+        if given not in allowed:
+            raise ValueError(f"{what} is {given!r}; allowed: {', '.join(allowed)}")
     family, channels, blocks = _SIZES[name]
     channels = [max(1, round(width * count)) for count in channels]
-    parts = Parts(TORCH if init == "torch" else FLAX, rngs)
-    model = family(parts, Plan(channels, blocks, image_channels, num_classes))
+    sizes = channels, blocks, image_channels, num_classes
+    model = family(Plan(*sizes, rngs, torch=init == "torch"))
     model.set_attributes(dtype=jnp.dtype(compute))
     return model
 
@@ -92,15 +95,11 @@ def layers_in_order(model: Any, *, norms: bool = True) -> tuple[tb_optax.Layer, 
     Its values may be abstract. `norms` says whether the parameters of a norm follow the
     layer before it.
     """
-    shape = (1, 8, 8, model.image_channels)
+    first = model.convs[0] if isinstance(model, VGG) else model.conv1
+    shape = (1, 8, 8, first.in_features)
     return tb_optax.trace_layers(
         lambda model, images: model(images, train=False),
         model,
         jax.ShapeDtypeStruct(shape, jnp.float32),
         norms="after" if norms else "none",
     )
-
-
-def _check(what: str, name: str, allowed: Sequence[str]) -> None:
-    if name not in allowed:
-        raise ValueError(f"{what} is {name!r}; allowed: {', '.join(allowed)}")

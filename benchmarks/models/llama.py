@@ -71,10 +71,10 @@ class Llama(nnx.Module):
     def __init__(
         self,
         vocabulary: int,
-        *,
         width: int,
         depth: int,
         heads: int,
+        *,
         tied: bool,
         rngs: nnx.Rngs,
     ):
