@@ -170,6 +170,10 @@ MISFITS = {
         [Layer(STACKED, STACK, index=(3,))],
         r"'stack/kernel': index \(3,\) is outside",
     ),
+    "negative index": (
+        [Layer(STACKED, STACK, index=(-1,))],
+        r"'stack/kernel': index \(-1,\) is outside",
+    ),
     "part": (
         [Layer(D0, DENSE, part=(1, 4, 7))],
         r"'Dense_0/kernel': part \(1, 4, 7\) passes the end of axis 1 of shape \(8, 6",
