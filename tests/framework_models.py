@@ -264,7 +264,7 @@ class NnxCNN(nnx.Module):
         )
 
 
-class NnxAttention(nnx.Module):
+class NnxParts(nnx.Module):
     def __init__(self, rngs):
         self.embed = nnx.Embed(11, 16, rngs=rngs)
         self.value = nnx.Linear(16, 16, rngs=rngs)
@@ -272,20 +272,14 @@ class NnxAttention(nnx.Module):
             num_heads=4, in_features=16, normalize_qk=True, use_bias=False, rngs=rngs
         )
         self.cross = nnx.MultiHeadAttention(num_heads=4, in_features=16, rngs=rngs)
-
-
-class NnxRecurrent(nnx.Module):
-    def __init__(self, rngs):
         self.gru = nnx.GRUCell(3, 6, rngs=rngs)
         self.lstm = nnx.OptimizedLSTMCell(3, 6, rngs=rngs)
 
 
-class NnxTied(nnx.Module):
+def nnx_tied(rngs):
     """The same layer under two names is one leaf."""
-
-    def __init__(self, rngs):
-        self.first = nnx.Linear(4, 4, rngs=rngs)
-        self.second = self.first
+    layer = nnx.Linear(4, 4, rngs=rngs)
+    return nnx.Dict(first=layer, second=layer)
 
 
 class NnxLoRA(nnx.Module):
@@ -479,9 +473,8 @@ MODELS: dict[str, Callable[..., Model]] = {
     "linen_conv_local": partial(linen, nn.ConvLocal(5, (3,)), SEQUENCE),
     "linen_experts": partial(linen, Experts(), SEQUENCE),
     "nnx_cnn": partial(of_nnx, NnxCNN),
-    "nnx_attention": partial(of_nnx, NnxAttention),
-    "nnx_recurrent": partial(of_nnx, NnxRecurrent),
-    "nnx_tied": partial(of_nnx, NnxTied),
+    "nnx_parts": partial(of_nnx, NnxParts),
+    "nnx_tied": partial(of_nnx, nnx_tied),
     "nnx_stack": partial(of_nnx, NnxStack, SEQUENCE),
     "nnx_lora": partial(of_nnx, NnxLoRA, SEQUENCE),
     "nnx_resnet": partial(of_nnx, nnx_resnet, IMAGE, train=True),
