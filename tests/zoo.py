@@ -356,6 +356,9 @@ ONE_LINE: dict[str, Callable[..., Any]] = {
     "cosine features: w 8x8, c 5x8 -> w c": lambda x, w, c: (
         x @ w + jnp.cos(jnp.arange(5.0)[:, None] * jnp.arange(5.0)) @ c
     ),
+    "a picture by its coordinates: w 2x16, b 16, v 16x3 -> w<b v": (
+        lambda x, w, b, v: jnp.sin(jnp.stack([jnp.arange(5.0)] * 2, -1) @ w + b) @ v
+    ),
     "gradient of the parameters: w 8x6, v 6x3 -> w v": lambda x, **params: jax.grad(
         lambda p: jnp.sum((jnp.tanh(x @ p["w"]) @ p["v"]) ** 2)
     )(params),
@@ -904,33 +907,6 @@ def norm_inside_a_loop_over_chunks(x, w0, b0, g, c, w1, b1):
 )
 def norm_of_whole_images(x, a, g, c, b):
     return conv(jax.nn.relu(layer_norm(conv(x, a), g, c, (1, 2, 3))), b)
-
-
-@case(
-    "stem 8x6, g1 c1 6x5, t1 5x7, b1 7, t2 7x5, b2 5, g2 c2 5x6, m1 6x9, m2 9x6, g 6, "
-    "head 6x3",
-    "stem<c1,g1 t1<b1 t2<b2,c2,g2 m1 m2<g head",
-    before="stem t1<b1,c1,g1 t2<b2 m1<c2,g2 m2 head<g",
-)
-def mixer(x, stem, g1, c1, t1, b1, t2, b2, g2, c2, m1, m2, g, head):
-    """Scales of channels and patches, in the order of each product."""
-    x = (x @ stem).swapaxes(1, 2)
-    y = jax.nn.gelu(layer_norm(x, g1, c1, (1, 2)) @ t1 + b1) @ t2 + b2
-    x = (x + y).swapaxes(1, 2)
-    x = x + jax.nn.gelu(layer_norm(x, g2, c2, (1, 2)) @ m1) @ m2
-    return rms_norm(x, g).mean(1) @ head
-
-
-@case(
-    "w1 8x8, g 8, film 4x16, film_bias 16, w2 8x8",
-    "w1<g film<film_bias w2",
-    [X, array(2, 4)],
-    before="w1 film<film_bias w2<g",
-)
-def modulated(x, c, w1, g, film, film_bias, w2):
-    h = rms_norm(x @ w1, g)
-    scale, shift = jnp.split((c @ film + film_bias)[:, None], 2, -1)
-    return jax.nn.silu(h * (1 + scale) + shift) @ w2
 
 
 # ---- What has no reading, or may have one --------------------------------------------
