@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from notation import array, arrays, axes, each, layers
+from notation import array, arrays, axes, each, in_any_order, layers
 
 from tb_optax import Layer, MatrixAxes
 from tb_optax.leaves import leaves_of
@@ -81,49 +81,42 @@ def case(
     """
     params = arrays(params)
     leaves = leaves_of(params)
-
-    def enter(
-        program: Callable[..., Any],
-        found: tuple[Layer, ...] | None,
-        options: Mapping[str, Any],
-        named: str = "",
-    ) -> None:
-        own = name or program.__name__
-        for option, value in options.items():
-            own += f" {option}={sorted(value) if isinstance(value, dict) else value}"
-        assert own not in CASES, own
-        CASES[own] = Case(
-            lambda params, *inputs: program(*inputs, **params),
-            *(params, inputs, options, found, frozenset(free.split())),
-            *(tuple(named.split()), says),
-        )
+    own, _, none = verdict.partition("|")
+    found = layers(own) if verdict else None
+    for path in named.split():
+        assert sum(size > 1 for size in leaves[path].shape) > 1, "needs no reading"
+    assert found is not None or named
+    if found is not None:
+        # The table itself is complete: it leaves nothing unsaid.
+        placed = {path for one in found for path in (one.path, *one.follows)}
+        assert leaves.keys() == {*placed, *none.split(), *free.split()}
 
     def enter_all(program: Callable[..., Any]) -> Callable[..., Any]:
-        own, _, none = verdict.partition("|")
-        found = layers(own) if verdict else None
-        for path in named.split():
-            assert sum(size > 1 for size in leaves[path].shape) > 1, "needs no reading"
-        assert found is not None or named
-        if found is not None:
-            # The table itself is complete: it leaves nothing unsaid.
-            placed = {path for one in found for path in (one.path, *one.follows)}
-            assert leaves.keys() == {*placed, *none.split(), *free.split()}
-        enter(program, found, options, named)
+        def enter(found: Any, named: str = "", **options: Any) -> None:
+            own = name or program.__name__
+            for option, value in options.items():
+                own += (
+                    f" {option}={sorted(value) if isinstance(value, dict) else value}"
+                )
+            assert own not in CASES, own
+            CASES[own] = Case(
+                lambda params, *inputs: program(*inputs, **params),
+                *(params, inputs, options, found, frozenset(free.split())),
+                *(tuple(named.split()), says),
+            )
+
+        enter(found, named, **options)
         for texts in given:
-            read = {
-                k: None if text is None else axes(text) for k, text in texts.items()
-            }
+            read = {key: text and axes(text) for key, text in texts.items()}
             out = {path for path in leaves if _matches(read, path)}
             kept = [
-                dataclasses.replace(
-                    one, follows=tuple(path for path in one.follows if path not in out)
-                )
+                dataclasses.replace(one, follows=tuple(set(one.follows) - out))
                 for one in found or ()
                 if one.path not in out
             ]
-            enter(program, tuple(kept), {**options, "axes": read})
+            enter(in_any_order(kept), axes=read, **options)
         if before:
-            enter(program, layers(before), {**options, "norms": "before"})
+            enter(layers(before), **options, norms="before")
         return program
 
     return enter_all
@@ -357,7 +350,7 @@ ONE_LINE: dict[str, Callable[..., Any]] = {
         x @ w + jnp.cos(jnp.arange(5.0)[:, None] * jnp.arange(5.0)) @ c
     ),
     "a picture by its coordinates: w 2x16, b 16, v 16x3 -> w<b v": (
-        lambda x, w, b, v: jnp.sin(jnp.stack([jnp.arange(5.0)] * 2, -1) @ w + b) @ v
+        lambda _, w, b, v: jnp.sin(jnp.stack([jnp.arange(5.0)] * 2, -1) @ w + b) @ v
     ),
     "gradient of the parameters: w 8x6, v 6x3 -> w v": lambda x, **params: jax.grad(
         lambda p: jnp.sum((jnp.tanh(x @ p["w"]) @ p["v"]) ** 2)
@@ -1082,12 +1075,6 @@ def decomposed_adapter(x, w, a, b, bias, m, o):
 # ---- What data changes, chooses or carries -------------------------------------------
 
 
-# A product of data with data: the kernel is named, and comes out right.
-@case("w 8x6, b 6, o 6x3", "w<b o", [array(8, 6), ROWS], named="w")
-def pruned_dense(mask, x, w, b, o):
-    return jnp.tanh(x @ (w * mask) + b) @ o
-
-
 @case("w 3x3x3x4, g c 4, o 4x3", "w:ppio<c,g o", [array(4), array(4), IMAGE])
 def folded_batch_norm(mean, var, x, w, g, c, o):
     scale = g * lax.rsqrt(var + 1e-5)
@@ -1142,19 +1129,6 @@ def learned_initial_states(x, w, h0):
     for start in h0:
         x = lax.scan(step, jnp.tile(start, (2, 1)), x)[1]
     return x
-
-
-@case(
-    "router 8x3, w 3x8x6, b 3x6, v 3x6x8, c 3x8",
-    "router w:sio<b v:sio<c",
-    [ROWS],
-)
-def experts_chosen_by_top_k(x, router, w, b, v, c):
-    gates, own = lax.top_k(jax.nn.softmax(x @ router), 2)
-    hidden = jax.nn.relu(jnp.einsum("td,tkdf->tkf", x, w[own]) + b[own])
-    return (
-        (jnp.einsum("tkf,tkfd->tkd", hidden, v[own]) + c[own]) * gates[..., None]
-    ).sum(1)
 
 
 @case(
@@ -1221,6 +1195,17 @@ def a_pruned_kernel_that_data_picks(i, masks, x, w, o):
     return conv(x, (w * masks)[i]).mean((1, 2)) @ o
 
 
+@case(
+    "w 4x8x6, scale 4x6, o 6x3",
+    "w:sio o | scale",
+    [array(5, dtype=jnp.int32), ROWS],
+    named="w",
+)
+def scaled_experts(own, x, w, scale, o):
+    """Experts in low precision, each with a scale for each output."""
+    return jnp.einsum("ti,tio->to", x, w[own] * scale[own][:, None]) @ o
+
+
 @case("w 2x3x3x8x6, o 6x3", "", [array(dtype=jnp.bool_), array(2, 4, 4, 8)], named="w")
 def one_of_two_convolutions(flag, x, w, o):
     return conv(x, jnp.where(flag, w[0], w[1])).mean((1, 2)) @ o
@@ -1252,11 +1237,6 @@ def positions_where_nothing_is_masked(mask, x, w, g, c, pos, o):
     return layer_norm(mask * pos + (1 - mask) * (x @ w), g, c) @ o
 
 
-@case("w 3x3x3x4, g c 4, o 4x3", "w:ppio<c,g o", [array(4), IMAGE])
-def a_gain_after_the_statistics(var, x, w, g, c, o):
-    return (conv(x, w * lax.rsqrt(var) * g) + c).mean((1, 2)) @ o
-
-
 @case("w 8x6, v 6x8, b scale 8, o 8x3", "w v<b,scale o", [array(2, 1, 1), X])
 def layer_scale_with_stochastic_depth(keep, x, w, v, b, scale, o):
     return (x + keep * scale * (jnp.tanh(x @ w) @ v + b)) @ o
@@ -1271,17 +1251,6 @@ def invertible_convolution(x, lower, upper, s):
     """Glow: the factors of an LU decomposition."""
     lower = jnp.tril(lower, -1) + jnp.eye(8)
     return x @ (lower @ (jnp.triu(upper, 1) + jnp.diag(jnp.exp(s))))
-
-
-@case("w 8x8, b 8, o 8x3", "w<b o", named="w", given=[{"w": "io"}])
-def symmetric_kernel(x, w, b, o):
-    return jnp.tanh(x @ ((w + w.T) / 2) + b) @ o
-
-
-@case("w 8x6, b 6, o 6x3", "w<b o", given=[{"[wo]": "io"}])
-def orthogonalized_kernel(x, w, b, o):
-    """One step of Bjorck's iteration."""
-    return jnp.tanh(x @ (1.5 * w - 0.5 * w @ w.T @ w) + b) @ o
 
 
 @case("orbitals 8x4, sigma pi 3x4", "", [array(4, 8), array(4, 3)], named="sigma")
