@@ -122,25 +122,6 @@ class ResNet(nn.Module):
         return nn.Dense(10, name="head")(x.mean((1, 2)))
 
 
-class PreActivation(nn.Module):
-    """A wide ResNet: every norm comes before the convolution that it feeds."""
-
-    @nn.compact
-    def __call__(self, x, train):
-        norm = partial(nn.BatchNorm, use_running_average=not train)
-        x = nn.Conv(8, (3, 3), use_bias=False, name="stem")(x)
-        for i, width in enumerate((8, 16)):
-            y = nn.relu(norm(name=f"norm{i}a")(x))
-            if x.shape[-1] != width:
-                x = nn.Conv(width, (1, 1), use_bias=False, name=f"short{i}")(y)
-            y = nn.Conv(width, (3, 3), use_bias=False, name=f"conv{i}a")(y)
-            y = nn.relu(norm(name=f"norm{i}b")(y))
-            y = nn.Dropout(0.1, deterministic=not train)(y)
-            x = x + nn.Conv(width, (3, 3), use_bias=False, name=f"conv{i}b")(y)
-        x = nn.relu(norm(name="norm")(x))
-        return nn.Dense(10, name="head")(x.mean((1, 2)))
-
-
 class ViT(nn.Module):
     """Fused qkv, a class token, positions and layer scale."""
 
@@ -442,22 +423,11 @@ def haiku_stack(x):
     return layers(lambda h: hk.Linear(16)(h))(x)
 
 
-def haiku_resnet(x, train):
-    net = hk.nets.ResNet(
-        *((1, 1, 1, 1), 10),
-        resnet_v2=False,
-        bottleneck=False,
-        channels_per_group=(8, 8, 8, 8),
-    )
-    return net(x, is_training=train)
-
-
 # ---- Tables --------------------------------------------------------------------------
 
 MODELS: dict[str, Callable[..., Model]] = {
     "linen_cnn": partial(linen, LinenCNN(), IMAGE),
     "linen_resnet": partial(linen, ResNet(), IMAGE, train=True),
-    "linen_pre_activation": partial(linen, PreActivation(), IMAGE, train=True),
     "linen_vit": partial(linen, ViT(), IMAGE),
     "linen_gpt": partial(linen, GPT(), TOKENS),
     "linen_gpt in bfloat16": partial(linen, GPT(jnp.bfloat16), TOKENS),
@@ -497,11 +467,10 @@ MODELS: dict[str, Callable[..., Model]] = {
     "haiku_attention": partial(haiku, haiku_attention, TOKENS),
     "haiku_lstm": partial(haiku, partial(haiku_unroll, hk.LSTM), SEQUENCE),
     "haiku_gru": partial(haiku, partial(haiku_unroll, hk.GRU), SEQUENCE),
-    "haiku_resnet": partial(haiku, haiku_resnet, IMAGE, train=True),
     "haiku_layer_stack": partial(haiku, haiku_stack, SEQUENCE),
     "haiku_conv_1d": partial(haiku, lambda x: hk.Conv1D(4, 3)(x), SEQUENCE),
 }
-for _name in ("linen_resnet", "linen_pre_activation", "nnx_resnet", "haiku_resnet"):
+for _name in ("linen_resnet", "nnx_resnet"):
     MODELS[f"{_name} in evaluation"] = partial(MODELS[_name], train=False)
 
 

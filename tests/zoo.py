@@ -902,6 +902,18 @@ def norm_of_whole_images(x, a, g, c, b):
     return conv(jax.nn.relu(layer_norm(conv(x, a), g, c, (1, 2, 3))), b)
 
 
+@case(
+    "w1 8x8, g 8, film 4x16, film_bias 16, w2 8x8",
+    "w1<g film<film_bias w2",
+    [X, array(2, 4)],
+    before="w1 film<film_bias w2<g",
+)
+def modulated(x, c, w1, g, film, film_bias, w2):
+    h = rms_norm(x @ w1, g)
+    scale, shift = jnp.split((c @ film + film_bias)[:, None], 2, -1)
+    return jax.nn.silu(h * (1 + scale) + shift) @ w2
+
+
 # ---- What has no reading, or may have one --------------------------------------------
 
 
