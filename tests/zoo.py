@@ -11,6 +11,7 @@ of the list.
 import dataclasses
 import fnmatch
 import functools
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -255,7 +256,13 @@ for _name, _compute in ONE_KERNEL.items():
 
 # ---- Programs of one line ------------------------------------------------------------
 
-# Name, parameters, verdict, and the verdict for norms="before" where it is another.
+GRAPH = (np.arange(25).reshape(5, 5) % 3 == 0).astype(np.float32)
+FEATURES = np.linspace(-1, 1, 40, dtype=np.float32).reshape(5, 8)
+INPUTS = {"image": IMAGE, "maps": array(2, 8, 8, 8), "tokens": TOKENS, "x": ROWS}
+
+# Name, parameters, and verdict, with ! before what an error may name instead; and the
+# verdict for norms="before" where it is another.  Arguments that are no parameters are
+# inputs.
 ONE_LINE: dict[str, Callable[..., Any]] = {
     "on the left: w 6x8 -> w:oi": lambda x, w: w @ x.T,
     "joined from parts: w 8x6 -> w": lambda x, w: jnp.einsum(
@@ -350,7 +357,7 @@ ONE_LINE: dict[str, Callable[..., Any]] = {
         x @ w + jnp.cos(jnp.arange(5.0)[:, None] * jnp.arange(5.0)) @ c
     ),
     "a picture by its coordinates: w 2x16, b 16, v 16x3 -> w<b v": (
-        lambda _, w, b, v: jnp.sin(jnp.stack([jnp.arange(5.0)] * 2, -1) @ w + b) @ v
+        lambda w, b, v: jnp.sin(jnp.stack([jnp.arange(5.0)] * 2, -1) @ w + b) @ v
     ),
     "gradient of the parameters: w 8x6, v 6x3 -> w v": lambda x, **params: jax.grad(
         lambda p: jnp.sum((jnp.tanh(x @ p["w"]) @ p["v"]) ** 2)
@@ -368,23 +375,56 @@ ONE_LINE: dict[str, Callable[..., Any]] = {
     "norm of the transpose: w 8x8, g c 8x5, o 8x3 -> w<c,g o -> w o<c,g": (
         lambda x, w, g, c, o: layer_norm((x @ w).T, g, c, (0, 1)).T @ o
     ),
+    "norm between layers: a b 8x8, bias g c 8 -> a<bias,c,g b -> a<bias b<c,g": (
+        lambda x, a, bias, g, c, b: jnp.tanh(layer_norm(x @ a + bias, g, c)) @ b
+    ),
+    "shared norm: a b 8x8, g c 8 -> a b | g c -> a b": lambda x, a, b, g, c: layer_norm(
+        layer_norm(x @ a, g, c) @ b, g, c
+    ),
+    "transposed convolution: w 3x3x8x6 -> w:ppio": lambda maps, w: lax.conv_transpose(
+        maps, w, (2, 2), "SAME"
+    ),
+    "resized positions: patch 3x8, rows 1x4x4x8 -> patch | rows": (
+        lambda image, patch, rows: (
+            image @ patch + jax.image.resize(rows, (1, 8, 8, 8), "bilinear")
+        )
+    ),
+    "rows that enter a kernel: table 11x2x4, w 4x6, b 6 -> w<b | table": (
+        lambda tokens, table, w, b: table[tokens] @ w + b
+    ),
+    "one-hot tokens: embed 11x8, w 8x3 -> w | embed": lambda tokens, embed, w: (
+        jax.nn.one_hot(tokens, 11) @ embed @ w
+    ),
+    # Data that is closed over: constants hold no parameter, so they are data.
+    "a network on its one graph: w 8x16, v 16x3 -> w v": lambda w, v: (
+        GRAPH @ jnp.tanh(GRAPH @ FEATURES @ w) @ v
+    ),
+    "a generator of noise: g 8x8, c 8, h w 8x8 -> g<c h w": lambda x, g, c, h, w: (
+        jnp.tanh(jax.random.normal(jax.random.key(0), (8,)) @ g + c) @ h * (x @ w)
+    ),
+    "constant coordinates: c 2x16, d 16x8, w 8x8 -> w c d": lambda x, c, d, w: (
+        x @ w + jnp.tanh(np.ones((5, 2), np.float32) @ c) @ d
+    ),
+    # The look-up of a label with the one-hot matrix computed in the program, whose
+    # entries are not in sight.  An error is lawful, a layer is not.
+    "computed one-hot: table 4x8, w 8x8 -> w | table ! table": lambda x, table, w: (
+        x @ w + jax.nn.one_hot(jnp.arange(5) % 4, 4) @ table
+    ),
+    # Scaled entry by entry: no matrix, and behind no layer.
+    "masked inputs: mask 5x8, w 8x6, b 6 -> w<b | mask ! mask": (
+        lambda x, mask, w, b: (x * jax.nn.sigmoid(mask)) @ w + b
+    ),
+    "only returned: w 8x6, b 6, v 8x6 -> ! v": lambda x, w, b, v: (
+        x @ w + b,
+        (v**2).sum(),
+    ),
 }
 for _text, _forward in ONE_LINE.items():
     _name, _params, _verdict, *_before = re.split(": | -> ", _text)
-    case(_params, _verdict, [ROWS], name=_name, before="".join(_before))(_forward)
-
-NORMED = "a b 8x8, bias g c 8"
-
-
-@case(NORMED, "a<bias b | g c", [ROWS], norms="none")
-@case(NORMED, "a<bias,c,g b", [ROWS], before="a<bias b<c,g")
-def norm_between_layers(x, a, bias, g, c, b):
-    return jax.nn.relu(layer_norm(x @ a + bias, g, c)) @ b
-
-
-@case(NORMED, "a<bias b | g c", [ROWS], before="a<bias b")
-def shared_norm(x, a, bias, g, c, b):
-    return layer_norm(layer_norm(x @ a + bias, g, c) @ b, g, c)
+    _found, _, _named = _verdict.partition("!")
+    _inputs = [INPUTS[k] for k in inspect.signature(_forward).parameters if k in INPUTS]
+    _options = {"name": _name, "named": _named, "before": "".join(_before)}
+    case(_params, _found.strip(), _inputs, **_options)(_forward)
 
 
 # ---- Convolutions --------------------------------------------------------------------
@@ -404,11 +444,6 @@ for _sizes, _axes, _how in (
         [array(2, 8, 8, 8)],
         name=f"convolution with a kernel of {_sizes}",
     )(functools.partial(conv, **_how))
-
-
-@case("w 3x3x8x6", "w:ppio", [array(2, 7, 7, 8)])
-def transposed_convolution(x, w):
-    return lax.conv_transpose(x, w, (2, 2), "SAME")
 
 
 # vmap folds the first layer of an ensemble into one with more outputs.
@@ -563,38 +598,6 @@ def prefix_tuning(x, q, k, v, o, pk, pv):
 def hypernetwork(x, z, h, hb, o):
     """A kernel that is computed from a learned code."""
     return jnp.tanh(x @ (z @ h + hb).reshape(8, 6)) @ o
-
-
-# ---- Data that is closed over: constants hold no parameter, so they are data ---------
-
-GRAPH = (np.arange(25).reshape(5, 5) % 3 == 0).astype(np.float32)
-FEATURES = np.linspace(-1, 1, 40, dtype=np.float32).reshape(5, 8)
-
-
-@case("w1 8x16, w2 16x3", "w1 w2", [])
-def full_batch(w1, w2):
-    """A graph network on its one graph; there are no inputs at all."""
-    return GRAPH @ jnp.tanh(GRAPH @ FEATURES @ w1) @ w2
-
-
-@case("g1 8x8, c1 8, g2 w 8x8, o 8x3", "g1<c1 g2 w o", [array(4, 8)])
-def generator(x, g1, c1, g2, w, o):
-    """Noise of a key that is closed over."""
-    z = jax.random.normal(jax.random.key(0), (8,))
-    return jnp.tanh(z @ g1 + c1) @ g2 * (x @ w) @ o
-
-
-@case("c1 2x16, c2 16x8, w 8x8, o 8x3", "c1 c2 w o", [array(4, 8)])
-def coordinates(x, c1, c2, w, o):
-    table = jnp.tanh(np.ones((4, 2), np.float32) @ c1) @ c2
-    return (x @ w + table) @ o
-
-
-# The look-up of a label with the one-hot matrix computed in the program, whose entries
-# are not in sight.  An error that names the table is lawful, a layer is not.
-@case("table 4x8, w 8x8, o 8x3", "w o | table", named="table")
-def computed_one_hot(x, w, table, o):
-    return (x @ w + jax.nn.one_hot(jnp.arange(5) % 4, 4) @ table) @ o
 
 
 # ---- Stacks: kernels that run one after the other, or side by side with their biases -
@@ -789,13 +792,6 @@ for _size in (8, 5, 2):
         return (x + (rms_norm(x, g) @ w + b) * scale) @ head
 
 
-# Positions of a finer grid are products with constant weights: a table all the same.
-@case("patch 3x8, positions 1x4x4x8, head 8x3", "patch head | positions", [IMAGE])
-def resized_positions(x, patch, positions, head):
-    x = x @ patch + jax.image.resize(positions, (1, 8, 8, 8), "bilinear")
-    return x.mean((1, 2)) @ head
-
-
 @case(
     "image 8x4, text 6x4, logit_scale logit_bias ()",
     "image text | logit_scale logit_bias",
@@ -915,18 +911,6 @@ def modulated(x, c, w1, g, film, film_bias, w2):
 
 
 # ---- What has no reading, or may have one --------------------------------------------
-
-
-# Scaled entry by entry: no matrix, and behind no layer.  An error is in order.
-@case("mask 5x8, w 8x6, b 6", "w<b | mask", named="mask")
-def masked_inputs(x, mask, w, b):
-    return (x * jax.nn.sigmoid(mask)) @ w + b
-
-
-@case("w 8x6, b 6, v 8x6", "", named="v")
-def only_returned(x, w, b, v):
-    """A leaf that reaches an output and has no reading."""
-    return x @ w + b, (v**2).sum()
 
 
 # A complex leaf is no kernel; it is left out with that reason, or named as complex.
@@ -1166,16 +1150,6 @@ def embeddings_of_every_layer(tokens, embed, rows, gate, proj):
     for i in range(2):
         x = x + (jax.nn.gelu(x @ gate[i]) * own[:, :, i]) @ proj[i]
     return x
-
-
-@case("table 11x2x4, w 4x6, b 6", "w<b | table", [TOKENS])
-def rows_that_enter_a_kernel(tokens, table, w, b):
-    return table[tokens] @ w + b
-
-
-@case("embed 11x8, w 8x3", "w | embed", [TOKENS])
-def one_hot_tokens(tokens, embed, w):
-    return jax.nn.one_hot(tokens, 11) @ embed @ w
 
 
 @case(
