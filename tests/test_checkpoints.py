@@ -8,7 +8,7 @@ import pickle
 import shutil
 import tracemalloc
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -43,7 +43,7 @@ def header_and(header: bytes, data: bytes = b"") -> bytes:
     return len(header).to_bytes(8, "little") + header + data
 
 
-def write_sparse(path: Path, leaves: dict[str, tuple[Any, tuple[int, ...], bytes]]):
+def write_sparse(path: Path, leaves: Mapping[str, Any]) -> None:
     """Write leaves of these types, shapes and bytes; where these are none, a hole."""
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     stop = 0

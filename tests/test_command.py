@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import flax.serialization
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ def matrix(rows, columns, decay):
 
 
 # Two layers have 64 eigenvalues, one 36 and one 8.
-FILE = {
+FILE: dict[str, Any] = {
     "h.10.fc.weight": matrix(80, 64, 0.4),
     "h.10.fc.bias": normal(80),
     "h.9.fc.weight": matrix(80, 64, 0.9),
@@ -197,7 +198,7 @@ def test_moments_are_no_layers(tmp_path, capsys):
 
 
 def test_two_checkpoints_are_compared(file, tmp_path, capsys):
-    moved = dict(FILE)
+    moved: dict[str, Any] = dict(FILE)
     moved["h.9.fc.weight"] = 1.5 * moved["h.9.fc.weight"]
     moved["new.weight"] = normal(64, 64)
     del moved["head.weight"]

@@ -108,7 +108,9 @@ def case(
 
         enter(found, named, **options)
         for texts in given:
-            read = {key: text and axes(text) for key, text in texts.items()}
+            read = {
+                key: None if text is None else axes(text) for key, text in texts.items()
+            }
             out = {path for path in leaves if _matches(read, path)}
             kept = [
                 dataclasses.replace(one, follows=tuple(set(one.follows) - out))
@@ -307,6 +309,11 @@ ONE_LINE: dict[str, Callable[..., Any]] = {
     # The second bias is added to the output of a product of w too, the transposed one.
     "tied autoencoder: w 8x2, b 2, c 8 -> w<b,c": lambda x, w, b, c: (
         jnp.tanh(x @ w + b) @ w.T + c
+    ),
+    "the same with norms: w 8x6, b g c 6, d s t 8 -> w<b,c,d,g,s,t": (
+        lambda x, w, b, g, c, d, s, t: layer_norm(
+            jnp.tanh(layer_norm(x @ w + b, g, c)) @ w.T + d, s, t
+        )
     ),
     # LoRA: what a kernel is computed from follows it; products of their own do not.
     "added factors: w 8x6, a 8x2, b 2x6 -> w<a,b": lambda x, w, a, b: x @ (w + a @ b),
