@@ -586,21 +586,6 @@ def detr_decoder(memory, queries, sq, bq, sk, sv, so, bo, cq, ck, cv, co, g1, g2
     return rms_norm(x + attend(q, k, v) @ co, g2)
 
 
-# Keys that are parameters do multiply data, so that an error is in order; what may not
-# happen is that they change the reading of other leaves.
-@case(
-    "q k v o 8x8, pk pv 3x2x4",
-    "q k v o | pk pv",
-    named="pk pv",
-    given=[{"p[kv]": None}],
-)
-def prefix_tuning(x, q, k, v, o, pk, pv):
-    q, k, v = (heads(x @ w) for w in (q, k, v))
-    k = jnp.concatenate([jnp.tile(pk[None], (2, 1, 1, 1)), k], axis=1)
-    v = jnp.concatenate([jnp.tile(pv[None], (2, 1, 1, 1)), v], axis=1)
-    return attend(q, k, v) @ o
-
-
 @case("z 4, h 4x48, hb 48, o 6x3", "h<hb o | z", named="h", given=[{"h": "io"}])
 def hypernetwork(x, z, h, hb, o):
     """A kernel that is computed from a learned code."""
@@ -712,15 +697,6 @@ def heads_of_tasks(x, task, w, b, head, head_bias):
     """Every example has its own task's head."""
     y = jnp.einsum("td,tdk->tk", jnp.tanh(x @ w + b), head[task])
     return y + head_bias[task]
-
-
-@case("w sigma 8x6, b 6", "", [X, KEY], named="w sigma")
-@case(
-    "w sigma 8x6, b 6", "w<b | sigma", [X, KEY], axes={"w": axes("io"), "sigma": None}
-)
-def noisy_net(x, key, w, sigma, b):
-    """Two leaves of one shape are added: nobody can tell which is the kernel."""
-    return x @ (w + sigma * jax.random.normal(key, (8, 6))) + b
 
 
 # ---- Identities and side uses do not make a clear kernel unclear ---------------------
@@ -1315,17 +1291,6 @@ def scanned_parts(x, blocks):
 # ---- Other ways to name and to average -----------------------------------------------
 
 
-@case("w 8x6, b g c 6, v 6x3", "w<b,c,g v", [ROWS])
-def batch_norm_over_a_named_axis(x, w, b, g, c, v):
-    def one(x):
-        y = x @ w + b
-        mean = lax.pmean(y, "batch")
-        spread = lax.pmean((y - mean) ** 2, "batch")
-        return ((y - mean) * lax.rsqrt(spread + 1e-5) * g + c) @ v
-
-    return jax.vmap(one, axis_name="batch")(x)
-
-
 @case(
     {"w[0]": "4x8x6", "w0": "8x6", "w*": "6x3"},
     "",
@@ -1342,10 +1307,3 @@ def halves_that_are_scaled_before_their_biases(x, q, k, b, c, o):
     both = x @ jnp.concatenate([q, k], 1)
     left, right = jnp.tanh(both[:, :8] * 0.5 + b), jnp.tanh(both[:, 8:] * 2.0 + c)
     return (left * right) @ o
-
-
-# A feature that is embedded by a row of its own: no product, and no bias of one.
-@case("rows 8x6, o 6x3", "o | rows", [ROWS], named="rows", given=[{"rows": None}])
-def embedded_numbers(x, rows, o):
-    """FT-Transformer: each number scales a row."""
-    return jax.nn.relu(x[..., None] * rows) @ o
