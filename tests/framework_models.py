@@ -218,13 +218,6 @@ class ScannedAttention(nn.Module):
         )(attention, x, None)[0]
 
 
-class Experts(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        experts = self.param("experts", nn.initializers.normal(), (3, 16, 8))
-        return jnp.einsum("bld,edf->ebf", x, experts)
-
-
 # ---- Flax nnx ------------------------------------------------------------------------
 
 
@@ -441,7 +434,7 @@ MODELS: dict[str, Callable[..., Model]] = {
     "linen_dense_general": partial(linen, nn.DenseGeneral((2, 4)), SEQUENCE),
     "linen_conv_1d": partial(linen, nn.Conv(5, (3,)), SEQUENCE),
     "linen_conv_local": partial(linen, nn.ConvLocal(5, (3,)), SEQUENCE),
-    "linen_experts": partial(linen, Experts(), SEQUENCE),
+    "linen_experts": partial(Model, {"experts": array(3, 16, 8)}),
     "nnx_cnn": partial(of_nnx, NnxCNN),
     "nnx_parts": partial(of_nnx, NnxParts),
     "nnx_tied": partial(of_nnx, nnx_tied),

@@ -736,7 +736,7 @@ def _by_one_hot(table):
     return jnp.einsum("nh,nqk->hqk", table, jnp.asarray(chosen, jnp.float32))[None]
 
 
-# There are two heads: with two examples as well, a bias of the logits looks like theirs.
+# With two examples there are as many of them as heads.
 for _batch, _look_up in itertools.product((2, 3), (_by_index, _by_one_hot)):
 
     @case(
