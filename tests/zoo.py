@@ -301,6 +301,9 @@ ONE_LINE: dict[str, Callable[..., Any]] = {
     "determinant: w 8x8, b 8 -> w<b": lambda x, w, b: (
         jnp.linalg.slogdet(w)[1] - ((x @ w + b) ** 2).sum(-1) / 2
     ),
+    f"as many layers as channels: w 8x8x8, g 8 -> {each(8, 'w[#]:sio')} | g": (
+        lambda x, w, g: rms_norm(lax.scan(lambda x, w: (x @ w, None), x, w)[0], g)
+    ),
     # A kernel with its transpose has one spectrum: the first use names the outputs.
     "both ways: w 8x6 -> w": lambda x, w: x @ w @ w.T,
     "scores and their mean: memory 6x8 -> memory:oi": lambda x, memory: (
@@ -1097,6 +1100,19 @@ def learned_initial_states(x, w, h0):
     for start in h0:
         x = lax.scan(step, jnp.tile(start, (2, 1)), x)[1]
     return x
+
+
+@case(
+    "router 8x3, w 3x8x6, b 3x6, v 3x6x8, c 3x8",
+    "router w:sio<b v:sio<c",
+    [ROWS],
+)
+def experts_chosen_by_top_k(x, router, w, b, v, c):
+    gates, own = lax.top_k(jax.nn.softmax(x @ router), 2)
+    hidden = jax.nn.relu(jnp.einsum("td,tkdf->tkf", x, w[own]) + b[own])
+    return (
+        (jnp.einsum("tkf,tkfd->tkd", hidden, v[own]) + c[own]) * gates[..., None]
+    ).sum(1)
 
 
 @case(
