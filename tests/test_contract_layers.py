@@ -8,12 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from notation import DENSE, STACK
 
 import tb_optax
 from tb_optax import Layer, MatrixAxes
-
-DENSE = MatrixAxes((0,), (1,))
-STACK = MatrixAxes((1,), (2,), stacked=(0,))
 
 
 def train(params, layers):

@@ -12,15 +12,13 @@ import numpy as np
 import optax
 import pytest
 from configurations import ANALYZE, CONFIGURATIONS
+from notation import DENSE, STACK
 
 import tb_optax
-from tb_optax import Layer, MatrixAxes
+from tb_optax import Layer
 
 every_row = pytest.mark.parametrize("row", CONFIGURATIONS, ids=lambda row: row.name)
 every_interval = pytest.mark.parametrize("interval", [1, None])
-
-DENSE = MatrixAxes((0,), (1,))
-STACK = MatrixAxes((1,), (2,), stacked=(0,))
 
 
 def updated(transform, grads, params, analysis):

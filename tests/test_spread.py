@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from notation import DENSE
 
 import tb_optax
 from tb_optax import Layer, MatrixAxes, quadrature
 from tb_optax.spread import piece_starts
 
 INTERVAL = 4
-DENSE = MatrixAxes((0,), (1,))
 SHAPES = {
     "conv": (3, 3, 6, 8),
     "dense": (20, 16),

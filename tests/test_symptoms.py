@@ -13,11 +13,11 @@ import pytest
 import test_contract
 import test_contract_leaves
 import test_contract_wrappers
+from notation import DENSE
 
 import tb_optax
-from tb_optax import Layer, MatrixAxes, fit_median, layer_analysis
+from tb_optax import Layer, fit_median, layer_analysis
 
-DENSE = MatrixAxes((0,), (1,))
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "symptoms.md"
 SHOWN: list[tuple[str, str]] = []
 

@@ -1068,6 +1068,11 @@ def modulated_convolution(z, x, affine, w, b, rgb):
     return conv(jax.nn.relu(jax.vmap(one)(x, z @ affine) + b), rgb)
 
 
+@case("w 3x3x3x4, g c 4, o 4x3", "w:ppio<c,g o", [array(4), IMAGE])
+def a_gain_after_the_statistics(var, x, w, g, c, o):
+    return (conv(x, w * lax.rsqrt(var) * g) + c).mean((1, 2)) @ o
+
+
 @case("w 3x3x3x4, b 4, o 4x3", "w:ppio<b o", [array(2, dtype=jnp.bool_), IMAGE])
 def stochastic_depth(keep, x, w, b, o):
     """`cond` under `vmap` selects between a parameter and itself."""
