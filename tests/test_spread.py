@@ -88,13 +88,15 @@ def test_a_cycle_at_rest_gives_the_whole_analysis(analyze, alike):
         chex.assert_trees_all_equal(state.multipliers, start.multipliers)
 
 
-def test_each_piece_takes_the_parameters_of_its_step():
-    trajectory = [make_params(seed) for seed in range(INTERVAL + 1)]
-    states = run(trajectory)
+@pytest.mark.parametrize("interval", [1, INTERVAL])
+def test_each_piece_takes_the_parameters_of_its_step(interval):
+    """With an interval of 1 every step analyzes everything."""
+    trajectory = [make_params(seed) for seed in range(interval + 1)]
+    states = run(trajectory, interval)
     alphas = np.stack([EXACT(params).alpha for params in trajectory])
     layers = EXACT.resolve(trajectory[0]).layers
-    starts = piece_starts(layers, SHAPES, INTERVAL)
-    for piece in range(INTERVAL):
+    starts = piece_starts(layers, SHAPES, interval)
+    for piece in range(interval):
         own = slice(starts[piece], starts[piece + 1])
         seen = states[piece + 1].alpha[own]
         np.testing.assert_allclose(seen, alphas[piece + 1, own], rtol=1e-6)
@@ -151,12 +153,6 @@ def test_state_is_stable_under_scan_and_compiled_once():
     assert after.count == 9
     alphas = tb_optax.get_state(states).alpha
     assert (alphas[8] != alphas[0]).all()
-
-
-def test_interval_one_analyzes_every_step():
-    trajectory = [make_params(seed) for seed in range(3)]
-    for state, params in zip(run(trajectory, interval=1), trajectory, strict=True):
-        np.testing.assert_allclose(state.alpha, EXACT(params).alpha, rtol=1e-6)
 
 
 def test_what_cannot_be_spread_is_an_error():

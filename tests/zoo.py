@@ -302,7 +302,9 @@ ONE_LINE: dict[str, Callable[..., Any]] = {
         jnp.linalg.slogdet(w)[1] - ((x @ w + b) ** 2).sum(-1) / 2
     ),
     f"as many layers as channels: w 8x8x8, g 8 -> {each(8, 'w[#]:sio')} | g": (
-        lambda x, w, g: rms_norm(lax.scan(lambda x, w: (x @ w, None), x, w)[0], g)
+        lambda x, w, g: rms_norm(
+            lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0], g
+        )
     ),
     # A kernel with its transpose has one spectrum: the first use names the outputs.
     "both ways: w 8x6 -> w": lambda x, w: x @ w @ w.T,
@@ -1219,6 +1221,12 @@ def positions_where_nothing_is_masked(mask, x, w, g, c, pos, o):
 @case("w 8x6, v 6x8, b scale 8, o 8x3", "w v<b,scale o", [array(2, 1, 1), X])
 def layer_scale_with_stochastic_depth(keep, x, w, v, b, scale, o):
     return (x + keep * scale * (jnp.tanh(x @ w) @ v + b)) @ o
+
+
+@case("q k v o 8x8, bias 2x5x5", "q k v o | bias", [array(2, 1, 1, 5), X])
+def a_masked_bias_of_scores(mask, x, q, k, v, o, bias):
+    q, k, v = (heads(x @ own) for own in (q, k, v))
+    return attend(q, k, v, bias * mask) @ o
 
 
 # ---- Kernels that are computed, and products that are no `dot` -----------------------
