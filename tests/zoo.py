@@ -315,7 +315,7 @@ ONE_LINE: dict[str, Callable[..., Any]] = {
     "tied autoencoder: w 8x2, b 2, c 8 -> w<b,c": lambda x, w, b, c: (
         jnp.tanh(x @ w + b) @ w.T + c
     ),
-    "the same with norms: w 8x6, b g c 6, d s t 8 -> w<b,c,d,g,s,t": (
+    "tied autoencoder with norms: w 8x6, b g c 6, d s t 8 -> w<b,c,d,g,s,t": (
         lambda x, w, b, g, c, d, s, t: layer_norm(
             jnp.tanh(layer_norm(x @ w + b, g, c)) @ w.T + d, s, t
         )
