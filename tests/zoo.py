@@ -615,15 +615,6 @@ def loop_in_reverse(x, **stacks):
     return loop(x, reverse=True, **stacks)
 
 
-@case(
-    "w 2x2x8x6, b 2x2x6, v 2x2x6x8",
-    each(2, "w[#,0]:ssio<b v[#,0]:ssio w[#,1]:ssio<b v[#,1]:ssio"),
-    [ROWS],
-)
-def loop_of_loops(x, **stacks):
-    return lax.scan(lambda x, p: (loop(x, **p), None), x, stacks)[0]
-
-
 # Two axes that are joined run one after the other; reversed, from the end.
 for _name, _order, _rearrange in (
     ("joined", "0,0 0,1 0,2 1,0 1,1 1,2", lambda w: w.reshape(6, 8, 8)),
@@ -691,17 +682,6 @@ def experts(x, router, **params):
 def experts_summed_by_hand(x, router, **params):
     gates = jax.nn.softmax(x @ router)[..., None]
     return (gates * _outputs_of_experts(x, **params)).sum(1)
-
-
-@case(
-    "w 8x8, b 8, head 4x8x3, head_bias 4x3",
-    "w<b head:sio<head_bias",
-    [ROWS, array(5, dtype=jnp.int32)],
-)
-def heads_of_tasks(x, task, w, b, head, head_bias):
-    """Every example has its own task's head."""
-    y = jnp.einsum("td,tdk->tk", jnp.tanh(x @ w + b), head[task])
-    return y + head_bias[task]
 
 
 # ---- Identities and side uses do not make a clear kernel unclear ---------------------
@@ -810,16 +790,6 @@ def laplacian(x, **p):
 def gradient_penalty(x, **p):
     value, slope = jax.value_and_grad(_energy)(x, **p)
     return value + ((jnp.linalg.norm(slope, axis=-1) - 1) ** 2).mean()
-
-
-@case("a 3x3x3x4, ba 4, b 3x3x4x6, bb 6, w 6x1", "a:ppio<ba b:ppio<bb w", [IMAGE])
-def gradient_penalty_of_convolutions(x, a, ba, b, bb, w):
-    def critic(x):
-        x = jnp.tanh(conv(x, a, stride=2) + ba)
-        return (jnp.tanh(conv(x, b) + bb).mean((1, 2)) @ w).sum()
-
-    value, slope = jax.value_and_grad(critic)(x)
-    return value + (slope**2).sum()
 
 
 # ---- Norms ---------------------------------------------------------------------------
@@ -1145,26 +1115,6 @@ def embeddings_of_every_layer(tokens, embed, rows, gate, proj):
     for i in range(2):
         x = x + (jax.nn.gelu(x @ gate[i]) * own[:, :, i]) @ proj[i]
     return x
-
-
-@case(
-    "w 8x6, b 6, o 6x3",
-    "w<b o",
-    [array(2, 7, dtype=jnp.int32), X],
-)
-def gathered_in_batches(index, x, w, b, o):
-    return jax.vmap(lambda x, i: jnp.tanh((x @ w)[i] + b) @ o)(x, index)
-
-
-@case(
-    "w 3x3x3x8x8, o 8x3",
-    f"{each(3, 'w[#]:sppio')} o",
-    [array(3, 3, 3, 8, 8), array(2, 4, 4, 8)],
-)
-def pruned_scan_of_convolutions(masks, x, w, o):
-    """The stack is changed as a whole, and sliced by the loop."""
-    x = lax.scan(lambda x, w: (jax.nn.relu(conv(x, w)), None), x, w * masks)[0]
-    return x.mean((1, 2)) @ o
 
 
 @case(
