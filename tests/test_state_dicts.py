@@ -28,11 +28,7 @@ MODELS = {
     "bert": """
         embeddings.position_ids 1x16 integers
         embeddings.LayerNorm.bias,weight 8 norm
-        embeddings.position_embeddings.weight 16x8 embedding
         embeddings.token_type_embeddings.weight 2x8 embedding
-        embeddings.word_embeddings.weight 30x8 embedding
-        encoder.layer.0.attention.output.LayerNorm.weight 8 norm
-        encoder.layer.0.attention.output.dense.weight 8x8 linear .bias=8
         encoder.layer.0.attention.self.query.weight 8x8 linear .bias=8
         encoder.layer.0.intermediate.dense.weight 24x8 linear .bias=24
         pooler.dense.weight 8x8 linear .bias=8
@@ -57,9 +53,7 @@ MODELS = {
         lm_head.weight 30x8 linear
         model.embed_tokens.weight 30x8 embedding
         model.layers.0.input_layernorm.weight 8 norm
-        model.layers.0.mlp.down_proj.weight 8x24 linear
         model.layers.0.mlp.gate_proj.weight 24x8 linear
-        model.layers.0.self_attn.k_proj.weight 4x8 linear
         model.layers.0.self_attn.q_proj.weight 8x8 linear .bias=8
         model.layers.0.self_attn.rotary_emb.inv_freq 4 vector
         model.norm.weight 8 norm
