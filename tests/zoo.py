@@ -1118,6 +1118,26 @@ def embeddings_of_every_layer(tokens, embed, rows, gate, proj):
 
 
 @case(
+    "w 8x6, b 6, o 6x3",
+    "w<b o",
+    [array(2, 7, dtype=jnp.int32), X],
+)
+def gathered_in_batches(index, x, w, b, o):
+    return jax.vmap(lambda x, i: jnp.tanh((x @ w)[i] + b) @ o)(x, index)
+
+
+@case(
+    "w 3x3x3x8x8, o 8x3",
+    f"{each(3, 'w[#]:sppio')} o",
+    [array(3, 3, 3, 8, 8), array(2, 4, 4, 8)],
+)
+def pruned_scan_of_convolutions(masks, x, w, o):
+    """The stack is changed as a whole, and sliced by the loop."""
+    x = lax.scan(lambda x, w: (jax.nn.relu(conv(x, w)), None), x, w * masks)[0]
+    return x.mean((1, 2)) @ o
+
+
+@case(
     "w 3x3x3x8x6, o 6x3",
     "w:sppio o",
     [array(dtype=jnp.int32), array(3, 3, 3, 8, 6), array(2, 4, 4, 8)],
