@@ -846,6 +846,15 @@ def norm_of_whole_images(x, a, g, c, b):
 
 
 @case(
+    "w 8x8, t1 4x8, b1 8, t2 8x8, g 8, o 8x3", "w<g t1<b1 t2 o", before="w t1<b1 t2 o<g"
+)
+def constant_time_embedding(x, w, t1, b1, t2, g, o):
+    """An embedding that is computed from constants stands back behind data."""
+    t = np.linspace(0, 1, 20, dtype=np.float32).reshape(5, 4)
+    return rms_norm(x @ w + jax.nn.silu(t @ t1 + b1) @ t2, g) @ o
+
+
+@case(
     "w1 8x8, g 8, film 4x16, film_bias 16, w2 8x8",
     "w1<g film<film_bias w2",
     [X, array(2, 4)],
