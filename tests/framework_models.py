@@ -122,25 +122,6 @@ class ResNet(nn.Module):
         return nn.Dense(10, name="head")(x.mean((1, 2)))
 
 
-class PreActivation(nn.Module):
-    """A wide ResNet: every norm comes before the convolution that it feeds."""
-
-    @nn.compact
-    def __call__(self, x, train):
-        norm = partial(nn.BatchNorm, use_running_average=not train)
-        x = nn.Conv(8, (3, 3), use_bias=False, name="stem")(x)
-        for i, width in enumerate((8, 16)):
-            y = nn.relu(norm(name=f"norm{i}a")(x))
-            if x.shape[-1] != width:
-                x = nn.Conv(width, (1, 1), use_bias=False, name=f"short{i}")(y)
-            y = nn.Conv(width, (3, 3), use_bias=False, name=f"conv{i}a")(y)
-            y = nn.relu(norm(name=f"norm{i}b")(y))
-            y = nn.Dropout(0.1, deterministic=not train)(y)
-            x = x + nn.Conv(width, (3, 3), use_bias=False, name=f"conv{i}b")(y)
-        x = nn.relu(norm(name="norm")(x))
-        return nn.Dense(10, name="head")(x.mean((1, 2)))
-
-
 class ViT(nn.Module):
     """Fused qkv, a class token, positions and layer scale."""
 
@@ -237,13 +218,6 @@ class ScannedAttention(nn.Module):
         )(attention, x, None)[0]
 
 
-class Experts(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        experts = self.param("experts", nn.initializers.normal(), (3, 16, 8))
-        return jnp.einsum("bld,edf->ebf", x, experts)
-
-
 # ---- Flax nnx ------------------------------------------------------------------------
 
 
@@ -264,7 +238,7 @@ class NnxCNN(nnx.Module):
         )
 
 
-class NnxAttention(nnx.Module):
+class NnxParts(nnx.Module):
     def __init__(self, rngs):
         self.embed = nnx.Embed(11, 16, rngs=rngs)
         self.value = nnx.Linear(16, 16, rngs=rngs)
@@ -272,20 +246,14 @@ class NnxAttention(nnx.Module):
             num_heads=4, in_features=16, normalize_qk=True, use_bias=False, rngs=rngs
         )
         self.cross = nnx.MultiHeadAttention(num_heads=4, in_features=16, rngs=rngs)
-
-
-class NnxRecurrent(nnx.Module):
-    def __init__(self, rngs):
         self.gru = nnx.GRUCell(3, 6, rngs=rngs)
         self.lstm = nnx.OptimizedLSTMCell(3, 6, rngs=rngs)
 
 
-class NnxTied(nnx.Module):
+def nnx_tied(rngs):
     """The same layer under two names is one leaf."""
-
-    def __init__(self, rngs):
-        self.first = nnx.Linear(4, 4, rngs=rngs)
-        self.second = self.first
+    layer = nnx.Linear(4, 4, rngs=rngs)
+    return nnx.Dict(first=layer, second=layer)
 
 
 class NnxLoRA(nnx.Module):
@@ -448,22 +416,11 @@ def haiku_stack(x):
     return layers(lambda h: hk.Linear(16)(h))(x)
 
 
-def haiku_resnet(x, train):
-    net = hk.nets.ResNet(
-        *((1, 1, 1, 1), 10),
-        resnet_v2=False,
-        bottleneck=False,
-        channels_per_group=(8, 8, 8, 8),
-    )
-    return net(x, is_training=train)
-
-
 # ---- Tables --------------------------------------------------------------------------
 
 MODELS: dict[str, Callable[..., Model]] = {
     "linen_cnn": partial(linen, LinenCNN(), IMAGE),
     "linen_resnet": partial(linen, ResNet(), IMAGE, train=True),
-    "linen_pre_activation": partial(linen, PreActivation(), IMAGE, train=True),
     "linen_vit": partial(linen, ViT(), IMAGE),
     "linen_gpt": partial(linen, GPT(), TOKENS),
     "linen_gpt in bfloat16": partial(linen, GPT(jnp.bfloat16), TOKENS),
@@ -477,11 +434,10 @@ MODELS: dict[str, Callable[..., Model]] = {
     "linen_dense_general": partial(linen, nn.DenseGeneral((2, 4)), SEQUENCE),
     "linen_conv_1d": partial(linen, nn.Conv(5, (3,)), SEQUENCE),
     "linen_conv_local": partial(linen, nn.ConvLocal(5, (3,)), SEQUENCE),
-    "linen_experts": partial(linen, Experts(), SEQUENCE),
+    "linen_experts": partial(Model, {"experts": array(3, 16, 8)}),
     "nnx_cnn": partial(of_nnx, NnxCNN),
-    "nnx_attention": partial(of_nnx, NnxAttention),
-    "nnx_recurrent": partial(of_nnx, NnxRecurrent),
-    "nnx_tied": partial(of_nnx, NnxTied),
+    "nnx_parts": partial(of_nnx, NnxParts),
+    "nnx_tied": partial(of_nnx, nnx_tied),
     "nnx_stack": partial(of_nnx, NnxStack, SEQUENCE),
     "nnx_lora": partial(of_nnx, NnxLoRA, SEQUENCE),
     "nnx_resnet": partial(of_nnx, nnx_resnet, IMAGE, train=True),
@@ -504,11 +460,10 @@ MODELS: dict[str, Callable[..., Model]] = {
     "haiku_attention": partial(haiku, haiku_attention, TOKENS),
     "haiku_lstm": partial(haiku, partial(haiku_unroll, hk.LSTM), SEQUENCE),
     "haiku_gru": partial(haiku, partial(haiku_unroll, hk.GRU), SEQUENCE),
-    "haiku_resnet": partial(haiku, haiku_resnet, IMAGE, train=True),
     "haiku_layer_stack": partial(haiku, haiku_stack, SEQUENCE),
     "haiku_conv_1d": partial(haiku, lambda x: hk.Conv1D(4, 3)(x), SEQUENCE),
 }
-for _name in ("linen_resnet", "linen_pre_activation", "nnx_resnet", "haiku_resnet"):
+for _name in ("linen_resnet", "nnx_resnet"):
     MODELS[f"{_name} in evaluation"] = partial(MODELS[_name], train=False)
 
 

@@ -45,6 +45,8 @@ def axes(text: str) -> MatrixAxes:
     return MatrixAxes(*fields)
 
 
+DENSE, CONV, STACK = axes("io"), axes("ppio"), axes("sio")
+
 _LAYER = re.compile(
     r"(?P<path>[^\[{:<]+)(\[(?P<index>[\d,]+)\])?(\{(?P<part>\d+:\d+)\})?"
     r"(:(?P<axes>[iops]+))?(<(?P<follows>.+))?"

@@ -219,37 +219,31 @@ WITHOUT_KERNELS = {
 }
 
 
-@pytest.mark.parametrize("row", CONFIGURATIONS[:4], ids=lambda row: row.name)
-@pytest.mark.parametrize("name", ["empty", "vectors"])
-def test_a_tree_without_kernels_is_left_to_the_optimizer(row, name):
+@pytest.mark.parametrize("params", WITHOUT_KERNELS.values(), ids=WITHOUT_KERNELS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"interval": 1}, {"interval": 3}, {"interval": None}),
+        {"interval": 4, "spread": True},
+        {"interval": 4, "ramp": 2, "start": 1},
+        {"interval": 4, "smoothing": 0.5},
+    ],
+    ids=str,
+)
+def test_a_tree_without_kernels_is_left_alone(params, options):
     """With one warning, so that any model can have the transform."""
-    params = WITHOUT_KERNELS[name]
-    transform = row.transform(tb_optax.layer_analysis())
-    optimizer = row.optimizer()
-    state, inner = transform.init(params), optimizer.init(params)
-    first, grads = state, table.gradient(params)
+    transform = tb_optax.scale_by_temp_balance(**options)
+    first = state = transform.init(params)
     # A second warning would be an error.
     with pytest.warns(UserWarning, match=r"no layer to balance.*trace_layers"):
-        transform.update(grads, state, params)
+        transform.update(params, state, params)
     for update in (jax.jit(transform.update), transform.update, transform.update):
-        updates, state = update(grads, state, params)
-        expected, inner = optimizer.update(grads, inner, params)
-        table.assert_close(updates, expected)
+        updates, state = update(params, state, params)
+        table.assert_equal(updates, params)
     table.assert_same_types(state, first)
     own = tb_optax.get_state(state)
     assert [field.shape for field in own] == [(), (0,), (0,), (0,), ()]
     assert own.count == 3
-
-
-@pytest.mark.parametrize("params", WITHOUT_KERNELS.values(), ids=WITHOUT_KERNELS)
-@pytest.mark.parametrize(
-    "options", [{"spread": True}, {"ramp": 2, "start": 1}, {"smoothing": 0.5}], ids=str
-)
-def test_a_tree_without_kernels_under_every_option(params, options):
-    transform = tb_optax.scale_by_temp_balance(interval=4, **options)
-    with pytest.warns(UserWarning, match="no layer to balance"):
-        updates, _ = transform.update(params, transform.init(params), params)
-    table.assert_equal(updates, params)
 
 
 def test_named_layers_that_are_not_there_stay_an_error():
@@ -336,17 +330,11 @@ def test_under_the_checks_of_jax(check, spread):
     assert tb_optax.get_state(state).alpha[1:].tolist() == [0, 0]
 
 
+# Fits and maps see one type; the modules that test them allow no promotion at all.
 @pytest.mark.parametrize(
     "options",
     [
         {},
-        {"fit": tb_optax.fit_median(include_threshold=False), "eigenvalue_floor": 1e-5},
-        {"fit": tb_optax.fit_min_ks(), "assign": tb_optax.sqrt()},
-        {"fit": tb_optax.fit_peak(), "assign": tb_optax.step()},
-        {"fit": tb_optax.fit_peak(published_window=False), "assign": tb_optax.log2()},
-        {"assign": tb_optax.mean_one(tb_optax.sigmoid(), by_size=True)},
-        {"assign": tb_optax.nested(tb_optax.linear(), tb_optax.standard_sigmoid())},
-        {"groups": lambda layer: layer.path[:7], "metric": tb_optax.relative_alpha},
         {"windows": tb_optax.windows(rows=4)},
         {"spectrum": tb_optax.quadrature(above=4)},
     ],
@@ -424,22 +412,16 @@ def test_resumed_training_is_uninterrupted_training(row, tmp_path):
         checkpointer.wait_until_finished()
         target = jax.eval_shape(lambda: (first, row.transform().init(first)))
         restored = checkpointer.restore(tmp_path / "halfway", target)
+        _, bare = checkpointer.restore(tmp_path / "halfway")
     table.assert_equal(restored, halfway)
     assert isinstance(tb_optax.get_state(restored), tb_optax.TempBalanceState)
     params, state = restored
     table.assert_equal(table.train(row, params, state, range(2, 5)), expected)
-
-
-def test_fields_on_disk_are_those_of_the_state(tmp_path):
-    """Old checkpoints can be read only as long as these names stand."""
-    params, row = table.make_params(), CONFIGURATIONS[0]
-    _, state = ours(row).update(params, ours(row).init(params), params)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "state", state)
-        checkpointer.wait_until_finished()
-        raw = checkpointer.restore(tmp_path / "state")
-    assert set(raw) == {"count", "multipliers", "alpha", "target", "refreshed"}
-    table.assert_equal(jnp.asarray(raw["alpha"]), tb_optax.get_state(state).alpha)
+    # Without that target it restores lists and dicts; old checkpoints can be read only
+    # as long as the names in these stand.
+    with pytest.raises(ValueError, match="no TempBalanceState"):
+        tb_optax.get_state(bare)
+    assert set(bare[-1]) == {"count", "multipliers", "alpha", "target", "refreshed"}
 
 
 def test_types_are_checked_wherever_arrays_have_one(pytestconfig):

@@ -12,15 +12,13 @@ import numpy as np
 import optax
 import pytest
 from configurations import ANALYZE, CONFIGURATIONS
+from notation import DENSE, STACK
 
 import tb_optax
-from tb_optax import Layer, MatrixAxes
+from tb_optax import Layer
 
 every_row = pytest.mark.parametrize("row", CONFIGURATIONS, ids=lambda row: row.name)
 every_interval = pytest.mark.parametrize("interval", [1, None])
-
-DENSE = MatrixAxes((0,), (1,))
-STACK = MatrixAxes((1,), (2,), stacked=(0,))
 
 
 def updated(transform, grads, params, analysis):
@@ -29,47 +27,29 @@ def updated(transform, grads, params, analysis):
     return transform.update(grads, state, params)
 
 
-ODD_VECTORS = {
+ODD = {
     "none": None,
     "integer_scalar": np.int32(7),
     "integers": np.arange(8),
     "empty": np.zeros((0,), np.float32),
     "scalar": np.float32(0.5),
     "vector": np.linspace(1, 2, 5, dtype=np.float32),
-}
-ODD_KERNELS = {
-    "integers": {"kernel": np.arange(64).reshape(8, 8)},
-    "booleans": {"kernel": np.arange(64).reshape(8, 8) > 9},
-    "empty": {"kernel": np.zeros((0, 4), np.float32)},
-    "complex": {"kernel": np.full((4, 4), 1j, np.complex64)},
-    "vector": {"kernel": np.ones(8, np.float32)},
+    "kernel_of_integers": {"kernel": np.arange(64).reshape(8, 8)},
+    "kernel_of_booleans": {"kernel": np.arange(64).reshape(8, 8) > 9},
+    "empty_kernel": {"kernel": np.zeros((0, 4), np.float32)},
+    "complex_kernel": {"kernel": np.full((4, 4), 1j, np.complex64)},
+    "vector_kernel": {"kernel": np.ones(8, np.float32)},
 }
 # Leaves of a raw Equinox model.
 NO_ARRAYS = {"activation": jax.nn.relu, "name": "text", "rate": 0.5}
 
 
-@every_row
-def test_leaves_that_are_no_kernels_do_not_count(row):
-    """Each of them gets the update that it would get without us."""
-    params = table.make_params()
-    grads = table.gradient(params)
-    odd = jax.tree.map(jnp.asarray, ODD_VECTORS)
-    analysis = ANALYZE(params)
-    updates, state = updated(row.transform(), grads | odd, params | odd, analysis)
-    optimizer = row.optimizer()
-    plain, _ = optimizer.update(grads | odd, optimizer.init(params | odd), params | odd)
-    multipliers = analysis.leaf_multipliers(plain)
-    expected = jax.tree.map(lambda u, m: (u * m).astype(u.dtype), plain, multipliers)
-    table.assert_close(updates, expected)
-    assert tb_optax.get_multipliers(state).shape == (len(table.KERNELS),)
-
-
 @every_interval
 @pytest.mark.parametrize("odd", ["present", "not trained", "no arrays"])
-def test_kernels_without_a_spectrum_do_not_count(interval, odd):
+def test_leaves_without_a_spectrum_do_not_count(interval, odd):
     """Whether they have updates or, not being trained or no arrays, none."""
     params = table.make_params()
-    own = jax.tree.map(jnp.asarray, ODD_KERNELS)
+    own = jax.tree.map(jnp.asarray, ODD)
     own = NO_ARRAYS if odd == "no arrays" else own
     own_updates = own if odd == "present" else jax.tree.map(lambda _: None, own)
     transform = tb_optax.scale_by_temp_balance(ANALYZE, interval=interval)
@@ -169,6 +149,10 @@ MISFITS = {
     "index": (
         [Layer(STACKED, STACK, index=(3,))],
         r"'stack/kernel': index \(3,\) is outside",
+    ),
+    "negative index": (
+        [Layer(STACKED, STACK, index=(-1,))],
+        r"'stack/kernel': index \(-1,\) is outside",
     ),
     "part": (
         [Layer(D0, DENSE, part=(1, 4, 7))],

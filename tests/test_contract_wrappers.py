@@ -40,10 +40,6 @@ def label_modules(*labels):
     }
 
 
-def without(params, *modules):
-    return {name: leaves for name, leaves in params.items() if name not in modules}
-
-
 def traced(function):
     """The function, run step by step and also traced, with the same types.
 
@@ -161,22 +157,6 @@ def test_a_frozen_layer_costs_no_eigenproblem():
     everything_masked = dict.fromkeys(params, optax.MaskedNode())
     with pytest.raises(ValueError, match=r"no layer to balance: .* all 3 .* masked"):
         analyze(everything_masked)
-
-
-@every_row
-def test_partition_trains_a_group_as_if_alone(row):
-    params = table.make_params()
-    balanced = without(params, "BatchNorm_0", "Dense_1")
-    analysis = ANALYZE(balanced)
-    transform = optax.partition(
-        {"balanced": row.transform(), "plain": row.optimizer()},
-        label_modules("plain", "balanced", "balanced", "plain"),
-    )
-    updates, state = update_once(row, transform, params, analysis)
-    alone, alone_state = update_once(row, row.transform(), balanced, analysis)
-    plain = without(plain_updates(row), "Conv_0", "Dense_0")
-    table.assert_close(updates, alone | plain)
-    table.assert_close(tb_optax.get_state(state), tb_optax.get_state(alone_state))
 
 
 @every_row

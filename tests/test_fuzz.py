@@ -15,14 +15,12 @@ import reference
 import spectra
 from hypothesis import given
 from hypothesis import strategies as st
+from notation import CONV, DENSE, STACK
 
 import tb_optax
-from tb_optax import Layer, MatrixAxes
+from tb_optax import Layer
 from tb_optax.layers import expand_stacks
 
-DENSE = MatrixAxes((0,), (1,))
-CONV = MatrixAxes((2,), (3,), pooled=(0, 1))
-STACK = MatrixAxes((1,), (2,), stacked=(0,))
 # The tail of fewer eigenvalues is one number, which no power law fits.
 LEAST = 4
 RATE, MOMENTUM = 0.05, 0.9

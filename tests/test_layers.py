@@ -176,23 +176,6 @@ def test_stacks_expand_in_order():
     assert expand_stacks([], shapes) == ()
 
 
-@pytest.mark.parametrize(
-    ("layer", "shape", "words"),
-    [
-        (Layer("a/x", DENSE), (4, 4), ["is not in", "'a/w'"]),
-        (Layer("a/w", DENSE), (4, 4, 4), ["rank 2", "(4, 4, 4)"]),
-        (Layer("a/w", SCANNED, index=(3,)), (3, 4, 4), ["(3,)", "(3, 4, 4)"]),
-        (Layer("a/w", SCANNED, index=(-1,)), (3, 4, 4), ["(-1,)"]),
-        (Layer("a/w", DENSE, part=(1, 2, 9)), (4, 8), ["(1, 2, 9)", "(4, 8)"]),
-    ],
-)
-def test_layers_that_do_not_fit_their_kernel(layer, shape, words):
-    with pytest.raises(ValueError, match="layer 'a/") as error:
-        expand_stacks([layer], {"a/w": shape})
-    for word in [repr(layer.path), *words]:
-        assert word in str(error.value)
-
-
 # --- paths --------------------------------------------------------------------------
 
 

@@ -28,11 +28,7 @@ MODELS = {
     "bert": """
         embeddings.position_ids 1x16 integers
         embeddings.LayerNorm.bias,weight 8 norm
-        embeddings.position_embeddings.weight 16x8 embedding
         embeddings.token_type_embeddings.weight 2x8 embedding
-        embeddings.word_embeddings.weight 30x8 embedding
-        encoder.layer.0.attention.output.LayerNorm.weight 8 norm
-        encoder.layer.0.attention.output.dense.weight 8x8 linear .bias=8
         encoder.layer.0.attention.self.query.weight 8x8 linear .bias=8
         encoder.layer.0.intermediate.dense.weight 24x8 linear .bias=24
         pooler.dense.weight 8x8 linear .bias=8
@@ -49,11 +45,6 @@ MODELS = {
         wpe.weight 16x8 embedding
         wte.weight 30x8 embedding
     """,
-    "the names of gpt2 with linear layers": """
-        transformer.h.0.attn.c_attn.weight 24x8 linear .bias=24
-        transformer.h.0.attn.c_proj.weight 8x8 linear .bias=8
-        transformer.h.0.mlp.c_proj.weight 8x32 linear
-    """,
     "ctrl": """
         h.0.multi_head_attention.Wq.weight 8x8 linear .bias=8
         w.weight 30x8 asks
@@ -62,16 +53,10 @@ MODELS = {
         lm_head.weight 30x8 linear
         model.embed_tokens.weight 30x8 embedding
         model.layers.0.input_layernorm.weight 8 norm
-        model.layers.0.mlp.down_proj.weight 8x24 linear
         model.layers.0.mlp.gate_proj.weight 24x8 linear
-        model.layers.0.self_attn.k_proj.weight 4x8 linear
         model.layers.0.self_attn.q_proj.weight 8x8 linear .bias=8
         model.layers.0.self_attn.rotary_emb.inv_freq 4 vector
         model.norm.weight 8 norm
-    """,
-    "mixtral": """
-        model.layers.0.block_sparse_moe.experts.0.w1.weight 24x8 linear
-        model.layers.0.block_sparse_moe.gate.weight 4x8 linear
     """,
     "gpt_neox": """
         embed_out.weight 30x8 linear
@@ -148,10 +133,6 @@ MODELS = {
         vision_model.embeddings.patch_embedding.weight 8x3x4x4 conv2d
         vision_model.pre_layrnorm.weight 8 norm
     """,
-    "whisper": """
-        model.encoder.conv1.weight 8x4x3 conv1d .bias=8
-        model.encoder.embed_positions.weight 16x8 embedding
-    """,
     "mamba": """
         backbone.embeddings.weight 30x8 embedding
         backbone.layers.0.mixer.A_log 16x4 asks
@@ -173,11 +154,6 @@ MODELS = {
         0.weight 30x8 asks
         1.bias 5 bias
         1.weight 8x4 asks
-    """,
-    "flat names of flax": """
-        params.Conv_0.kernel 3x3x4x6 hwio .bias=6
-        params.Dense_0.kernel 8x4 (in,out)
-        params.LayerNorm_0.scale 4 norm
     """,
 }
 

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 from notation import array, arrays, each, layers
-from zoo import layer_norm
 
 import tb_optax
 from tb_optax import Layer, trace_layers
@@ -29,51 +29,32 @@ X = array(2, 4, 4)
 # are equal on purpose, since nothing may depend on them.
 
 
-def attention(x, q, k, v, o, table):
-    weights = jax.nn.softmax(x @ q @ (x @ k).swapaxes(1, 2) + table)
-    return x + weights @ (x @ v) @ o
-
-
-def heads(x, w, b, o):
-    y = jnp.einsum("btd,dhk->bthk", x, w) + b
-    return jnp.einsum("bthk,hkd->btd", jax.nn.relu(y), o)
-
-
-def scanned(x, **stacks):
-    def body(x, p):
-        return jnp.tanh(x @ p["w"] + p["b"]), None
-
-    return lax.scan(body, x, stacks)[0]
-
-
 def experts(x, w, b, v, c):
     y = jnp.einsum("btd,edf->betf", x, w) + b[:, None]
     y = jnp.einsum("betf,efd->betd", jax.nn.relu(y), v) + c[:, None]
     return y.mean(1)
 
 
-def block_diagonal(x, w, b, blocks, c):
-    y = (x @ w + b).reshape(2, 4, 2, 2)
-    return (jnp.einsum("btgd,gde->btge", y, blocks) + c).reshape(2, 4, 4)
-
-
-def with_side_uses(x, v, b):
-    jax.debug.callback(print, v)
-    own = v / jnp.linalg.norm(lax.stop_gradient(v))
-    return x @ own + b + 0 * (v @ v.T).sum()
-
-
+BIASES = ("b", "b1", "bu", "bv", "c")
 BLOCKS = {
     "w 4x4, b 4 -> w<b": lambda x, w, b: jnp.tanh(x @ w + b),
     "w 4x4 -> w:oi": lambda x, w: x + jax.nn.gelu(x @ w.T),
-    "w 4x2x2, b 2x2, o 2x2x4 -> w:ioo<b o:iio": heads,
-    "q k v o table 4x4 -> q k v o": attention,
-    "g c 4 -> ": lambda x, g, c: layer_norm(x, g, c),
+    "w 4x2x2, b 2x2, o 2x2x4 -> w:ioo<b o:iio": lambda x, w, b, o: jnp.einsum(
+        "bthk,hkd->btd", jax.nn.relu(jnp.einsum("btd,dhk->bthk", x, w) + b), o
+    ),
+    "q k v o bias 4x4 -> q k v o": lambda x, **p: x + zoo.attention(x, **p),
+    "g c 4 -> ": lambda x, g, c: zoo.layer_norm(x, g, c),
     "positions 4x4 -> ": lambda x, positions: x + positions,
-    f"w 2x4x4, b 2x4 -> {each(2, 'w[#]:sio<b')}": scanned,
+    f"w v 2x4x4, b 2x4 -> {each(2, 'w[#]:sio<b v[#]:sio')}": zoo.loop,
     "w 3x4x4, b 3x4, v 3x4x4, c 3x4 -> w:sio<b v:sio<c": experts,
-    "w 4x4, b 4, blocks 2x2x2, c 2x2 -> w<b blocks:sio<c": block_diagonal,
-    "v 4x4, b 4 -> v<b": with_side_uses,
+    "w1 w2 4x4, b1 4, u v 2x2x2, bu bv 2x2 -> w1<b1 u:sio<bu v:sio<bv w2": (
+        zoo.block_diagonal
+    ),
+    "v 4x4, b 4 -> v<b": lambda x, v, b: (
+        x @ zoo.ONE_KERNEL["printed"](v / jnp.linalg.norm(lax.stop_gradient(v)))
+        + b
+        + 0 * (v @ v.T).sum()
+    ),
     "table 8x4 -> ": lambda x, table: x + table[np.arange(4) % 3],
 }
 
@@ -113,7 +94,7 @@ def test_drawn_programs_have_the_lists_they_were_drawn_with(norms, names):
     for one, other in zip(found, expected, strict=True):
         assert one.axes == other.axes, one.name
         module = one.path.split("/")[0]
-        own = {f"{module}/{name}" for name in "bc"} & set(one.follows)
+        own = {f"{module}/{name}" for name in BIASES} & set(one.follows)
         assert own == set(other.follows), one.name
 
 

@@ -25,21 +25,6 @@ for _i in range(8):
     for _path in ("conv1", "conv2", "shortcut/conv1")[: 3 if _i in (2, 4, 6) else 2]:
         _path = f"blocks/{_i}/{_path}"
         _NNX_RESNET += f"{_path}/kernel:ppio<{_path.replace('conv', 'bn')}/ "
-_HAIKU_RESNET = "".join(
-    f"res_net/~/{conv}/w:ppio<res_net/~/{norm}/offset,res_net/~/{norm}/scale "
-    for conv, norm in [
-        ("initial_conv", "initial_batchnorm"),
-        *(
-            [f"block_group_{group}/~/block_0/~/{name}" for name in names]
-            for group in range(4)
-            for names in (
-                ("shortcut_conv", "shortcut_batchnorm"),
-                ("conv_0", "batchnorm_0"),
-                ("conv_1", "batchnorm_1"),
-            )
-        ),
-    ]
-)
 _SCANNED_BLOCK = (
     "blocks/up/kernel[#]:sio<.bias,blocks/norm/ blocks/down/kernel[#]:sio<.bias"
 )
@@ -53,16 +38,6 @@ TRACED = {
     "linen_resnet after": _RESNET,
     # In evaluation too, where norms are only affine.
     "linen_resnet none": re.sub(r"<\S*bn\d?/", "", _RESNET),
-    "linen_pre_activation after": (
-        "stem/kernel:ppio<norm0a/ conv0a/kernel:ppio<norm0b/ "
-        "conv0b/kernel:ppio<norm1a/ short1/kernel:ppio conv1a/kernel:ppio<norm1b/ "
-        "conv1b/kernel:ppio<norm/ head/kernel<.bias"
-    ),
-    "linen_pre_activation before": (
-        "stem/kernel:ppio conv0a/kernel:ppio<norm0a/ conv0b/kernel:ppio<norm0b/ "
-        "short1/kernel:ppio<norm1a/ conv1a/kernel:ppio conv1b/kernel:ppio<norm1b/ "
-        "head/kernel<.bias,norm/"
-    ),
     "linen_vit after": (
         "patches/kernel:ppio<.bias,norm1/ qkv/kernel<.bias "
         "out/kernel<.bias,scale,norm/ head/kernel<.bias"
@@ -105,7 +80,13 @@ TRACED = {
         "layers/2/weight:oi"
     ),
     "equinox_spectral_norm after": "layer/weight:oi<.bias",
-    "haiku_resnet after": f"{_HAIKU_RESNET} res_net/~/logits/w<.b",
+    "haiku_cnn after": (
+        "conv2_d/w:ppio<.b,batch_norm/offset,batch_norm/scale "
+        "conv2_d_1/w:ppio<group_norm/offset,group_norm/scale "
+        "depthwise_conv2_d/w:ppio<.b "
+        "conv2_d_transpose/w:ppoi<.b,layer_norm/offset,layer_norm/scale "
+        "mlp/~/linear_0/w<.b mlp/~/linear_1/w<.b"
+    ),
 }
 
 

@@ -43,113 +43,77 @@ def unrolled(params, x):
     return x @ params["head"]
 
 
-def side_by_side(params, x):
-    """Experts on one input, the mean of their outputs."""
-    hidden = jnp.einsum("td,edf->tef", x @ params["stem"], params["blocks"]["first"])
-    hidden = jnp.tanh(hidden + params["blocks"]["bias"])
-    out = jnp.einsum("tef,efd->ted", hidden, params["blocks"]["second"])
-    return out.mean(1) @ params["head"]
-
-
-def apart(params, x):
-    x = x @ params["stem"]
-    hidden = [jnp.tanh(x @ p["first"] + p["bias"]) for p in params["blocks"]]
-    outs = [h @ p["second"] for h, p in zip(hidden, params["blocks"], strict=True)]
-    return sum(outs) / DEPTH @ params["head"]
-
-
-def make_blocks(norms):
+def blocks():
+    """Parameters of each block, with spectra of different tails."""
     rng = np.random.default_rng(0)
-    blocks = []
+    found = []
     for i in range(DEPTH):
         members: dict[str, Any] = {
             "first": table.random_kernel(10 + i, (8, 6), 0.5 * i),
             "bias": rng.normal(size=6),
             "second": table.random_kernel(20 + i, (6, 8), 1 - 0.3 * i),
+            "norm": (rng.normal(size=6), rng.normal(size=6)),
         }
-        if norms:
-            members["norm"] = (rng.normal(size=6), rng.normal(size=6))
-        blocks.append(
-            jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), members)
-        )
-    return blocks
+        found.append(jax.tree.map(jnp.float32, members))
+    return found
 
 
 def with_ends(blocks):
-    ends = {
-        "stem": table.random_kernel(1, (8, 8)),
-        "head": table.random_kernel(2, (8, 5)),
-    }
-    return {k: jnp.asarray(v, jnp.float32) for k, v in ends.items()} | {
-        "blocks": blocks
-    }
+    ends = {"stem": (8, 8), "head": (8, 5)}
+    made = {name: table.random_kernel(1, shape) for name, shape in ends.items()}
+    return {**jax.tree.map(jnp.float32, made), "blocks": blocks}
 
 
 def stack(blocks):
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
 
 
-def train(forward, params, norms, steps=4):
-    """Steps of training on a loss that uses every parameter."""
+def analysis_of(forward, params, norms="after"):
+    """An analysis of all layers but the first and the last one."""
     layers = tb_optax.trace_layers(forward, params, X, norms=norms)[1:-1]
-    analyze = tb_optax.layer_analysis(layers, min_eigenvalues=4)
-    transform = tb_optax.temp_balance(
-        optax.sgd(0.05, momentum=0.9), analyze, interval=2
-    )
-    state = transform.init(params)
-    step = table.make_step(transform)
-    for _ in range(steps):
-        params, state = step(params, state)
-    return layers, params, tb_optax.get_state(state), analyze
+    return layers, tb_optax.layer_analysis(layers, min_eigenvalues=4)
 
 
-@pytest.mark.parametrize("norms", ["after", "before"])
-def test_a_scanned_model_trains_as_the_unrolled_one(norms):
-    blocks = make_blocks(norms=True)
-    layers, params, state, analyze = train(scanned, with_ends(stack(blocks)), norms)
-    _, others, other_state, _ = train(unrolled, with_ends(blocks), norms)
+def test_a_scanned_model_trains_as_the_unrolled_one():
+    """On a loss that uses every parameter."""
+    trained = []
+    for forward, params in (
+        (scanned, with_ends(stack(blocks()))),
+        (unrolled, with_ends(blocks())),
+    ):
+        layers, analyze = analysis_of(forward, params)
+        sgd = optax.sgd(0.05, momentum=0.9)
+        transform = tb_optax.temp_balance(sgd, analyze, interval=2)
+        state, step = transform.init(params), table.make_step(transform)
+        for _ in range(4):
+            params, state = step(params, state)
+        trained.append((layers, params, tb_optax.get_state(state)))
+    (layers, params, state), (_, others, other_state) = trained
     assert [layer.name for layer in layers] == [
         f"blocks/{name}[{i}]" for i in range(DEPTH) for name in ("first", "second")
     ]
     assert len(set(state.multipliers.tolist())) == 2 * DEPTH
     table.assert_close(state, other_state)
-    table.assert_close(params["blocks"], stack(others["blocks"]))
-    # The first and the last layer are left out in both.
-    for name in ("stem", "head"):
-        table.assert_close(params[name], others[name])
-    multipliers = analyze(params).leaf_multipliers(params)
-    assert multipliers["blocks"]["first"].shape == (DEPTH, 1, 1)
-    assert multipliers["blocks"]["norm"][0].shape == (DEPTH, 1)
+    table.assert_close(params, {**others, "blocks": stack(others["blocks"])})
 
 
-def test_norms_that_follow_nothing_keep_one_multiplier():
-    params = with_ends(stack(make_blocks(norms=True)))
-    layers = tb_optax.trace_layers(scanned, params, X, norms="none")
-    analyze = tb_optax.layer_analysis(layers, min_eigenvalues=4)
-    multipliers = jax.eval_shape(lambda p: analyze(p).leaf_multipliers(p), params)
-    assert multipliers["blocks"]["bias"].shape == (DEPTH, 1)
-    assert multipliers["blocks"]["norm"][0].shape == ()
-
-
-def test_experts_train_as_separate_layers():
-    blocks = make_blocks(norms=False)
-    layers, params, state, _ = train(side_by_side, with_ends(stack(blocks)), "after")
-    _, others, other_state, _ = train(apart, with_ends(blocks), "after")
-    assert [layer.name for layer in layers] == ["blocks/first", "blocks/second"]
-    table.assert_close(params["blocks"], stack(others["blocks"]))
-    np.testing.assert_allclose(
-        np.sort(state.multipliers), np.sort(other_state.multipliers), rtol=1e-5
-    )
+@pytest.mark.parametrize(("norms", "shape"), [("after", (DEPTH, 1)), ("none", ())])
+def test_norms_that_follow_nothing_keep_one_multiplier(norms, shape):
+    params = with_ends(stack(blocks()))
+    _, analyze = analysis_of(scanned, params, norms)
+    found = jax.eval_shape(lambda p: analyze(p).leaf_multipliers(p), params)["blocks"]
+    assert found["first"].shape == (DEPTH, 1, 1)
+    assert found["bias"].shape == (DEPTH, 1)
+    assert found["norm"][0].shape == shape
 
 
 def test_every_slice_has_a_row_in_the_description():
-    params = with_ends(stack(make_blocks(norms=True)))
+    params = with_ends(stack(blocks()))
     layers = tb_optax.trace_layers(scanned, params, X)
     rows = {row["leaf"]: row for row in tb_optax.describe(params, layers)}
     first = "blocks/first[0], blocks/first[1], blocks/first[2]"
-    assert rows["blocks/first"]["layer"] == first
-    assert rows["blocks/bias"]["layer"] == first
-    assert rows["blocks/norm/0"]["layer"] == first
+    for name in ("first", "bias", "norm/0"):
+        assert rows[f"blocks/{name}"]["layer"] == first
     assert rows["blocks/norm/0"]["note"] == "follows"
     assert rows["head"]["layer"] == "head"
 

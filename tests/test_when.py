@@ -144,16 +144,11 @@ def test_all_numbers_may_be_traced():
     )
     injected: Any = make(ANALYZE, interval=3, **OPTIONS)
     update: Any = jax.jit(injected.update)
-    state: Any
-    state, plain_state = (
-        injected.init(PATH[0]),
-        compiled(interval=3, **OPTIONS)[0](PATH[0]),
-    )
+    init, plain = compiled(interval=3, **OPTIONS)
+    state, plain_state = injected.init(PATH[0]), init(PATH[0])
     for params in PATH:
         updates, state = update(params, state, params)
-        expected, plain_state = compiled(interval=3, **OPTIONS)[1](
-            params, plain_state, params
-        )
+        expected, plain_state = plain(params, plain_state, params)
         table.assert_close(updates, expected)
     table.assert_close(state.inner_state, plain_state)
 
@@ -177,8 +172,9 @@ def test_multi_steps_count_updates_of_the_optimizer():
     np.testing.assert_allclose(found, ramps(range(4), 2, 4)[-1], rtol=1e-5)
 
 
-def test_resumed_in_the_middle_of_a_ramp(tmp_path):
-    options = {"interval": 3, "stop": 6, "ramp": 5}
+@pytest.mark.parametrize("options", [{"stop": 6, "ramp": 5}, {"spread": True}])
+def test_resumed_in_the_middle_of_a_ramp_or_of_a_cycle(options, tmp_path):
+    options = {"interval": 3, **options}
     whole = states_of(**options)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", whole[4])

@@ -11,6 +11,8 @@ of the list.
 import dataclasses
 import fnmatch
 import functools
+import inspect
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from notation import array, arrays, axes, each, layers
+from notation import array, arrays, axes, each, in_any_order, layers
 
 from tb_optax import Layer, MatrixAxes
 from tb_optax.leaves import leaves_of
@@ -57,7 +59,6 @@ X = array(2, 5, 8)
 ROWS = array(5, 8)
 IMAGE = array(2, 8, 8, 3)
 TOKENS = array(2, 5, dtype=jnp.int32)
-KEY = jax.eval_shape(lambda: jax.random.key(0))
 
 
 def case(
@@ -81,49 +82,44 @@ def case(
     """
     params = arrays(params)
     leaves = leaves_of(params)
-
-    def enter(
-        program: Callable[..., Any],
-        found: tuple[Layer, ...] | None,
-        options: Mapping[str, Any],
-        named: str = "",
-    ) -> None:
-        own = name or program.__name__
-        for option, value in options.items():
-            own += f" {option}={sorted(value) if isinstance(value, dict) else value}"
-        assert own not in CASES, own
-        CASES[own] = Case(
-            lambda params, *inputs: program(*inputs, **params),
-            *(params, inputs, options, found, frozenset(free.split())),
-            *(tuple(named.split()), says),
-        )
+    own, _, none = verdict.partition("|")
+    found = layers(own) if verdict else None
+    for path in named.split():
+        assert sum(size > 1 for size in leaves[path].shape) > 1, "needs no reading"
+    assert found is not None or named
+    if found is not None:
+        # The table itself is complete: it leaves nothing unsaid.
+        placed = {path for one in found for path in (one.path, *one.follows)}
+        assert leaves.keys() == {*placed, *none.split(), *free.split()}
 
     def enter_all(program: Callable[..., Any]) -> Callable[..., Any]:
-        own, _, none = verdict.partition("|")
-        found = layers(own) if verdict else None
-        for path in named.split():
-            assert sum(size > 1 for size in leaves[path].shape) > 1, "needs no reading"
-        assert found is not None or named
-        if found is not None:
-            # The table itself is complete: it leaves nothing unsaid.
-            placed = {path for one in found for path in (one.path, *one.follows)}
-            assert leaves.keys() == {*placed, *none.split(), *free.split()}
-        enter(program, found, options, named)
+        def enter(found: Any, named: str = "", **options: Any) -> None:
+            own = name or program.__name__
+            for option, value in options.items():
+                own += (
+                    f" {option}={sorted(value) if isinstance(value, dict) else value}"
+                )
+            assert own not in CASES, own
+            CASES[own] = Case(
+                lambda params, *inputs: program(*inputs, **params),
+                *(params, inputs, options, found, frozenset(free.split())),
+                *(tuple(named.split()), says),
+            )
+
+        enter(found, named, **options)
         for texts in given:
             read = {
-                k: None if text is None else axes(text) for k, text in texts.items()
+                key: None if text is None else axes(text) for key, text in texts.items()
             }
             out = {path for path in leaves if _matches(read, path)}
             kept = [
-                dataclasses.replace(
-                    one, follows=tuple(path for path in one.follows if path not in out)
-                )
+                dataclasses.replace(one, follows=tuple(set(one.follows) - out))
                 for one in found or ()
                 if one.path not in out
             ]
-            enter(program, tuple(kept), {**options, "axes": read})
+            enter(in_any_order(kept), axes=read, **options)
         if before:
-            enter(program, layers(before), {**options, "norms": "before"})
+            enter(layers(before), **options, norms="before")
         return program
 
     return enter_all
@@ -195,6 +191,14 @@ def _clipped(w):
 _clipped.defjvp(lambda primals, tangents: (_clipped(*primals), tangents[0]))
 
 
+@jax.custom_vjp
+def _rounded(w):
+    return jnp.round(w)
+
+
+_rounded.defvjp(lambda w: (jnp.round(w), None), lambda _, g: (g,))
+
+
 def _power_iteration(w):
     s, v = lax.stop_gradient(w), jnp.ones(8)
     for _ in range(2):
@@ -235,6 +239,8 @@ ONE_KERNEL: dict[str, Callable[[Any], Any]] = {
     "printed": _printed,
     "reduced precision": lambda w: lax.reduce_precision(w, 8, 7),
     "own tangent": _clipped,
+    "own cotangent": _rounded,
+    "named": lambda w: checkpoint_name(w, "w"),
 }
 
 
@@ -252,7 +258,13 @@ for _name, _compute in ONE_KERNEL.items():
 
 # ---- Programs of one line ------------------------------------------------------------
 
-# Name, parameters, and verdict.
+GRAPH = (np.arange(25).reshape(5, 5) % 3 == 0).astype(np.float32)
+FEATURES = np.linspace(-1, 1, 40, dtype=np.float32).reshape(5, 8)
+INPUTS = {"image": IMAGE, "maps": array(2, 8, 8, 8), "tokens": TOKENS, "x": ROWS}
+
+# Name, parameters, and verdict, with ! before what an error may name instead; and the
+# verdict for norms="before" where it is another.  Arguments that are no parameters are
+# inputs.
 ONE_LINE: dict[str, Callable[..., Any]] = {
     "on the left: w 6x8 -> w:oi": lambda x, w: w @ x.T,
     "joined from parts: w 8x6 -> w": lambda x, w: jnp.einsum(
@@ -289,6 +301,11 @@ ONE_LINE: dict[str, Callable[..., Any]] = {
     "determinant: w 8x8, b 8 -> w<b": lambda x, w, b: (
         jnp.linalg.slogdet(w)[1] - ((x @ w + b) ** 2).sum(-1) / 2
     ),
+    f"as many layers as channels: w 8x8x8, g 8 -> {each(8, 'w[#]:sio')} | g": (
+        lambda x, w, g: rms_norm(
+            lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0], g
+        )
+    ),
     # A kernel with its transpose has one spectrum: the first use names the outputs.
     "both ways: w 8x6 -> w": lambda x, w: x @ w @ w.T,
     "scores and their mean: memory 6x8 -> memory:oi": lambda x, memory: (
@@ -297,6 +314,11 @@ ONE_LINE: dict[str, Callable[..., Any]] = {
     # The second bias is added to the output of a product of w too, the transposed one.
     "tied autoencoder: w 8x2, b 2, c 8 -> w<b,c": lambda x, w, b, c: (
         jnp.tanh(x @ w + b) @ w.T + c
+    ),
+    "tied autoencoder with norms: w 8x6, b g c 6, d s t 8 -> w<b,c,d,g,s,t": (
+        lambda x, w, b, g, c, d, s, t: layer_norm(
+            jnp.tanh(layer_norm(x @ w + b, g, c)) @ w.T + d, s, t
+        )
     ),
     # LoRA: what a kernel is computed from follows it; products of their own do not.
     "added factors: w 8x6, a 8x2, b 2x6 -> w<a,b": lambda x, w, a, b: x @ (w + a @ b),
@@ -324,10 +346,97 @@ ONE_LINE: dict[str, Callable[..., Any]] = {
     "constant noise: w 8x6, b 6 -> w<b": lambda x, w, b: (
         x @ (w + jax.random.uniform(jax.random.key(0), (8, 6)) / 256) + b
     ),
+    "diagonal added: w 8x8, d b 8 -> w<b,d": lambda x, w, d, b: (
+        x @ (w + jnp.diag(d)) + b
+    ),
+    "a gain where a kernel is positive: w 8x6, g b 6 -> w<b,g": lambda x, w, g, b: (
+        x @ jnp.where(w > 0, g * w, w) + b
+    ),
+    "one map per head, summed over heads: w 8x8, out 2x4x6 -> w out:iio": (
+        lambda x, w, out: jnp.einsum("shd,hde->se", heads(x @ w), out)
+    ),
+    "blocks with a flat bias: w 2x4x3, b 2x3 -> w:sio<b": lambda x, w, b: (
+        jnp.einsum("thi,hio->tho", heads(x), w).reshape(5, 6) + b.reshape(-1)
+    ),
+    "bytes of the data: w 8x6, b 6 -> w<b": lambda x, w, b: (
+        lax.bitcast_convert_type(x, jnp.uint8).astype(jnp.float32).mean(-1) @ w + b
+    ),
+    "rows of a codebook: e 8x16, codebook 16x4x4x3 -> e | codebook": (
+        lambda x, e, codebook: codebook[(x @ e).argmax(-1)]
+    ),
+    # Sums of places are no differences: a Fourier transform of constants is data.
+    "cosine features: w 8x8, c 5x8 -> w c": lambda x, w, c: (
+        x @ w + jnp.cos(jnp.arange(5.0)[:, None] * jnp.arange(5.0)) @ c
+    ),
+    "a picture by its coordinates: w 2x16, b 16, v 16x3 -> w<b v": (
+        lambda w, b, v: jnp.sin(jnp.stack([jnp.arange(5.0)] * 2, -1) @ w + b) @ v
+    ),
+    "gradient of the parameters: w 8x6, v 6x3 -> w v": lambda x, **params: jax.grad(
+        lambda p: jnp.sum((jnp.tanh(x @ p["w"]) @ p["v"]) ** 2)
+    )(params),
+    # A kernel that is computed from data is data.
+    "hypernetwork of data: h 8x48, hb 48 -> h<hb": lambda x, h, hb: jnp.einsum(
+        "td,tdf->tf", x, (x @ h + hb).reshape(5, 8, 6)
+    ),
+    "norm first: a 8x8, g c 8 -> a | g c -> a<c,g": lambda x, a, g, c: (
+        layer_norm(x, g, c) @ a
+    ),
+    "norm of two axes: w 8x8, g c 5x8, o 8x3 -> w<c,g o -> w o<c,g": (
+        lambda x, w, g, c, o: layer_norm(x @ w, g, c, (0, 1)) @ o
+    ),
+    "norm of the transpose: w 8x8, g c 8x5, o 8x3 -> w<c,g o -> w o<c,g": (
+        lambda x, w, g, c, o: layer_norm((x @ w).T, g, c, (0, 1)).T @ o
+    ),
+    "norm between layers: a b 8x8, bias g c 8 -> a<bias,c,g b -> a<bias b<c,g": (
+        lambda x, a, bias, g, c, b: jnp.tanh(layer_norm(x @ a + bias, g, c)) @ b
+    ),
+    "shared norm: a b 8x8, g c 8 -> a b | g c -> a b": lambda x, a, b, g, c: layer_norm(
+        layer_norm(x @ a, g, c) @ b, g, c
+    ),
+    "transposed convolution: w 3x3x8x6 -> w:ppio": lambda maps, w: lax.conv_transpose(
+        maps, w, (2, 2), "SAME"
+    ),
+    "resized positions: patch 3x8, rows 1x4x4x8 -> patch | rows": (
+        lambda image, patch, rows: (
+            image @ patch + jax.image.resize(rows, (1, 8, 8, 8), "bilinear")
+        )
+    ),
+    "rows that enter a kernel: table 11x2x4, w 4x6, b 6 -> w<b | table": (
+        lambda tokens, table, w, b: table[tokens] @ w + b
+    ),
+    "one-hot tokens: embed 11x8, w 8x3 -> w | embed": lambda tokens, embed, w: (
+        jax.nn.one_hot(tokens, 11) @ embed @ w
+    ),
+    # Data that is closed over: constants hold no parameter, so they are data.
+    "a network on its one graph: w 8x16, v 16x3 -> w v": lambda w, v: (
+        GRAPH @ jnp.tanh(GRAPH @ FEATURES @ w) @ v
+    ),
+    "a generator of noise: g 8x8, c 8, h w 8x8 -> g<c h w": lambda x, g, c, h, w: (
+        jnp.tanh(jax.random.normal(jax.random.key(0), (8,)) @ g + c) @ h * (x @ w)
+    ),
+    "constant coordinates: c 2x16, d 16x8, w 8x8 -> w c d": lambda x, c, d, w: (
+        x @ w + jnp.tanh(np.ones((5, 2), np.float32) @ c) @ d
+    ),
+    # The look-up of a label with the one-hot matrix computed in the program, whose
+    # entries are not in sight.  An error is lawful, a layer is not.
+    "computed one-hot: table 4x8, w 8x8 -> w | table ! table": lambda x, table, w: (
+        x @ w + jax.nn.one_hot(jnp.arange(5) % 4, 4) @ table
+    ),
+    # Scaled entry by entry: no matrix, and behind no layer.
+    "masked inputs: mask 5x8, w 8x6, b 6 -> w<b | mask ! mask": (
+        lambda x, mask, w, b: (x * jax.nn.sigmoid(mask)) @ w + b
+    ),
+    "only returned: w 8x6, b 6, v 8x6 -> ! v": lambda x, w, b, v: (
+        x @ w + b,
+        (v**2).sum(),
+    ),
 }
-for _name, _forward in ONE_LINE.items():
-    _name, _params, _verdict = re.split(": | -> ", _name)
-    case(_params, _verdict, [ROWS], name=_name)(_forward)
+for _text, _forward in ONE_LINE.items():
+    _name, _params, _verdict, *_before = re.split(": | -> ", _text)
+    _found, _, _named = _verdict.partition("!")
+    _inputs = [INPUTS[k] for k in inspect.signature(_forward).parameters if k in INPUTS]
+    _options = {"name": _name, "named": _named, "before": "".join(_before)}
+    case(_params, _found.strip(), _inputs, **_options)(_forward)
 
 
 # ---- Convolutions --------------------------------------------------------------------
@@ -347,11 +456,6 @@ for _sizes, _axes, _how in (
         [array(2, 8, 8, 8)],
         name=f"convolution with a kernel of {_sizes}",
     )(functools.partial(conv, **_how))
-
-
-@case("w 3x3x8x6", "w:ppio", [array(2, 7, 7, 8)])
-def transposed_convolution(x, w):
-    return lax.conv_transpose(x, w, (2, 2), "SAME")
 
 
 # vmap folds the first layer of an ensemble into one with more outputs.
@@ -383,21 +487,6 @@ def graph_attention(x, w, a, o):
 
 
 @case(
-    "w 8x8, a 1x2x8, o 8x3, bias 8",
-    "w<bias o | a",
-    [ROWS, array(7, 2, dtype=jnp.int32)],
-)
-def graph_attention_by_edges(x, edges, w, a, o, bias):
-    """The published form: concatenated ends of each edge, a sum of products."""
-    h = heads(x @ w + bias)
-    ends = jnp.concatenate([h[edges[:, 0]], h[edges[:, 1]]], axis=-1)
-    scores = jnp.exp(jax.nn.leaky_relu((ends * a).sum(-1)))
-    total = jax.ops.segment_sum(scores, edges[:, 1], 5)
-    messages = h[edges[:, 0]] * (scores / total[edges[:, 1]])[..., None]
-    return joined(jax.ops.segment_sum(messages, edges[:, 1], 5)) @ o
-
-
-@case(
     "w1 8x8, b1 8, u 2x4x6, bu 2x6, v 2x6x4, bv 2x4, w2 8x3",
     "w1<b1 u:sio<bu v:sio<bv w2",
 )
@@ -406,12 +495,6 @@ def block_diagonal(x, w1, b1, u, bu, v, bv, w2):
     h = heads(jax.nn.gelu(x @ w1 + b1))
     h = jax.nn.relu(jnp.einsum("bsgd,gde->bsge", h, u) + bu)
     return joined(jnp.einsum("bsgd,gde->bsge", h, v) + bv) @ w2
-
-
-@case("w1 8x8, out 2x4x6", "w1 out:iio")
-def head_maps(x, w1, out):
-    """One map per head, summed over the heads: inputs are heads and dimensions."""
-    return jnp.einsum("bshd,hde->bse", heads(x @ w1), out)
 
 
 @case(
@@ -430,19 +513,6 @@ def griffin(x, wx, bx, kernel, bc, a_param, gate, bg, wo):
 
     states = lax.associative_scan(combine, (a, h * jnp.sqrt(1 - a**2)), axis=1)[1]
     return (states * jax.nn.gelu(x)) @ wo
-
-
-# Both vectors are added to the queries, one for each of two products.
-@case("wq wk wv wr wo 8x8, u v 2x4", "wq<u,v wk wv wr wo")
-def transformer_xl(x, wq, wk, wv, wr, wo, u, v):
-    """Relative positions: a kernel on constant sinusoids, and two biases per head."""
-    q, k = heads(x @ wq), heads(x @ wk)
-    values = heads(x @ wv)
-    angles = np.arange(5.0)[:, None] / 10 ** np.arange(4.0)
-    waves = np.concatenate([np.sin(angles), np.cos(angles)], -1).astype(np.float32)
-    r = heads(jnp.asarray(waves) @ wr)
-    bias = jnp.einsum("bqhd,khd->bhqk", q + v, r)
-    return attend(q + u, k, values, bias) @ wo
 
 
 # The norm of the queries feeds a product of data with data, no layer: it stays with the
@@ -521,80 +591,10 @@ def detr_decoder(memory, queries, sq, bq, sk, sv, so, bo, cq, ck, cv, co, g1, g2
     return rms_norm(x + attend(q, k, v) @ co, g2)
 
 
-# Keys that are parameters do multiply data, so that an error is in order; what may not
-# happen is that they change the reading of other leaves.
-@case(
-    "q k v o 8x8, pk pv 3x2x4",
-    "q k v o | pk pv",
-    named="pk pv",
-    given=[{"p[kv]": None}],
-)
-def prefix_tuning(x, q, k, v, o, pk, pv):
-    q, k, v = (heads(x @ w) for w in (q, k, v))
-    k = jnp.concatenate([jnp.tile(pk[None], (2, 1, 1, 1)), k], axis=1)
-    v = jnp.concatenate([jnp.tile(pv[None], (2, 1, 1, 1)), v], axis=1)
-    return attend(q, k, v) @ o
-
-
 @case("z 4, h 4x48, hb 48, o 6x3", "h<hb o | z", named="h", given=[{"h": "io"}])
 def hypernetwork(x, z, h, hb, o):
     """A kernel that is computed from a learned code."""
     return jnp.tanh(x @ (z @ h + hb).reshape(8, 6)) @ o
-
-
-@case("h 4x48, hb 48, o 6x3", "h<hb o", [X, array(2, 4)])
-def hypernetwork_of_data(x, code, h, hb, o):
-    """A kernel that is computed from data is data."""
-    kernel = (code @ h + hb).reshape(2, 8, 6)
-    return jnp.tanh(jnp.einsum("btd,bdf->btf", x, kernel)) @ o
-
-
-# ---- Data that is closed over: constants hold no parameter, so they are data ---------
-
-GRAPH = (np.arange(25).reshape(5, 5) % 3 == 0).astype(np.float32)
-FEATURES = np.linspace(-1, 1, 40, dtype=np.float32).reshape(5, 8)
-
-
-@case("w1 8x16, w2 16x3", "w1 w2", [])
-def full_batch(w1, w2):
-    """A graph network on its one graph; there are no inputs at all."""
-    return GRAPH @ jnp.tanh(GRAPH @ FEATURES @ w1) @ w2
-
-
-@case("g1 8x8, c1 8, g2 w 8x8, o 8x3", "g1<c1 g2 w o", [array(4, 8)])
-def generator(x, g1, c1, g2, w, o):
-    """Noise of a key that is closed over."""
-    z = jax.random.normal(jax.random.key(0), (8,))
-    return jnp.tanh(z @ g1 + c1) @ g2 * (x @ w) @ o
-
-
-@case("c1 2x16, c2 16x8, w 8x8, o 8x3", "c1 c2 w o", [array(4, 8)])
-def coordinates(x, c1, c2, w, o):
-    table = jnp.tanh(np.ones((4, 2), np.float32) @ c1) @ c2
-    return (x @ w + table) @ o
-
-
-@case("w0 2x16, b0 16, w1 16x3", "w0<b0 w1", [])
-def siren(w0, b0, w1):
-    """A picture as a function of its coordinates."""
-    grid = jnp.stack(jnp.meshgrid(jnp.linspace(-1, 1, 4), jnp.linspace(-1, 1, 4)), -1)
-    return jnp.sin(30 * (grid.reshape(-1, 2) @ w0 + b0)) @ w1
-
-
-# The look-up of a label with the one-hot matrix computed in the program, whose entries
-# are not in sight.  An error that names the table is lawful, a layer is not.
-@case("table 4x8, w 8x8, o 8x3", "w o | table", named="table")
-def computed_one_hot(x, w, table, o):
-    return (x @ w + jax.nn.one_hot(jnp.arange(5) % 4, 4) @ table) @ o
-
-
-# A rotation by a constant on the way: the product of the constant with the kernel reads
-# the kernel rightly, but it is also computed with before it meets data.
-@case("w 8x6, o 6x3", "w o", named="w")
-def rotated_inputs(x, w, o):
-    hadamard = np.asarray([[1, 1], [1, -1]], np.float32)
-    rotation = jnp.asarray(np.kron(np.kron(hadamard, hadamard), hadamard))
-    return jnp.tanh(x @ (rotation @ w)) @ o
 
 
 # ---- Stacks: kernels that run one after the other, or side by side with their biases -
@@ -615,15 +615,6 @@ def loop_in_reverse(x, **stacks):
     return loop(x, reverse=True, **stacks)
 
 
-@case(
-    "w 2x2x8x6, b 2x2x6, v 2x2x6x8",
-    each(2, "w[#,0]:ssio<b v[#,0]:ssio w[#,1]:ssio<b v[#,1]:ssio"),
-    [ROWS],
-)
-def loop_of_loops(x, **stacks):
-    return lax.scan(lambda x, p: (loop(x, **p), None), x, stacks)[0]
-
-
 # Two axes that are joined run one after the other; reversed, from the end.
 for _name, _order, _rearrange in (
     ("joined", "0,0 0,1 0,2 1,0 1,1 1,2", lambda w: w.reshape(6, 8, 8)),
@@ -635,18 +626,6 @@ for _name, _order, _rearrange in (
     @case("w 2x3x8x8", _verdict, [ROWS], name=f"loop over a stack, {_name}")
     def loop_over_a_rearranged_stack(x, w, rearrange=_rearrange):
         return lax.scan(lambda x, w: (x @ w, None), x, rearrange(w))[0]
-
-
-@case(
-    "w 2x3x8x8, b 2x3x8",
-    each(2, "w[#,0]:ssio<b w[#,1]:ssio<b w[#,2]:ssio<b"),
-    [array(3, 5, 8)],
-)
-def loop_over_experts(x, **stacks):
-    def body(x, p):
-        return jnp.einsum("etd,edf->etf", x, p["w"]) + p["b"][:, None], None
-
-    return lax.scan(body, x, stacks)[0]
 
 
 @case("i 8x6, h 6x6, b 6", "i h<b", [array(7, 5, 8)])
@@ -671,95 +650,41 @@ def unrolled_lstm(x, wi, wh, b, o):
 
 
 @case(
-    "w1 3x8x16, b1 3x16, w2 3x16x16, b2 3x16, w3 3x16x1, b3 3x1",
-    "w1:sio<b1 w2:sio<b2 w3:sio<b3",
+    "w1 3x8x16, b1 g c 3x16, w2 3x16x16, b2 3x16, w3 3x16x1, b3 3x1",
+    "w1:sio<b1,c,g w2:sio<b2 w3:sio<b3",
     [ROWS],
 )
 def ensemble(x, **critics):
     """Critics of one input, by vmap."""
 
     def critic(p):
-        y = jnp.tanh(x @ p["w1"] + p["b1"])
+        y = jnp.tanh(layer_norm(x @ p["w1"] + p["b1"], p["g"], p["c"]))
         return jnp.tanh(y @ p["w2"] + p["b2"]) @ p["w3"] + p["b3"]
 
     return jax.vmap(critic)(critics).min(0)
 
 
-@case(
-    "w1 3x8x16, b1 3x16, w2 3x16x1, b2 3x1, g c 3x16",
-    "w1:sio<b1,c,g w2:sio<b2",
-    [array(5, 6), array(5, 2)],
-)
-def double_critic(state, action, **critics):
-    """State and action side by side, a norm behind the first layer of each critic."""
-    x = jnp.concatenate([state, action], -1)
-
-    def critic(p):
-        y = jax.nn.relu(layer_norm(x @ p["w1"] + p["b1"], p["g"], p["c"]))
-        return y @ p["w2"] + p["b2"]
-
-    return jax.vmap(critic)(critics)
-
-
 _EXPERTS = "w1 3x8x16, b1 3x16, w2 3x16x8, b2 3x8, router 8x3"
 
 
-@case(_EXPERTS, "w1:sio<b1 w2:sio<b2 router", [ROWS])
-def experts(x, w1, b1, w2, b2, router):
+def _outputs_of_experts(x, w1, b1, w2, b2):
     h = jax.nn.relu(jnp.einsum("td,edf->tef", x, w1) + b1)
-    y = jnp.einsum("tef,efd->ted", h, w2) + b2
-    return jnp.einsum("te,ted->td", jax.nn.softmax(x @ router), y)
+    return jnp.einsum("tef,efd->ted", h, w2) + b2
 
 
-@case(_EXPERTS, "w1:sio<b1 w2:sio<b2 router", [ROWS])
-def experts_summed_by_hand(x, w1, b1, w2, b2, router):
-    h = jax.nn.relu(jnp.einsum("td,edf->tef", x, w1) + b1)
-    y = jnp.einsum("tef,efd->ted", h, w2) + b2
-    return (jax.nn.softmax(x @ router)[..., None] * y).sum(1)
+@case(_EXPERTS, "router w1:sio<b1 w2:sio<b2", [ROWS])
+def experts(x, router, **params):
+    gates = jax.nn.softmax(x @ router)
+    return jnp.einsum("te,ted->td", gates, _outputs_of_experts(x, **params))
 
 
-@case(
-    "w 8x8, b 8, head 4x8x3, head_bias 4x3",
-    "w<b head:sio<head_bias",
-    [ROWS, array(5, dtype=jnp.int32)],
-)
-def heads_of_tasks(x, task, w, b, head, head_bias):
-    """Every example has its own task's head."""
-    y = jnp.einsum("td,tdk->tk", jnp.tanh(x @ w + b), head[task])
-    return y + head_bias[task]
-
-
-# Noise that is drawn from an input is data, and so is its sum with a kernel: an error
-# is in order.  Where axes are given, the biases must be right.
-@case("w 8x6, b 6", "w<b", [X, KEY], named="w", given=[{"w": "io"}])
-def weight_noise(x, key, w, b):
-    return x @ (w + 0.1 * jax.random.normal(key, w.shape)) + b
-
-
-@case("w sigma 8x6, b 6", "", [X, KEY], named="w sigma")
-@case(
-    "w sigma 8x6, b 6", "w<b | sigma", [X, KEY], axes={"w": axes("io"), "sigma": None}
-)
-def noisy_net(x, key, w, sigma, b):
-    """Two leaves of one shape are added: nobody can tell which is the kernel."""
-    return x @ (w + sigma * jax.random.normal(key, (8, 6))) + b
+@case(_EXPERTS, "router w1:sio<b1 w2:sio<b2", [ROWS])
+def experts_summed_by_hand(x, router, **params):
+    gates = jax.nn.softmax(x @ router)[..., None]
+    return (gates * _outputs_of_experts(x, **params)).sum(1)
 
 
 # ---- Identities and side uses do not make a clear kernel unclear ---------------------
-
-
-@jax.custom_vjp
-def _rounded(w):
-    return jnp.round(w)
-
-
-_rounded.defvjp(lambda w: (jnp.round(w), None), lambda _, g: (g,))
-
-
-@case("w 8x4, b s 4", "w<b,s")
-def learned_step_size(x, w, b, s):
-    """Quantization with a learned step per output, which the kernel is made from."""
-    return x @ (_rounded(w / s) * s) + b
 
 
 @case("w 8x4, b 4", "w<b", [X, array(4)])
@@ -780,23 +705,6 @@ def penalty_in_the_loss(tokens, y, w, b, v, table):
     return ((x - y) ** 2).mean() + sum((leaf**2).sum() for leaf in (w, b, v, table))
 
 
-@case("w 8x8, b 8", "", named="w")
-@case("w 8x8, b 8", "w | b", axes={"w": axes("io")})
-def inverse(y, w, b):
-    """An inverse is computed with its kernel; the bias acts on the input."""
-    return (y - b) @ jnp.linalg.inv(w)
-
-
-@case("w 8x4, b 4", "w<b")
-def named_for_rematerialization(x, w, b):
-    policy = jax.checkpoint_policies.save_only_these_names("y")
-
-    def block(w, b, x):
-        return checkpoint_name(x @ checkpoint_name(w, "w"), "y") + b
-
-    return jax.checkpoint(block, policy=policy)(w, b, x)
-
-
 # ---- Tables of positions -------------------------------------------------------------
 # They are looked up by constants or sliced, and added to data: no layer and no
 # follower, whichever sizes happen to be equal.
@@ -804,81 +712,28 @@ def named_for_rematerialization(x, w, b):
 BUCKETS = (np.arange(5)[None] - np.arange(5)[:, None]) % 4
 
 
-def _with_sizes(batch: int, time: int, width: int = 8):
-    return array(batch, time, width), array(batch, time, dtype=jnp.int32)
+def _by_index(table):
+    return table[BUCKETS].transpose(2, 0, 1)[None]
 
 
-def _by_index(table, time: int):
-    return table[BUCKETS[:time, :time]].transpose(2, 0, 1)[None]
-
-
-def _by_one_hot(table, time: int):
-    chosen = BUCKETS[None, :time, :time] == np.arange(4)[:, None, None]
+def _by_one_hot(table):
+    chosen = BUCKETS[None] == np.arange(4)[:, None, None]
     return jnp.einsum("nh,nqk->hqk", table, jnp.asarray(chosen, jnp.float32))[None]
 
 
-@case("q k v o 4x4, table 4x2", "q k v o | table", _with_sizes(4, 4, 4))
-@case(
-    *("q k v o 8x8, table 4x2", "q k v o | table", _with_sizes(2, 5)),
-    name="t5 by index",
-    given=[{"table": None}],
-)
-@case("q k v o 8x8, table 4x2", "q k v o | table", _with_sizes(3, 5), name="t5 of 3")
-def t5(x, tokens, table, look_up=_by_index, **kernels):
-    mask = tokens > 0
-    mask = jnp.where(mask[:, None, :, None] & mask[:, None, None, :], 0.0, -1e9)
-    return attention(x, **kernels, bias=mask + look_up(table, x.shape[1]))
+# With two examples there are as many of them as heads.
+for _batch, _look_up in itertools.product((2, 3), (_by_index, _by_one_hot)):
 
-
-@case(
-    *("q k v o 8x8, table 4x2", "q k v o | table", _with_sizes(2, 5)),
-    given=[{"table": None}],
-)
-@case("q k v o 8x8, table 4x2", "q k v o | table", _with_sizes(3, 5), name="one hot, 3")
-def t5_by_one_hot(x, tokens, **params):
-    return t5(x, tokens, **params, look_up=_by_one_hot)
-
-
-@case(
-    "g1 c1 8, qkv 8x24, qkv_bias 24, table 9x2, o 8x8, o_bias g2 c2 8, w1 8x16, b1 16, "
-    "w2 16x8, b2 8, g3 c3 32, merge 32x16",
-    "qkv<qkv_bias o<c2,g2,o_bias w1<b1 w2<b2,c3,g3 merge | g1 c1 table",
-    [array(2, 4, 4, 8)],
-    before="qkv<c1,g1,qkv_bias o<o_bias w1<b1,c2,g2 w2<b2 merge<c3,g3",
-)
-def swin(x, table, g1, c1, g2, c2, g3, c3, w1, b1, w2, b2, merge, **p):
-    """A shifted window block with its table, and patch merging behind it."""
-    places = np.indices((2, 2)).reshape(2, 4)
-    distance = places[:, :, None] - places[:, None] + 1
-    index = distance[0] * 3 + distance[1]
-    y = jnp.roll(layer_norm(x, g1, c1), (-1, -1), (1, 2))
-    y = y.reshape(2, 2, 2, 2, 2, 8).transpose(0, 1, 3, 2, 4, 5).reshape(8, 4, 8)
-    qkv = (y @ p["qkv"] + p["qkv_bias"]).reshape(8, 4, 3, 2, 4)
-    bias = table[index.reshape(-1)].reshape(4, 4, 2).transpose(2, 0, 1)
-    y = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], bias[None])
-    y = (y @ p["o"] + p["o_bias"]).reshape(2, 2, 2, 2, 2, 8)
-    x = x + jnp.roll(y.transpose(0, 1, 3, 2, 4, 5).reshape(x.shape), (1, 1), (1, 2))
-    x = x + jax.nn.gelu(layer_norm(x, g2, c2) @ w1 + b1) @ w2 + b2
-    quarters = [x[:, i::2, j::2] for i in range(2) for j in range(2)]
-    return layer_norm(jnp.concatenate(quarters, -1), g3, c3) @ merge
-
-
-# A looked-up row multiplies the query: "looked up by indices: no layer" and "multiplies
-# data: a kernel" both apply, so that an error is in order as well.
-@case(
-    "q k v o 8x8, table 9x4", "q k v o | table", named="table", given=[{"table": None}]
-)
-def looked_up_keys(x, q, k, v, o, table):
-    q, k, v = (heads(x @ w) for w in (q, k, v))
-    keys = table[np.arange(5)[None] - np.arange(5)[:, None] + 4]
-    return attend(q, k, v, jnp.einsum("bqhd,qkd->bhqk", q, keys)) @ o
-
-
-# Every query is multiplied with all of it: a matrix like any other.
-@case("q k v o 8x8, r 5x4", "q k v r:oi o")
-def relative_logits(x, q, k, v, o, r):
-    q, k, v = (heads(x @ w) for w in (q, k, v))
-    return attend(q, k, v, jnp.einsum("bqhd,rd->bhqr", q, r)) @ o
+    @case(
+        *("q k v o 8x8, table 4x2", "q k v o | table"),
+        [array(_batch, 5, 8), array(_batch, 5, dtype=jnp.int32)],
+        name=f"t5{_look_up.__name__}, {_batch} examples",
+        given=[{"table": None}],
+    )
+    def t5(x, tokens, table, look_up=_look_up, **kernels):
+        mask = tokens > 0
+        mask = jnp.where(mask[:, None, :, None] & mask[:, None, None, :], 0.0, -1e9)
+        return attention(x, **kernels, bias=mask + look_up(table))
 
 
 for _size in (8, 5, 2):
@@ -892,20 +747,6 @@ for _size in (8, 5, 2):
     def learned_positions(x, patch, patch_bias, positions, g, w, b, scale, head):
         x = x @ patch + patch_bias + positions
         return (x + (rms_norm(x, g) @ w + b) * scale) @ head
-
-
-# Positions of a finer grid are products with constant weights: a table all the same.
-@case("patch 3x8, positions 1x4x4x8, head 8x3", "patch head | positions", [IMAGE])
-def resized_positions(x, patch, positions, head):
-    x = x @ patch + jax.image.resize(positions, (1, 8, 8, 8), "bilinear")
-    return x.mean((1, 2)) @ head
-
-
-# Sums of places are no differences: a Fourier transform of constants is data.
-@case("w 8x8, c 5x8, o 8x3", "w c o")
-def cosine_features(x, w, c, o):
-    waves = jax.jit(lambda: jnp.cos(jnp.arange(5.0)[:, None] * jnp.arange(5.0)))
-    return (x @ w + waves() @ c) @ o
 
 
 @case(
@@ -927,14 +768,6 @@ def contrastive(images, texts, image, text, logit_scale, logit_bias):
 def _energy(x, w1, b1, w2, b2, w3):
     x = jnp.tanh(x @ w1 + b1)
     return (jnp.tanh(x @ w2 + b2) @ w3).sum()
-
-
-@case("w 8x6, v 6x3", "w v", [ROWS])
-def gradient_of_parameters(x, **params):
-    def loss(params):
-        return jnp.sum((jnp.tanh(x @ params["w"]) @ params["v"]) ** 2)
-
-    return jax.grad(loss)(params)
 
 
 _ENERGY = "w1 3x16, b1 16, w2 16x12, b2 12, w3 12x1", "w1<b1 w2<b2 w3"
@@ -959,46 +792,7 @@ def gradient_penalty(x, **p):
     return value + ((jnp.linalg.norm(slope, axis=-1) - 1) ** 2).mean()
 
 
-@case("a 3x3x3x4, ba 4, b 3x3x4x6, bb 6, w 6x1", "a:ppio<ba b:ppio<bb w", [IMAGE])
-def gradient_penalty_of_convolutions(x, a, ba, b, bb, w):
-    def critic(x):
-        x = jnp.tanh(conv(x, a, stride=2) + ba)
-        return (jnp.tanh(conv(x, b) + bb).mean((1, 2)) @ w).sum()
-
-    value, slope = jax.value_and_grad(critic)(x)
-    return value + (slope**2).sum()
-
-
-@case("w 8x6, visible 8, hidden 6", "w<hidden,visible", [ROWS, KEY])
-def contrastive_divergence(v, key, w, visible, hidden):
-    """Gibbs steps of a Boltzmann machine, in a loop."""
-
-    def step(v, key):
-        h = jax.nn.sigmoid(v @ w + hidden)
-        h = jax.random.bernoulli(key, h).astype(v.dtype)
-        return jax.nn.sigmoid(h @ w.T + visible), None
-
-    return lax.scan(step, v, jax.random.split(key, 2))[0]
-
-
 # ---- Norms ---------------------------------------------------------------------------
-
-
-@case("a b 8x8, bias g c 8", "a<bias,c,g b", before="a<bias b<c,g")
-@case("a b 8x8, bias g c 8", "a<bias b | g c", norms="none")
-def norm_between_layers(x, a, bias, g, c, b):
-    return jax.nn.relu(layer_norm(x @ a + bias, g, c)) @ b
-
-
-@case("a 8x8, g c 8", "a | g c", before="a<c,g")
-def norm_before_the_first_layer(x, a, g, c):
-    return layer_norm(x, g, c) @ a
-
-
-@case("a b 8x8, g c 8", "a b | g c", before="a b")
-@case("a b 8x8, g c 8", "a b | g c", norms="none")
-def shared_norm(x, a, b, g, c):
-    return layer_norm(layer_norm(x @ a, g, c) @ b, g, c)
 
 
 _FUSED = "w0 8x8, g 8, qkv 8x24, o 8x8"
@@ -1041,18 +835,6 @@ def norm_inside_a_loop_over_chunks(x, w0, b0, g, c, w1, b1):
     return lax.map(chunk, x.reshape(3, 2, 8)).reshape(6, 6)
 
 
-@case(*_CHUNKS, before=_BEFORE)
-def norm_between_loops_over_chunks(x, w0, b0, g, c, w1, b1):
-    x = lax.map(lambda x: x @ w0 + b0, x.reshape(3, 2, 8))
-    x = layer_norm(x.reshape(6, 8), g, c).reshape(3, 2, 8)
-    return lax.scan(lambda _, x: (None, x @ w1 + b1), None, x)[1].reshape(6, 6)
-
-
-@case("w 8x8, g c 5x8, o 8x3", "w<c,g o", before="w o<c,g")
-def norm_of_several_axes(x, w, g, c, o):
-    return layer_norm(x @ w, g, c, (1, 2)) @ o
-
-
 @case(
     "a 3x3x3x4, g c 8x8x4, b 3x3x4x6",
     "a:ppio<c,g b:ppio",
@@ -1064,25 +846,10 @@ def norm_of_whole_images(x, a, g, c, b):
 
 
 @case(
-    "stem 8x6, g1 c1 6x5, t1 5x7, b1 7, t2 7x5, b2 5, g2 c2 5x6, m1 6x9, m2 9x6, g 6, "
-    "head 6x3",
-    "stem<c1,g1 t1<b1 t2<b2,c2,g2 m1 m2<g head",
-    before="stem t1<b1,c1,g1 t2<b2 m1<c2,g2 m2 head<g",
-)
-def mixer(x, stem, g1, c1, t1, b1, t2, b2, g2, c2, m1, m2, g, head):
-    """Scales of channels and patches, in the order of each product."""
-    x = (x @ stem).swapaxes(1, 2)
-    y = jax.nn.gelu(layer_norm(x, g1, c1, (1, 2)) @ t1 + b1) @ t2 + b2
-    x = (x + y).swapaxes(1, 2)
-    x = x + jax.nn.gelu(layer_norm(x, g2, c2, (1, 2)) @ m1) @ m2
-    return rms_norm(x, g).mean(1) @ head
-
-
-@case(
     "w 8x8, t1 4x8, b1 8, t2 8x8, g 8, o 8x3", "w<g t1<b1 t2 o", before="w t1<b1 t2 o<g"
 )
 def constant_time_embedding(x, w, t1, b1, t2, g, o):
-    """The same where the embedding is computed from constants."""
+    """An embedding that is computed from constants stands back behind data."""
     t = np.linspace(0, 1, 20, dtype=np.float32).reshape(5, 4)
     return rms_norm(x @ w + jax.nn.silu(t @ t1 + b1) @ t2, g) @ o
 
@@ -1100,32 +867,6 @@ def modulated(x, c, w1, g, film, film_bias, w2):
 
 
 # ---- What has no reading, or may have one --------------------------------------------
-
-
-# Scaled entry by entry: no matrix, and behind no layer.  An error is in order.
-@case("mask 5x8, w 8x6, b 6", "w<b | mask", named="mask")
-def masked_inputs(x, mask, w, b):
-    return (x * jax.nn.sigmoid(mask)) @ w + b
-
-
-@case("w 8x6, b 6, v 8x6", "", named="v")
-def only_returned(x, w, b, v):
-    """A leaf that reaches an output and has no reading."""
-    return x @ w + b, (v**2).sum()
-
-
-# A factorized kernel; its bias acts on the outputs of both factors.
-@case("a 8x2, b 2x6, c 6", "a b", free="c", axes={"[ab]": axes("io")})
-@case("a 8x2, b 2x6, c 6", "", named="a b")
-def multiplied_before(x, a, b, c):
-    return x @ (a @ b) + c
-
-
-@case("re im 8x8x3, w 8x8, b 8", "", named="re im")
-def fourier_operator(x, re, im, w, b):
-    """Complex products of frequencies: real and imaginary parts are two leaves."""
-    modes = jnp.einsum("btd,dft->btf", jnp.fft.rfft(x, axis=1), lax.complex(re, im))
-    return jax.nn.gelu(jnp.fft.irfft(modes, 5, axis=1) + x @ w + b)
 
 
 # A complex leaf is no kernel; it is left out with that reason, or named as complex.
@@ -1153,32 +894,6 @@ def linear_recurrence(x, b, nu, d, c, w):
 
 
 # ---- Whole blocks of well-known models -----------------------------------------------
-
-
-# The decay rates are multiplied with data that is constant along their second axis, but
-# nothing is summed: no matrix product.  It takes more than the shapes to see that.
-@case(
-    "kernel 4x1x8, bias 8, bc 8x8, dt 8x8, dt_bias 8, rates 8x4, d 8, out 8x8",
-    "kernel:pio<bias bc dt<dt_bias out | rates",
-    free="d",
-    named="rates",
-    given=[{"rates": None}],
-)
-def mamba(x, kernel, bias, bc, dt, dt_bias, rates, d, out):
-    x = jax.nn.silu(conv(x, kernel, groups=8) + bias)
-    b, c = jnp.split(x @ bc, 2, -1)
-    times = jax.nn.softplus(x @ dt + dt_bias)
-    decay = jnp.exp(-times[..., None] * jnp.exp(rates))
-
-    def step(h, now):
-        decay, inputs, c = now
-        h = decay * h + inputs
-        return h, jnp.einsum("bdn,bn->bd", h, c)
-
-    steps = (decay, (times * x)[..., None] * b[:, :, None], c)
-    by_time = jax.tree.map(lambda a: a.swapaxes(0, 1), steps)
-    y = lax.scan(step, jnp.zeros((2, 8, 4)), by_time)[1].swapaxes(0, 1)
-    return (y + x * d) @ out
 
 
 @case(
@@ -1269,7 +984,7 @@ _T5_BLOCK = (
     norms="before",
 )
 def t5_scanned_along_axis_1(tokens, blocks, embed, head, table):
-    bias = _by_index(table, 5)
+    bias = _by_index(table)
 
     @jax.checkpoint
     def block(x, b):
@@ -1301,17 +1016,6 @@ def unet(x, t, first, time, g1, c1, down, down_bias, g2, c2, up, g3, c3, out, ou
     return conv(jax.nn.silu(group_norm(x, g3, c3)), out) + out_bias
 
 
-@case(
-    "depthwise 7x7x1x8, b g c 8, up 8x32, down 32x8, gamma 8",
-    "depthwise:ppio<b,c,g up down<gamma",
-    [array(2, 8, 8, 8)],
-    before="depthwise:ppio<b up<c,g down<gamma",
-)
-def convnext(x, depthwise, b, g, c, up, down, gamma):
-    y = layer_norm(conv(x, depthwise, groups=8) + b, g, c)
-    return x + gamma * (jax.nn.gelu(y @ up) @ down)
-
-
 # What a kernel is computed from follows it; the magnitude is a gain.
 @case("w 8x6, a 8x2, b 2x6, bias m 6, o 6x3", "w<a,b,bias,m o")
 def decomposed_adapter(x, w, a, b, bias, m, o):
@@ -1321,36 +1025,6 @@ def decomposed_adapter(x, w, a, b, bias, m, o):
 
 
 # ---- What data changes, chooses or carries -------------------------------------------
-
-
-@case(
-    {"kernels": arrays("a 3x3x3x4, b 3x3x4x4"), **arrays("c d 4, head 4x3")},
-    "kernels/a:ppio<c kernels/b:ppio<d head",
-    [arrays("a 3x3x3x4, b 3x3x4x4"), IMAGE],
-)
-def pruned_convolutions(masks, x, kernels, c, d, head):
-    a, b = (kernels[name] * masks[name] for name in "ab")
-    x = jax.nn.relu(conv(x, a) + c)
-    return jax.nn.relu(conv(x, b) + d).mean((1, 2)) @ head
-
-
-# A product of data with data: the kernel is named, and comes out right.
-@case("w 8x6, b 6, o 6x3", "w<b o", [array(8, 6), ROWS], named="w")
-def pruned_dense(mask, x, w, b, o):
-    return jnp.tanh(x @ (w * mask) + b) @ o
-
-
-@case(
-    "w 2x8x8, o 8x3",
-    "w[0]:sio w[1]:sio o",
-    [array(2, 8, 8), ROWS],
-    named="w",
-)
-def pruned_scan(masks, x, w, o):
-    def step(x, own):
-        return jnp.tanh(x @ (own[0] * own[1])), None
-
-    return lax.scan(step, x, (w, masks))[0] @ o
 
 
 @case("w 3x3x3x4, g c 4, o 4x3", "w:ppio<c,g o", [array(4), array(4), IMAGE])
@@ -1373,6 +1047,11 @@ def modulated_convolution(z, x, affine, w, b, rgb):
         return conv(x[None], own * lax.rsqrt((own**2).sum((0, 1, 2)) + 1e-8))[0]
 
     return conv(jax.nn.relu(jax.vmap(one)(x, z @ affine) + b), rgb)
+
+
+@case("w 3x3x3x4, g c 4, o 4x3", "w:ppio<c,g o", [array(4), IMAGE])
+def a_gain_after_the_statistics(var, x, w, g, c, o):
+    return (conv(x, w * lax.rsqrt(var) * g) + c).mean((1, 2)) @ o
 
 
 @case("w 3x3x3x4, b 4, o 4x3", "w:ppio<b o", [array(2, dtype=jnp.bool_), IMAGE])
@@ -1447,21 +1126,6 @@ def embeddings_of_every_layer(tokens, embed, rows, gate, proj):
     return x
 
 
-@case("table 11x2x4, w 4x6, b 6", "w<b | table", [TOKENS])
-def rows_that_enter_a_kernel(tokens, table, w, b):
-    return table[tokens] @ w + b
-
-
-@case("e 8x16, codebook 16x4x4x3", "e | codebook", [ROWS])
-def patches_of_a_codebook(x, e, codebook):
-    return codebook[(x @ e).argmax(-1)]
-
-
-@case("embed 11x8, w 8x3", "w | embed", [TOKENS])
-def one_hot_tokens(tokens, embed, w):
-    return jax.nn.one_hot(tokens, 11) @ embed @ w
-
-
 @case(
     "w 8x6, b 6, o 6x3",
     "w<b o",
@@ -1507,16 +1171,6 @@ def one_of_two_convolutions(flag, x, w, o):
     return conv(x, jnp.where(flag, w[0], w[1])).mean((1, 2)) @ o
 
 
-@case(
-    "w 8x8, v 8x6, o 6x3",
-    "v w:oi o",
-    [array(8, 8, dtype=jnp.bool_), array(8, 8)],
-    named="w",
-)
-def learned_mixing_with_a_mask(mask, x, w, v, o):
-    return jax.nn.softmax(jnp.where(mask, w, -jnp.inf)) @ (x @ v) @ o
-
-
 @case("w 11x8, b 8, o 8x3", "w<b o", [array(5, 5), array(5, dtype=jnp.int32)])
 def atoms_of_a_graph(adjacency, atoms, w, b, o):
     """Sums of one-hot rows are data."""
@@ -1543,34 +1197,6 @@ def positions_where_nothing_is_masked(mask, x, w, g, c, pos, o):
     return layer_norm(mask * pos + (1 - mask) * (x @ w), g, c) @ o
 
 
-@case("w 3x3x3x4, g c 4, o 4x3", "w:ppio<c,g o", [array(4), IMAGE])
-def a_gain_after_the_statistics(var, x, w, g, c, o):
-    return (conv(x, w * lax.rsqrt(var) * g) + c).mean((1, 2)) @ o
-
-
-@case("w 8x6, g b 6, o 6x3", "w<b,g o", [ROWS])
-def a_gain_where_a_kernel_is_positive(x, w, g, b, o):
-    return jnp.tanh(x @ jnp.where(w > 0, g * w, w) + b) @ o
-
-
-@case("w 2x4x3, b 2x3, o 6x3", "w:sio<b o", [ROWS])
-def blocks_with_a_flat_bias(x, w, b, o):
-    return (jnp.einsum("thi,hio->tho", heads(x), w).reshape(5, 6) + b.reshape(-1)) @ o
-
-
-@case("w 8x6, b g c 6, d s t 8", "w<b,c,d,g,s,t", [ROWS])
-def tied_autoencoder_with_norms(x, w, b, g, c, d, s, t):
-    code = jnp.tanh(layer_norm(x @ w + b, g, c))
-    return layer_norm(code @ w.T + d, s, t)
-
-
-@case("r 8x4, up 4x8x6, down 4x6x8, o 8x3", "r up:sio down:sio o", [ROWS])
-def experts_whose_gates_enter_the_product(x, r, up, down, o):
-    gates, own = lax.top_k(jax.nn.softmax(x @ r), 2)
-    hidden = jax.nn.relu(jnp.einsum("td,tkdf->tkf", x, up[own]))
-    return jnp.einsum("tkf,tkfd,tk->td", hidden, down[own], gates) @ o
-
-
 @case("w 8x6, v 6x8, b scale 8, o 8x3", "w v<b,scale o", [array(2, 1, 1), X])
 def layer_scale_with_stochastic_depth(keep, x, w, v, b, scale, o):
     return (x + keep * scale * (jnp.tanh(x @ w) @ v + b)) @ o
@@ -1585,33 +1211,12 @@ def a_masked_bias_of_scores(mask, x, q, k, v, o, bias):
 # ---- Kernels that are computed, and products that are no `dot` -----------------------
 
 
-@case("w 8x8, d b 8", "w<b,d")
-def diagonal_added(x, w, d, b):
-    return x @ (w + jnp.diag(d)) + b
-
-
 # The factors of one kernel, which no reading tells from learned queries.
 @case("lower upper 8x8, s 8", "", named="upper lower")
 def invertible_convolution(x, lower, upper, s):
     """Glow: the factors of an LU decomposition."""
     lower = jnp.tril(lower, -1) + jnp.eye(8)
     return x @ (lower @ (jnp.triu(upper, 1) + jnp.diag(jnp.exp(s))))
-
-
-@case("w 8x8, b 8, o 8x3", "w<b o", named="w", given=[{"w": "io"}])
-def symmetric_kernel(x, w, b, o):
-    return jnp.tanh(x @ ((w + w.T) / 2) + b) @ o
-
-
-@case("w 8x6, b 6, o 6x3", "w<b o", given=[{"[wo]": "io"}])
-def orthogonalized_kernel(x, w, b, o):
-    """One step of Bjorck's iteration."""
-    return jnp.tanh(x @ (1.5 * w - 0.5 * w @ w.T @ w) + b) @ o
-
-
-@case("w v 8x6", "", [ROWS], named="w")
-def product_by_hand(x, w, v):
-    return (x[..., None] * w).sum(-2) + x @ v
 
 
 @case("orbitals 8x4, sigma pi 3x4", "", [array(4, 8), array(4, 3)], named="sigma")
@@ -1662,23 +1267,6 @@ def a_step_with_learned_positions(tokens, **params):
 # ---- Stacks and parts, whatever their sizes ------------------------------------------
 
 
-@case("w 8x8x8, g 8, o 8x3", f"{each(8, 'w[#]:sio')} o | g", [ROWS])
-def as_many_layers_as_channels(x, w, g, o):
-    x = lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
-    return rms_norm(x, g) @ o
-
-
-@case(
-    "b 6, w 6x8x6, v 6x6x8",
-    "w:sio v:sio | b",
-    [ROWS],
-    axes={"w": axes("sio"), "v": axes("sio")},
-)
-def as_many_experts_as_outputs(x, b, w, v):
-    hidden = jax.nn.relu(jnp.einsum("td,edf->tef", x, w) + b)
-    return jnp.einsum("tef,efd->td", hidden, v)
-
-
 @case(
     {"blocks": arrays("g 2x8, qkv 2x8x24, o 2x8x8")},
     each(
@@ -1700,23 +1288,6 @@ def scanned_parts(x, blocks):
 # ---- Other ways to name and to average -----------------------------------------------
 
 
-@case("w 8x6, b g c 6, v 6x3", "w<b,c,g v", [ROWS])
-def batch_norm_over_a_named_axis(x, w, b, g, c, v):
-    def one(x):
-        y = x @ w + b
-        mean = lax.pmean(y, "batch")
-        spread = lax.pmean((y - mean) ** 2, "batch")
-        return ((y - mean) * lax.rsqrt(spread + 1e-5) * g + c) @ v
-
-    return jax.vmap(one, axis_name="batch")(x)
-
-
-@case("w 4x6, b 6", "w<b", [array(5, 4)])
-def bytes_of_the_data(x, w, b):
-    numbers = lax.bitcast_convert_type(x, jnp.uint8).astype(jnp.float32)
-    return numbers.mean(-1) @ w + b
-
-
 @case(
     {"w[0]": "4x8x6", "w0": "8x6", "w*": "6x3"},
     "",
@@ -1733,15 +1304,3 @@ def halves_that_are_scaled_before_their_biases(x, q, k, b, c, o):
     both = x @ jnp.concatenate([q, k], 1)
     left, right = jnp.tanh(both[:, :8] * 0.5 + b), jnp.tanh(both[:, 8:] * 2.0 + c)
     return (left * right) @ o
-
-
-@case("w 8x6, b 6, o 6x3", "w<b o", [array(8, 6, dtype=jnp.bool_), ROWS], named="w")
-def dropped_connections(keep, x, w, b, o):
-    return jnp.tanh(x @ jnp.where(keep, w, 0.0) + b) @ o
-
-
-# A feature that is embedded by a row of its own: no product, and no bias of one.
-@case("rows 8x6, o 6x3", "o | rows", [ROWS], named="rows", given=[{"rows": None}])
-def embedded_numbers(x, rows, o):
-    """FT-Transformer: each number scales a row."""
-    return jax.nn.relu(x[..., None] * rows) @ o
