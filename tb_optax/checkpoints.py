@@ -89,7 +89,9 @@ class Checkpoint:
         with _one_line(self.path, f"leaf {name!r}"):
             if not index:
                 return leaf.load()
-            return leaf.load_slice(index) if leaf.load_slice else leaf.load()[index]
+            if leaf.load_slice is not None:
+                return leaf.load_slice(index)
+            return np.asarray(leaf.load()[index])
 
     @functools.cached_property
     def names(self) -> Mapping[str, str]:

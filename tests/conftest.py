@@ -66,8 +66,9 @@ def no_old_programs():
 def print_record(request):
     """Prints what a module of golden tests has compared, where `-s` shows it."""
     yield
-    if hasattr(request.module, "RECORD"):
-        print(request.module.RECORD.table())
+    record = getattr(request.module, "RECORD", None)
+    if hasattr(record, "table"):
+        print(record.table())
 
 
 # Why a matrix may be neither a layer nor a follower.
@@ -111,11 +112,11 @@ def every_leaf_has_one_verdict(monkeypatch):
 
 
 # Modules that compare numbers, on layers that are few or small by design. The warnings
-# themselves are tested in test_symptoms, test_analysis_faults and the contract tests.
+# themselves are tested in test_symptoms and the contract tests.
 FEW_OR_SMALL_LAYERS = (
     *("eight_devices", "test_benchmarks", "test_faults", "test_fuzz", "test_golden"),
     *("test_memory", "test_placement", "test_processes", "test_properties"),
-    *("test_accuracy", "test_quadrature"),
+    "test_quadrature",
 )
 
 

@@ -897,6 +897,110 @@ def linear_recurrence(x, b, nu, d, c, w):
 
 
 @case(
+    "w 8x8, a 1x2x8, o 8x3, bias 8",
+    "w<bias o | a",
+    [ROWS, array(7, 2, dtype=jnp.int32)],
+)
+def graph_attention_by_edges(x, edges, w, a, o, bias):
+    """The published form: concatenated ends of each edge, a sum of products."""
+    h = heads(x @ w + bias)
+    ends = jnp.concatenate([h[edges[:, 0]], h[edges[:, 1]]], axis=-1)
+    scores = jnp.exp(jax.nn.leaky_relu((ends * a).sum(-1)))
+    total = jax.ops.segment_sum(scores, edges[:, 1], 5)
+    messages = h[edges[:, 0]] * (scores / total[edges[:, 1]])[..., None]
+    return joined(jax.ops.segment_sum(messages, edges[:, 1], 5)) @ o
+
+
+# Both vectors are added to the queries, one for each of two products.
+@case("wq wk wv wr wo 8x8, u v 2x4", "wq<u,v wk wv wr wo")
+def transformer_xl(x, wq, wk, wv, wr, wo, u, v):
+    """Relative positions: a kernel on constant sinusoids, and two biases per head."""
+    q, k = heads(x @ wq), heads(x @ wk)
+    values = heads(x @ wv)
+    angles = np.arange(5.0)[:, None] / 10 ** np.arange(4.0)
+    waves = np.concatenate([np.sin(angles), np.cos(angles)], -1).astype(np.float32)
+    r = heads(jnp.asarray(waves) @ wr)
+    bias = jnp.einsum("bqhd,khd->bhqk", q + v, r)
+    return attend(q + u, k, values, bias) @ wo
+
+
+@case(
+    "g1 c1 8, qkv 8x24, qkv_bias 24, table 9x2, o 8x8, o_bias g2 c2 8, w1 8x16, b1 16, "
+    "w2 16x8, b2 8, g3 c3 32, merge 32x16",
+    "qkv<qkv_bias o<c2,g2,o_bias w1<b1 w2<b2,c3,g3 merge | g1 c1 table",
+    [array(2, 4, 4, 8)],
+    before="qkv<c1,g1,qkv_bias o<o_bias w1<b1,c2,g2 w2<b2 merge<c3,g3",
+)
+def swin(x, table, g1, c1, g2, c2, g3, c3, w1, b1, w2, b2, merge, **p):
+    """A shifted window block with its table, followed by patch merging."""
+    places = np.indices((2, 2)).reshape(2, 4)
+    distance = places[:, :, None] - places[:, None] + 1
+    index = distance[0] * 3 + distance[1]
+    y = jnp.roll(layer_norm(x, g1, c1), (-1, -1), (1, 2))
+    y = y.reshape(2, 2, 2, 2, 2, 8).transpose(0, 1, 3, 2, 4, 5).reshape(8, 4, 8)
+    qkv = (y @ p["qkv"] + p["qkv_bias"]).reshape(8, 4, 3, 2, 4)
+    bias = table[index.reshape(-1)].reshape(4, 4, 2).transpose(2, 0, 1)
+    y = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], bias[None])
+    y = (y @ p["o"] + p["o_bias"]).reshape(2, 2, 2, 2, 2, 8)
+    x = x + jnp.roll(y.transpose(0, 1, 3, 2, 4, 5).reshape(x.shape), (1, 1), (1, 2))
+    x = x + jax.nn.gelu(layer_norm(x, g2, c2) @ w1 + b1) @ w2 + b2
+    quarters = [x[:, i::2, j::2] for i in range(2) for j in range(2)]
+    return layer_norm(jnp.concatenate(quarters, -1), g3, c3) @ merge
+
+
+# The decay rates are multiplied with data that is constant along their second axis, but
+# nothing is summed: no matrix product.  It takes more than the shapes to see that.
+@case(
+    "kernel 4x1x8, bias 8, bc 8x8, dt 8x8, dt_bias 8, rates 8x4, d 8, out 8x8",
+    "kernel:pio<bias bc dt<dt_bias out | rates",
+    free="d",
+    named="rates",
+    given=[{"rates": None}],
+)
+def mamba(x, kernel, bias, bc, dt, dt_bias, rates, d, out):
+    x = jax.nn.silu(conv(x, kernel, groups=8) + bias)
+    b, c = jnp.split(x @ bc, 2, -1)
+    times = jax.nn.softplus(x @ dt + dt_bias)
+    decay = jnp.exp(-times[..., None] * jnp.exp(rates))
+
+    def step(h, now):
+        decay, inputs, c = now
+        h = decay * h + inputs
+        return h, jnp.einsum("bdn,bn->bd", h, c)
+
+    steps = (decay, (times * x)[..., None] * b[:, :, None], c)
+    by_time = jax.tree.map(lambda a: a.swapaxes(0, 1), steps)
+    y = lax.scan(step, jnp.zeros((2, 8, 4)), by_time)[1].swapaxes(0, 1)
+    return (y + x * d) @ out
+
+
+@case(
+    "stem 8x6, g1 c1 6x5, t1 5x7, b1 7, t2 7x5, b2 5, g2 c2 5x6, m1 6x9, m2 9x6, g 6, "
+    "head 6x3",
+    "stem<c1,g1 t1<b1 t2<b2,c2,g2 m1 m2<g head",
+    before="stem t1<b1,c1,g1 t2<b2 m1<c2,g2 m2 head<g",
+)
+def mixer(x, stem, g1, c1, t1, b1, t2, b2, g2, c2, m1, m2, g, head):
+    """Scales of channels and patches, in the order of each product."""
+    x = (x @ stem).swapaxes(1, 2)
+    y = jax.nn.gelu(layer_norm(x, g1, c1, (1, 2)) @ t1 + b1) @ t2 + b2
+    x = (x + y).swapaxes(1, 2)
+    x = x + jax.nn.gelu(layer_norm(x, g2, c2, (1, 2)) @ m1) @ m2
+    return rms_norm(x, g).mean(1) @ head
+
+
+@case(
+    "depthwise 7x7x1x8, b g c 8, up 8x32, down 32x8, gamma 8",
+    "depthwise:ppio<b,c,g up down<gamma",
+    [array(2, 8, 8, 8)],
+    before="depthwise:ppio<b up<c,g down<gamma",
+)
+def convnext(x, depthwise, b, g, c, up, down, gamma):
+    y = layer_norm(conv(x, depthwise, groups=8) + b, g, c)
+    return x + gamma * (jax.nn.gelu(y @ up) @ down)
+
+
+@case(
     "words 11x8, positions 5x8, types 2x8, g0 c0 8, q k v o 8x8, bo g1 c1 8, "
     "w1 8x16, b1 16, w2 16x8, b2 g2 c2 8, pooler 8x8, pooler_bias 8",
     "q k v o<bo,c1,g1 w1<b1 w2<b2,c2,g2 pooler<pooler_bias "
