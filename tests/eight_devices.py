@@ -26,8 +26,6 @@ from tb_optax.layers import expand_stacks
 from tb_optax.sharding import mesh_of, on_mesh
 from tb_optax.spectrum import GRAM, Route
 
-assert len(jax.devices()) == 8
-
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 DENSE = MatrixAxes((0,), (1,))
 CONV = MatrixAxes((2,), (3,), pooled=(0, 1))
