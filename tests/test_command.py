@@ -48,6 +48,12 @@ FILE: dict[str, Any] = {
 LAYERS = ["conv1.weight", "h.9.fc.weight", "h.10.fc.weight", "head.weight"]
 
 
+@pytest.fixture(autouse=True)
+def programs_stay(monkeypatch):
+    """The command frees its programs, which the next test needs again."""
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)
+
+
 @pytest.fixture
 def file(tmp_path):
     np.savez(tmp_path / "model.npz", **FILE)

@@ -21,22 +21,23 @@ def reserved(function, *args):
     return memory.temp_size_in_bytes
 
 
-@pytest.mark.parametrize(
-    ("route", "factor", "gram_side"),
-    [(GRAM, 1, None), (SINGULAR_VALUES, 2, 4096), (SINGULAR_VALUES, 2, 0)],
-    ids=["gram", "singular", "directly"],
+SHAPES = (
+    [(1, 1, 600, 1000)],
+    [(1, 1, 4096, 64)],
+    [(1, 400, 64, 64)],
+    [(1, 64, 256, 256)],
+    [(1, 9, 128, 256), (2, 9, 256, 128), (1, 1, 300, 40), (1, 16, 512, 512)],
+    [(1, 1, 512, 512)] * 8,
 )
+
+
 @pytest.mark.parametrize(
-    "shapes",
+    ("shapes", "route", "factor", "gram_side"),
     [
-        [(1, 1, 600, 1000)],
-        [(1, 1, 4096, 64)],
-        [(1, 400, 64, 64)],
-        [(1, 64, 256, 256)],
-        [(1, 9, 128, 256), (2, 9, 256, 128), (1, 1, 300, 40), (1, 16, 512, 512)],
-        [(1, 1, 512, 512)] * 8,
+        *((shapes, GRAM, 1, None) for shapes in SHAPES),
+        *((shapes, SINGULAR_VALUES, 2, 4096) for shapes in SHAPES),
+        *((shapes, SINGULAR_VALUES, 2, 0) for shapes in SHAPES[:2]),
     ],
-    ids=str,
 )
 def test_an_analysis_reserves_what_is_documented(
     shapes, route, factor, gram_side, monkeypatch
