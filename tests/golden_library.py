@@ -177,20 +177,12 @@ def analyses(precision_name: str) -> list[dict[str, tb_optax.Analysis]]:
     Behind them the one that balances D, which takes another route to the eigenvalues.
     Together in one tree: what is wrong with one kernel must not reach another.
     """
-    nets = {name: golden.net(name) for name in golden.NETS}
+    nets = {name: golden.net(name) for name in golden.NETS + golden.TRAINED}
     edge = golden.edge_cases().items()
     nets |= {f"edge/{name}": net for name, net in edge if net.layer_names}
     configs = golden.shared()["metric_configs"]
     by_distance = configs[0] | {"esd_metric_for_tb": "D"}
     return analyze_together(nets, [*configs, by_distance], precision_name)
-
-
-@functools.cache
-def analyses_of_trained(precision_name: str) -> list[dict[str, tb_optax.Analysis]]:
-    """The trained nets under every fit."""
-    nets = {name: golden.net(name) for name in golden.TRAINED}
-    configs = golden.metric_configs(golden.TRAINED[0])
-    return analyze_together(nets, configs, precision_name)
 
 
 def tables_of(

@@ -5,7 +5,6 @@ every fit, in float32 and in 64 bit, against the numbers that the published code
 in float64.
 """
 
-import itertools
 from typing import NamedTuple
 
 import golden
@@ -80,15 +79,13 @@ class Case(NamedTuple):
 
 
 def cases(precision_name):
-    for names, tables in (
-        (golden.NETS, golden_library.analyses(precision_name)),
-        (golden.TRAINED, golden_library.analyses_of_trained(precision_name)),
-    ):
-        configs = golden.metric_configs(names[0])
-        for (row, config), name in itertools.product(enumerate(configs), names):
-            net = golden.net(name)
+    tables = golden_library.analyses(precision_name)
+    for name in golden.NETS + golden.TRAINED:
+        net = golden.net(name)
+        for row, config in enumerate(golden.metric_configs(name)):
+            table = tables[golden.metric_row(config)][name]
             recorded = net.arrays["metrics_f64d"][row]
-            yield Case(net, row, config, tables[row][name], recorded, precision_name)
+            yield Case(net, row, config, table, recorded, precision_name)
 
 
 @every_precision
