@@ -1,5 +1,6 @@
 """What each primitive does to the values of a forward pass: one table, by name."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
@@ -101,8 +102,6 @@ def _merged(
 def _one_of(dims: Dims) -> views.Dimension:
     """Combine one dimension of several arrays."""
     moving = [dim for dim in dims if any(f.varies for f in dim)] or dims
-    if len(moving) == 1:
-        return moving[0]
     finest = max(moving, key=lambda dim: (any(f.labels for f in dim), len(dim)))
     alike = [dim for dim in moving if [f.size for f in dim] == [f.size for f in finest]]
     found = []
@@ -112,30 +111,23 @@ def _one_of(dims: Dims) -> views.Dimension:
     return found
 
 
-def _labels(array: Array, i: int) -> views.Labels:
-    """Return what is known of the entries of a constant along a dimension."""
-    return array.dims[i][0].labels if len(array.dims[i]) == 1 else frozenset()
-
-
 def _of_constants(op: Op) -> Array:
     """Combine constants.
 
     Comparing something with distinct numbers is one-hot. Adding two sets of distinct
     numbers compares their places: what is computed from that are weights of places.
     """
-    array, marks = _merged(op.values, op.shapes[0]), []
-    varying = [value.array for value in op.values if value.array.varying()]
-    linear = _AFFINE if len(varying) == 1 else {*_ADDING, "sub"}
-    mark = {"eq": views.ONE_HOT, **dict.fromkeys(linear, views.DISTINCT)}.get(op.name)
-    for i in range(len(array.dims)):
-        own = [_labels(operand, i) for operand in varying if i in operand.varying()]
-        marks.append(union(own) & {views.PLACES})
-        if mark and len(own) == 1 and views.DISTINCT in own[0]:
-            marks[i] |= {mark}
-    if sum(views.DISTINCT in own for own in marks) > 1:
-        marks = [m | {views.PLACES} if views.DISTINCT in m else m for m in marks]
-    pairs = zip(array.dims, marks, strict=True)
-    return views.of_factors([[Factor(f.size, f.axis, m) for f in d] for d, m in pairs])
+    found = views.unlabelled(_merged(op.values, op.shapes[0]))
+    arrays = [value.array for value in op.values if value.array.varying()]
+    along = Counter(i for array in arrays for i in array.varying())
+    places = {i for a in arrays for i in a.along(views.PLACES) & a.varying()}
+    distinct = {i for a in arrays for i in a.along(views.DISTINCT) if along[i] == 1}
+    if op.name == "eq":
+        found = found.marked(views.ONE_HOT, distinct)
+    elif op.name in (_AFFINE if len(arrays) == 1 else {*_ADDING, "sub"}):
+        found = found.marked(views.DISTINCT, distinct)
+        places |= distinct if len(distinct) > 1 else set()
+    return found.marked(views.PLACES, places)
 
 
 def _of_parameters(op: Op) -> Value:
@@ -196,11 +188,11 @@ def _of_data(op: Op, data: Sequence[Value]) -> Value:
         taken_out |= bool(found.last) and not all(value.last for value in full)
         found = found.but(normalized=found.normalized or taken_out)
         normed = union(_varying(full) - value.array.varying() for value in statistics)
-    chosen = record.chosen(found.last)
-    for number in [n for v in data for n in v.last if chosen and op.name in _ADDING]:
+    added = [n for value in data for n in value.last if op.name in _ADDING]
+    for path, _, kernel in [record.products[number] for number in added]:
         # A bias of a slice that data has chosen is looked up as the slice is.
-        if not record.products[number].kernel:
-            record.follow([record.products[number].path], chosen, norm=False)
+        if not kernel:
+            record.follow([path], record.chosen(found.last), norm=False)
     if op.name in _SOFTMAX and (found.last or found.mixed):
         found = found.but(leaves=frozenset(), kernels=())
     if found.last and found.coefficients:
@@ -216,12 +208,8 @@ def _one_hot(op: Op, array: Array) -> Array:
     What is computed from them is marked no more.
     """
     constants = [v.array for v in op.of_kind(CONSTANT) if op.name == "eq"]
-    hot = {
-        i
-        for constant in constants
-        for i in range(len(constant.dims))
-        if views.DISTINCT in _labels(constant, i)
-    } - _varying(op.of_kind(DATA))
+    hot = union(constant.along(views.DISTINCT) for constant in constants)
+    hot -= _varying(op.of_kind(DATA))
     if not hot:
         return array.marked(views.ONE_HOT, ())
     dims = list(array.dims)
@@ -613,9 +601,8 @@ def _look_up(
     if constant and (kernel.looked_up or _picks_rows(data.array, along)):
         record.note(filter(record.is_matrix, kernel.leaves), does.SAID, _TABLE)
         return kernel.lost(views.fresh(array.shape), looked_up=True)
-    hot = [i for i in along if views.ONE_HOT in _labels(data.array, i)]
     rows = len(kernel.array.axes()) <= len(along) + 1
-    if hot and len(hot) == len(along) and rows and not constant:
+    if along and along <= data.array.along(views.ONE_HOT) and rows and not constant:
         return _embedded(record, kernel, data, array)
     return None
 
@@ -626,8 +613,7 @@ def _picks_rows(array: Array, contracted: set[int]) -> bool:
     A permutation, as the features of nodes that have no others, is data.
     """
     long = {i for i, size in enumerate(array.shape) if size > 1}
-    hot = {i for i in long if views.ONE_HOT in _labels(array, i)}
-    weighed = {i for i in long if views.PLACES in _labels(array, i)}
+    hot, weighed = long & array.along(views.ONE_HOT), array.along(views.PLACES)
     own = long & contracted
     one = own <= weighed or (own <= hot and len(hot) < max(len(long), 2))
     return len(own) == 1 and one
@@ -911,15 +897,12 @@ _NAMES: Mapping[str, Rule] = {
     reduce_or reduce_prod reduce_sum reduce_xor
     """: _reduce,
     """
-    all_gather all_gather_invariant all_to_all pad reduce_scatter reduce_window
-    reduce_window_max reduce_window_min reduce_window_sum
-    """: _by(views.resize),
-    # Each entry remains one entry: casts, copies, sharding, identities.
-    """
-    bitcast_convert_type convert_element_type copy copy_p device_put layout_constraint
-    mesh_cast name optimization_barrier pbroadcast pcast ppermute pvary
-    reduce_precision reshard sharding_constraint stop_gradient
-    """: _by(views.same),
+    all_gather all_gather_invariant all_to_all bitcast_convert_type convert_element_type
+    copy copy_p device_put layout_constraint mesh_cast name optimization_barrier pad
+    pbroadcast pcast ppermute pvary reduce_precision reduce_scatter reduce_window
+    reduce_window_max reduce_window_min reduce_window_sum reshard sharding_constraint
+    stop_gradient
+    """: _by(views.resize),  # Casts, copies and identities change no size.
     """
     approx_top_k cumlogsumexp cummax cummin cumprod cumsum dynamic_update_slice scatter
     scatter-add scatter-max scatter-min scatter-mul scatter-sub scatter_add sort top_k

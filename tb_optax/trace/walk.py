@@ -100,14 +100,13 @@ def _constant(entries: Any) -> Value:
     if not shape and isinstance(entries, (int, np.integer)):
         return Value(views.fresh(shape), literal=int(entries))
     few = 1 < math.prod(shape) <= _MOST_ENTRIES and not isinstance(entries, Tracer)
-    hot: list[views.Labels] = [frozenset() for _ in shape]
+    hot = []
     if few and jax.dtypes.issubdtype(entries.dtype, np.generic):
         entries = np.asarray(entries)
-        for i in range(len(shape) if np.isin(entries, (0, 1)).all() else 0):
-            if shape[i] > 1 and (entries.sum(i) == 1).all():
-                hot[i] = frozenset([views.ONE_HOT])
-    pairs = zip(shape, hot, strict=True)
-    return Value(views.of_factors([[views.Factor(n, 0, own)] for n, own in pairs]))
+        if np.isin(entries, (0, 1)).all():
+            long = [i for i, size in enumerate(shape) if size > 1]
+            hot = [i for i in long if (entries.sum(i) == 1).all()]
+    return Value(views.fresh(shape).marked(views.ONE_HOT, hot))
 
 
 def moved(
