@@ -79,6 +79,16 @@ class MatrixAxes(_Compact):
         return sum(map(len, fields))
 
 
+def check_rank(axes: MatrixAxes, path: str, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless axes that the user gives fit a leaf of this shape."""
+    if axes.rank != len(shape):
+        msg = (
+            f"axes: {axes} is for kernels of rank {axes.rank}, {path!r} has shape "
+            f"{shape}."
+        )
+        raise ValueError(msg)
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Layer(_Compact):
     """A kernel, or a slice or part of one, with the leaves that follow it.

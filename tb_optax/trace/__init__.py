@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tb_optax.layers import Layers, MatrixAxes
+from tb_optax.layers import Layers, MatrixAxes, check_rank
 from tb_optax.leaves import listing, match_paths
 from tb_optax.trace.program import program_of
 from tb_optax.trace.record import Record
@@ -117,12 +117,7 @@ def trace_layers(
     parts = match_paths("split", split, shapes)
     kernels = {path: own for path, own in given.items() if own is not None}
     for path, own in kernels.items():
-        if own.rank != len(shapes[path]):
-            msg = (
-                f"axes: {own} is for kernels of rank {own.rank}, {path!r} has shape "
-                f"{shapes[path]}."
-            )
-            raise ValueError(msg)
+        check_rank(own, path, shapes[path])
 
     def read(assumed: frozenset[str] = frozenset()) -> Roles:
         record = Record(floating, given, assumed, program.unreal)

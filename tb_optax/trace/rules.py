@@ -534,11 +534,9 @@ def _unchanged(op: Op, contracted: Sequence[tuple[int, int]]) -> Op:
 def _without_kernel(op: Op, array: Array) -> Value:
     """Multiply data with data, as in attention, or with constants."""
     data = op.of_kind(DATA)
-    if not data:
-        return Value(views.unlabelled(array))
     found = joined(data, array)
-    if len(data) == 1:
-        return found
+    if len(data) < 2:
+        return found if data else Value(views.unlabelled(array))
     last = _hidden(op.record, found.leaves, does.BETWEEN_DATA)
     return _after(last or found.last, found, array).but(mixed=not last)
 
@@ -750,7 +748,7 @@ def _dynamic_slice(op: Op) -> Value:
     """Take a slice, unknown which if the program does not say where it starts."""
     (value, *starts), shape = op.values, op.shapes[0]
     chosen = [i for i, size in enumerate(shape) if size != value.array.shape[i]]
-    begin = [starts[i].literal or 0 if i in chosen else 0 for i in range(len(shape))]
+    begin = [start.literal or 0 for start in starts]
     gone = [i for i in chosen if starts[i].literal is None and shape[i] == 1]
     found = picked(moved(value, shape, views.cut, begin), value, gone)
     data = [start for start in starts if start.kind == DATA]
@@ -861,10 +859,9 @@ def _constants(op: Op) -> list[Value]:
 
 def _iota(op: Op) -> Value:
     """Return distinct numbers along one dimension."""
-    dims = [[Factor(size, None)] for size in op.shapes[0]]
-    i = int(op.fields["dimension"])
-    dims[i] = [Factor(op.shapes[0][i], of_axis=frozenset([views.DISTINCT]))]
-    return Value(views.of_factors(dims))
+    shape, i = op.shapes[0], int(op.fields["dimension"])
+    numbers = views.fresh([shape[i]]).marked(views.DISTINCT, [0])
+    return Value(views.broadcast(numbers, shape, [i]))
 
 
 def _unknown(op: Op) -> list[Value]:
