@@ -1,8 +1,8 @@
 """Layers read off the forward pass: order, axes and followers.
 
-`walk` goes through the equations of a jaxpr; `rules` say what each primitive does to
-the values, which are `views`, and write down in the `record` which parameter enters
-which product; `roles` reads layers from it, and a verdict on every leaf.
+`walk` makes a jaxpr and goes through its equations; `rules` say what each primitive
+does to the values, which are `views`, and write down in the `record` which parameter
+enters which product; `roles` reads layers from it, and a verdict on every leaf.
 """
 
 import warnings
@@ -11,11 +11,10 @@ from typing import Any
 
 from tb_optax.layers import Layers, MatrixAxes, check_rank
 from tb_optax.leaves import listing, match_paths
-from tb_optax.trace.program import program_of
 from tb_optax.trace.record import Record
 from tb_optax.trace.roles import NORMS, Roles, Unclear, roles_of
 from tb_optax.trace.rules import RULES
-from tb_optax.trace.walk import run
+from tb_optax.trace.walk import program_of, run
 
 Parts = int | Sequence[int]
 

@@ -1,17 +1,21 @@
-"""The walk through a jaxpr: its equations, calls, branches and loops."""
+"""A forward pass as a jaxpr, and the walk through its calls, branches and loops."""
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.extend.core import Literal
 
+from tb_optax.leaves import is_array, leaves_of
 from tb_optax.trace import views
 from tb_optax.trace.record import (
+    CONSTANT,
     DATA,
     ENTERS,
     PARAMETER,
@@ -26,6 +30,84 @@ from tb_optax.trace.record import (
 
 # Constants with more entries are not searched for one-hot vectors.
 _MOST_ENTRIES = 1 << 24
+
+
+class Program(NamedTuple):
+    """A forward pass."""
+
+    jaxpr: Any  # its equations
+    shapes: dict[str, tuple[int, ...]]  # of the arrays among its parameters, by path
+    unreal: frozenset[str]  # the complex ones among them
+    notes: dict[str, str]  # why leaves are no parameters
+    values: list[Value]  # what is known of its arguments
+
+
+def program_of(fn: Callable[..., Any], params: Any, inputs: Sequence[Any]) -> Program:
+    """Trace `fn(params, *inputs)`; nothing is computed.
+
+    An nnx module, as `fn` or as `params`, is taken apart into its parameters and the
+    rest of its state; the rest is a constant.
+
+    Raises:
+        ValueError: if the forward pass needs the name of an axis.
+    """
+    module, state, call = None, None, fn
+    nnx: Any = sys.modules.get("flax.nnx")
+
+    def is_module(x: Any) -> bool:
+        return nnx is not None and isinstance(x, nnx.Module)
+
+    if is_module(fn):
+        inputs = inputs if params is None else (params, *inputs)
+        module, call = fn, lambda module, *args: module(*args)
+    elif any(map(is_module, jax.tree.leaves(params, is_leaf=is_module))):
+        module = params
+    if module is not None:
+        graph, params, state = nnx.split(module, nnx.Param, ...)
+
+    shapes, notes, unreal, values = {}, {}, set(), []
+    for path, leaf in leaves_of(params).items():
+        if not leaf.is_array:
+            notes[path] = "masked or None" if leaf.value is None else "not an array"
+            continue
+        shapes[path], value = leaf.shape, Value(views.fresh(leaf.shape))
+        if not jnp.issubdtype(leaf.value.dtype, jnp.inexact):
+            notes[path] = "not floating"
+        else:
+            value = value.but(kind=PARAMETER, path=path, leaves=frozenset([path]))
+        if jnp.issubdtype(leaf.value.dtype, jnp.complexfloating):
+            unreal.add(path)
+        values.append(value)
+    flat, structure = jax.tree.flatten((params, state, *inputs))
+    places = [i for i, leaf in enumerate(flat) if is_array(leaf)]
+    arrays = [jax.ShapeDtypeStruct(flat[i].shape, flat[i].dtype) for i in places]
+    rest = len(values) + len(jax.tree.leaves(state))
+    for array in arrays[len(values) :]:
+        is_key = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+        kind = CONSTANT if len(values) < rest or is_key else DATA
+        values.append(Value(views.fresh(array.shape), kind))
+
+    def forward(*arrays):
+        filled = list(flat)
+        for i, array in zip(places, arrays, strict=True):
+            filled[i] = array
+        params, state, *inputs = jax.tree.unflatten(structure, filled)
+        model = params if module is None else nnx.merge(graph, params, state)
+        out = call(model, *inputs)
+        return [leaf for leaf in jax.tree.leaves(out) if is_array(leaf)]
+
+    try:
+        jaxpr = jax.make_jaxpr(forward)(*arrays)
+    except NameError as error:
+        if "unbound axis name" not in str(error):
+            raise
+        msg = (
+            f"trace_layers: {error} A BatchNorm with axis_name needs that axis: bind "
+            f"it with jax.vmap(fn, ..., axis_name=...) around the forward pass, or "
+            f"trace the forward pass of evaluation (train=False)."
+        )
+        raise ValueError(msg) from error
+    return Program(jaxpr, shapes, frozenset(unreal), notes, values)
 
 
 class Fields(dict[str, Any]):
