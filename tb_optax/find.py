@@ -431,11 +431,9 @@ def _followers(
         if len(inside) == 1:
             (kernel_of[module],) = inside.values()
         for leaf in members:
-            own = (
-                inside.get(leaf.name.replace("bias", "weight")) if leaf.dotted else None
-            )
-            if own is None and leaf.name in BIASES:
-                own = kernel_of.get(module)
+            own = kernel_of.get(module) if leaf.name in BIASES else None
+            if leaf.dotted:
+                own = inside.get(leaf.name.replace("bias", "weight"), own)
             if own is not None and own is not leaf:
                 followers.setdefault(own.path, []).append(leaf.path)
     convolutions = {_plain(module): leaf for module, leaf in kernel_of.items()}

@@ -218,11 +218,8 @@ def expand_stacks(
         if layer.path in shapes and shapes[layer.path] is None:
             continue
         shape = _kernel_shape(layer, shapes)
-        if layer.index or not layer.axes.stacked:
-            expanded.append(layer)
-            continue
-        sizes = [range(shape[axis]) for axis in layer.axes.stacked]
-        for index in itertools.product(*sizes):
+        slices = itertools.product(*(range(shape[a]) for a in layer.axes.stacked))
+        for index in [layer.index] if layer.index else slices:
             expanded.append(dataclasses.replace(layer, index=index))
     return tuple(expanded)
 

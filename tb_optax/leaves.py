@@ -103,11 +103,7 @@ def _names(key) -> list[str]:
 
 
 def _unboxed(keys) -> tuple[Any, ...]:
-    boxed = (
-        bool(keys)
-        and isinstance(keys[-1], jax.tree_util.GetAttrKey)
-        and keys[-1].name == "value"
-    )
+    boxed = tuple(keys[-1:]) == (jax.tree_util.GetAttrKey("value"),)
     return tuple(keys[:-1] if boxed else keys)
 
 

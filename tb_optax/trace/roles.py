@@ -285,9 +285,8 @@ def _verdicts(
     notes |= {path: vector for path, kernels in entered.items() if any(kernels)}
     notes |= {path: reasons[0] for path, reasons in said.items()}
     notes |= why
-    notes |= {
-        path: does.LOOKED_UP for path, kernels in entered.items() if not all(kernels)
-    }
+    looked_up = [path for path, kernels in entered.items() if not all(kernels)]
+    notes |= dict.fromkeys(looked_up, does.LOOKED_UP)
     notes = {path: note for path, note in notes.items() if path not in failed}
     notes |= {path: f"follows {e.path}" for e in layers for path in e.follows}
     notes = {path: note for path, note in notes.items() if path not in unclear}

@@ -195,7 +195,7 @@ def _of_data(op: Op, data: Sequence[Value]) -> Value:
             record.follow([path], record.chosen(found.last), norm=False)
     if op.name in _SOFTMAX and (found.last or found.mixed):
         found = found.but(leaves=frozenset(), kernels=())
-    if found.last and found.coefficients:
+    if found.last:
         record.follow(found.coefficients, found.last, norm=True)
         pending = found.pending | found.coefficients
         found = found.but(coefficients=frozenset(), pending=pending)
@@ -783,10 +783,9 @@ def _gather(op: Op) -> Value:
         kept = [i for i in range(len(own)) if i not in gone]
         places = dict(zip(numbers.offset_dims, kept, strict=True))
         others = [i for i in range(len(shape)) if i not in places]
-        for i, of_indices in zip(
-            batch, numbers.start_indices_batching_dims, strict=True
-        ):
-            places[others[of_indices]], own[i] = i, array.shape[i]
+        of_indices = numbers.start_indices_batching_dims
+        for i, place in zip(batch, of_indices, strict=True):
+            places[others[place]], own[i] = i, array.shape[i]
         array = views.cut(array, own, [0] * len(own))
         return views.arrange(array, shape, [places.get(i) for i in range(len(shape))])
 
@@ -821,9 +820,8 @@ def _reduced(op: Op, value: Value, shape: Sequence[int], axes: Sequence[int]) ->
     record, found = op.record, moved(value, shape, views.without, axes)
     for kernel in value.kernels if op.name == "reduce_sum" else ():
         summed = union(f.labels for axis in axes for f in kernel.array.dims[axis])
-        if views.SHARED in summed and (
-            last := _hidden(record, record.own(kernel), _BY_HAND)
-        ):
+        shared = record.own(kernel) if views.SHARED in summed else ()
+        if last := _hidden(record, shared, _BY_HAND):
             return _after(last, value, found.array)
     if all(value.array.shape[axis] == 1 for axis in axes):
         return found
@@ -879,7 +877,8 @@ def _unknown(op: Op) -> list[Value]:
     return [found.but(array=views.fresh(shape)) for shape in op.shapes]
 
 
-_NAMES: Mapping[str, Rule] = {
+_BY_NAMES: Mapping[str, Rule] = {
+    **CONTROL,
     """
     abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
     cbrt ceil clamp clz complex conj cos cosh digamma div eq eq_to erf erf_inv erfc exp
@@ -909,11 +908,6 @@ _NAMES: Mapping[str, Rule] = {
     random_seed random_split random_unwrap random_wrap rng_bit_generator rng_uniform
     threefry2x32 zeros_like
     """: _constants,
-}
-
-RULES: Mapping[str, Rule] = {
-    **CONTROL,
-    **{name: rule for names, rule in _NAMES.items() for name in names.split()},
     "broadcast_in_dim": _by(views.broadcast, "broadcast_dimensions"),
     "concatenate": lambda op: _side_by_side(op, op.values, int(op.fields["dimension"])),
     "conv_general_dilated": _convolution,
@@ -932,4 +926,7 @@ RULES: Mapping[str, Rule] = {
     "transpose": _by(views.arrange, "permutation"),
     "unknown": _unknown,
     "unstack": _unstack,
+}
+RULES: Mapping[str, Rule] = {
+    name: rule for names, rule in _BY_NAMES.items() for name in names.split()
 }

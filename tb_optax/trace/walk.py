@@ -297,11 +297,8 @@ def _loop(op: Op, body, fixed, carry, slices, turns) -> list[Value]:
         known, carry = kinds, either(carry, once(carry))
         del events[mark:]
     for start, value in zip(starts, carry, strict=True):
-        if (
-            start.kind == PARAMETER
-            and value.kind == DATA
-            and len(start.array.axes()) < 2
-        ):
+        became = (start.kind, value.kind) == (PARAMETER, DATA)
+        if became and len(start.array.axes()) < 2:
             paths = start.leaves if start.path in op.record.shapes else ()
             op.record.note(paths, SAID, "is where a loop starts")
     sliced = [own for value in slices for own in (value, *value.kernels)]
@@ -342,11 +339,14 @@ def _either(values: Sequence[Value]) -> Value:
     return values[0].but(literal=None) if len(alike) == 1 else found
 
 
-_CALLS = """
+# Rules for primitives that run others; a key may be several names.
+CONTROL: Mapping[str, Rule] = {
+    """
     call checkpoint closed_call composite core_call custom_jvp_call custom_vjp_call
     custom_vjp_call_jaxpr eval_jaxpr jit pjit remat remat2
-"""
-CONTROL: Mapping[str, Rule] = {
-    **dict.fromkeys(_CALLS.split(), _call),
-    **{"cond": _cond, "scan": _scan, "shard_map": _shard_map, "while": _while},
+    """: _call,
+    "cond": _cond,
+    "scan": _scan,
+    "shard_map": _shard_map,
+    "while": _while,
 }
