@@ -85,9 +85,7 @@ def leaves_of(tree: Any) -> dict[str, Leaf]:
 
 def shapes_of(leaves: Mapping[str, Leaf]) -> dict[str, tuple[int, ...] | None]:
     """Return the shape of every leaf by path; None for masked leaves and non-arrays."""
-    return {
-        path: leaf.shape if leaf.is_array else None for path, leaf in leaves.items()
-    }
+    return {p: leaf.shape if leaf.is_array else None for p, leaf in leaves.items()}
 
 
 def path_of(keys: Sequence[Any]) -> str:

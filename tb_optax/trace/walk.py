@@ -240,9 +240,8 @@ def _while(op: Op) -> list[Value]:
     """Run the body of a `while`, however often it runs."""
     start = op.fields["cond_nconsts"]
     stop = start + op.fields["body_nconsts"]
-    return _loop(
-        op, op.fields["body_jaxpr"], op.values[start:stop], op.values[stop:], [], [0]
-    )
+    fixed, carry = op.values[start:stop], op.values[stop:]
+    return _loop(op, op.fields["body_jaxpr"], fixed, carry, [], [0])
 
 
 def scanned(fields: Fields, values: Sequence[Any]) -> tuple[list, list, list]:
