@@ -514,19 +514,16 @@ def _unchanged(op: Op, contracted: Sequence[tuple[int, int]]) -> Op:
         return op
     able = []
     for side, value in enumerate(values):
-        own = changed([value])
-        fit = [k for k in own if _sums(k, contracted, side)]
+        fit = [k for k in changed([value]) if _sums(k, contracted, side)]
         none = union(record.own(k) for k in value.kernels if k not in fit)
         values[side] = value.but(leaves=value.leaves - none, kernels=())
         left_out = [k for k in fit if all(map(record.is_left_out, record.own(k)))]
         able += [(side, kernel) for kernel in fit if kernel not in left_out]
-    for _, kernel in able:
-        own = filter(lambda path: not record.is_kernel(path), record.own(kernel))
-        record.fail(own, does.BETWEEN_DATA)
-    if len(able) == 1:
-        (side, kernel), *_ = able
-        if record.is_said(kernel):
-            record.needed |= record.own(kernel)
+    for side, kernel in able:
+        own = record.own(kernel)
+        record.fail(set(own) - set(filter(record.is_kernel, own)), does.BETWEEN_DATA)
+        if len(able) == 1 and record.is_said(kernel):
+            record.needed |= own
             values[side] = kernel
     return op._replace(values=values)
 
