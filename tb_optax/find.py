@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 
-from tb_optax.layers import Layer, MatrixAxes
+from tb_optax.layers import Layer, MatrixAxes, check_rank
 from tb_optax.leaves import Leaf, leaves_of, match_paths, natural
 
 
@@ -122,12 +122,9 @@ def find_layers(
         raise ValueError(msg)
     kernels = {p: r.axes for p, r in readings.items() if r.axes is not None}
     follows = _followers(leaves, kernels)
-    paths = sorted(kernels, key=natural) if _dotted(leaves) else list(kernels)
+    dotted = any(leaf.dotted for leaf in leaves.values())
+    paths = sorted(kernels, key=natural) if dotted else kernels
     return tuple(Layer(path, kernels[path], follows.get(path, ())) for path in paths)
-
-
-def _dotted(leaves: Mapping[str, Leaf]) -> bool:
-    return any(leaf.dotted for leaf in leaves.values())
 
 
 def read_leaves(
@@ -153,12 +150,7 @@ def _given(leaf: Leaf, axes: MatrixAxes | None) -> Reading:
         return Reading(None, "left out by axes=")
     if leaf.value is None:
         return Reading(None, "masked or None")
-    if not leaf.is_array or len(leaf.shape) != axes.rank:
-        msg = (
-            f"axes: {axes} is for kernels of rank {axes.rank}, {leaf.path!r} has "
-            f"shape {leaf.shape}."
-        )
-        raise ValueError(msg)
+    check_rank(axes, leaf.path, leaf.shape)
     return Reading(axes)
 
 
@@ -439,11 +431,9 @@ def _followers(
         if len(inside) == 1:
             (kernel_of[module],) = inside.values()
         for leaf in members:
-            own = (
-                inside.get(leaf.name.replace("bias", "weight")) if leaf.dotted else None
-            )
-            if own is None and leaf.name in BIASES:
-                own = kernel_of.get(module)
+            own = kernel_of.get(module) if leaf.name in BIASES else None
+            if leaf.dotted:
+                own = inside.get(leaf.name.replace("bias", "weight"), own)
             if own is not None and own is not leaf:
                 followers.setdefault(own.path, []).append(leaf.path)
     convolutions = {_plain(module): leaf for module, leaf in kernel_of.items()}
@@ -469,8 +459,6 @@ def _plain(module: tuple[str, ...]) -> tuple[str, ...]:
 
 def _convolution_of_norm(module: tuple[str, ...]) -> tuple[str, ...]:
     """`("block", "BatchNorm_3")` -> `("block", "conv_3")`; empty for other names."""
-    if not module:
-        return ()
-    name = module[-1].lower()
+    name = "".join(module[-1:]).lower()
     name, count = re.subn(r"normalization|batch_?norm|bn|norm", "conv", name)
     return (*module[:-1], name) if count else ()

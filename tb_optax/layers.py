@@ -79,6 +79,16 @@ class MatrixAxes(_Compact):
         return sum(map(len, fields))
 
 
+def check_rank(axes: MatrixAxes, path: str, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless axes that the user gives fit a leaf of this shape."""
+    if axes.rank != len(shape):
+        msg = (
+            f"axes: {axes} is for kernels of rank {axes.rank}, {path!r} has shape "
+            f"{shape}."
+        )
+        raise ValueError(msg)
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Layer(_Compact):
     """A kernel, or a slice or part of one, with the leaves that follow it.
@@ -208,11 +218,8 @@ def expand_stacks(
         if layer.path in shapes and shapes[layer.path] is None:
             continue
         shape = _kernel_shape(layer, shapes)
-        if layer.index or not layer.axes.stacked:
-            expanded.append(layer)
-            continue
-        sizes = [range(shape[axis]) for axis in layer.axes.stacked]
-        for index in itertools.product(*sizes):
+        slices = itertools.product(*(range(shape[a]) for a in layer.axes.stacked))
+        for index in [layer.index] if layer.index else slices:
             expanded.append(dataclasses.replace(layer, index=index))
     return tuple(expanded)
 
@@ -375,10 +382,7 @@ def parts_of(
         )
         raise ValueError(msg)
     size = shape[axis]
-    if isinstance(parts, int):
-        sizes = [size // parts] * parts if parts > 0 else []
-    else:
-        sizes = list(parts)
+    sizes = [size // max(parts, 1)] * parts if isinstance(parts, int) else list(parts)
     if sum(sizes) != size or any(part < 1 for part in sizes):
         msg = (
             f"split: axis {axis} of {layer.path!r} has {size} outputs, which do not "

@@ -85,9 +85,7 @@ def leaves_of(tree: Any) -> dict[str, Leaf]:
 
 def shapes_of(leaves: Mapping[str, Leaf]) -> dict[str, tuple[int, ...] | None]:
     """Return the shape of every leaf by path; None for masked leaves and non-arrays."""
-    return {
-        path: leaf.shape if leaf.is_array else None for path, leaf in leaves.items()
-    }
+    return {p: leaf.shape if leaf.is_array else None for p, leaf in leaves.items()}
 
 
 def path_of(keys: Sequence[Any]) -> str:
@@ -103,11 +101,7 @@ def _names(key) -> list[str]:
 
 
 def _unboxed(keys) -> tuple[Any, ...]:
-    boxed = (
-        bool(keys)
-        and isinstance(keys[-1], jax.tree_util.GetAttrKey)
-        and keys[-1].name == "value"
-    )
+    boxed = tuple(keys[-1:]) == (jax.tree_util.GetAttrKey("value"),)
     return tuple(keys[:-1] if boxed else keys)
 
 

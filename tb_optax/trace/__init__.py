@@ -1,21 +1,20 @@
 """Layers read off the forward pass: order, axes and followers.
 
-`walk` goes through the equations of a jaxpr; `rules` say what each primitive does to
-the values, which are `views`, and write down in the `record` which parameter enters
-which product; `roles` reads layers from it, and a verdict on every leaf.
+`walk` makes a jaxpr and goes through its equations; `rules` say what each primitive
+does to the values, which are `views`, and write down in the `record` which parameter
+enters which product; `roles` reads layers from it, and a verdict on every leaf.
 """
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tb_optax.layers import Layers, MatrixAxes
+from tb_optax.layers import Layers, MatrixAxes, check_rank
 from tb_optax.leaves import listing, match_paths
-from tb_optax.trace.program import program_of
 from tb_optax.trace.record import Record
 from tb_optax.trace.roles import NORMS, Roles, Unclear, roles_of
 from tb_optax.trace.rules import RULES
-from tb_optax.trace.walk import run
+from tb_optax.trace.walk import program_of, run
 
 Parts = int | Sequence[int]
 
@@ -117,12 +116,7 @@ def trace_layers(
     parts = match_paths("split", split, shapes)
     kernels = {path: own for path, own in given.items() if own is not None}
     for path, own in kernels.items():
-        if own.rank != len(shapes[path]):
-            msg = (
-                f"axes: {own} is for kernels of rank {own.rank}, {path!r} has shape "
-                f"{shapes[path]}."
-            )
-            raise ValueError(msg)
+        check_rank(own, path, shapes[path])
 
     def read(assumed: frozenset[str] = frozenset()) -> Roles:
         record = Record(floating, given, assumed, program.unreal)

@@ -182,10 +182,8 @@ class Record:
 
     def bundle(self, dimension: int, parts: Sequence[Value]) -> str:
         """Give parameters that lie side by side a name; there are bundles of these."""
-        path, sizes = (
-            f"<{len(self.bundles)}>",
-            [p.array.shape[dimension] for p in parts],
-        )
+        path = f"<{len(self.bundles)}>"
+        sizes = [part.array.shape[dimension] for part in parts]
         starts = itertools.accumulate([0, *sizes[:-1]])
         self.bundles[path] = dimension, list(zip(starts, parts, strict=True))
         return path

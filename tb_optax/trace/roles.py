@@ -47,7 +47,13 @@ def roles_of(
     targets, why = _targets(record, products, turned, norms)
     free = [p for p in record.shapes if p not in axes and not record.is_left_out(p)]
     targets = {path: targets[path] for path in free if path in targets}
-    across = {p for p in targets if _across(record, p, axes[targets[p][0]])}
+    # What runs along outputs where its kernel is stacked.
+    across = {
+        path
+        for path, (kernel, _) in targets.items()
+        for own, of_kernel in record.aligned.get(path, ())
+        if own in axes[kernel].stacked and of_kernel not in axes[kernel].stacked
+    }
     layers, cannot = with_followers(layers, targets, record.shapes, across)
     for path in cannot:
         why[path] = f"cannot be cut as {targets[path][0]!r} is, which it acts on"
@@ -84,7 +90,6 @@ def _axes_of(
     turned: set[int] = set()
     failed: dict[str, dict[str, None]] = {}
     axes: dict[str, MatrixAxes] = {}
-    unclear: dict[str, Unclear] = {}
     for number, product in products.items():
         path, given = product.path, record.given.get(product.path)
         reading = _read(product, record.shapes[path], record.apart.get(number, ()))
@@ -255,12 +260,6 @@ def _targets(
     return found, why
 
 
-def _across(record: Record, path: str, axes: MatrixAxes) -> bool:
-    """Say whether a follower runs along outputs where its kernel is stacked."""
-    pairs = record.aligned.get(path, ())
-    return any(a in axes.stacked and b not in axes.stacked for a, b in pairs)
-
-
 # ---- Verdicts -----------------------------------------------------------------------
 
 
@@ -286,9 +285,8 @@ def _verdicts(
     notes |= {path: vector for path, kernels in entered.items() if any(kernels)}
     notes |= {path: reasons[0] for path, reasons in said.items()}
     notes |= why
-    notes |= {
-        path: does.LOOKED_UP for path, kernels in entered.items() if not all(kernels)
-    }
+    looked_up = [path for path, kernels in entered.items() if not all(kernels)]
+    notes |= dict.fromkeys(looked_up, does.LOOKED_UP)
     notes = {path: note for path, note in notes.items() if path not in failed}
     notes |= {path: f"follows {e.path}" for e in layers for path in e.follows}
     notes = {path: note for path, note in notes.items() if path not in unclear}

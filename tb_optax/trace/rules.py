@@ -1,5 +1,6 @@
 """What each primitive does to the values of a forward pass: one table, by name."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
@@ -101,8 +102,6 @@ def _merged(
 def _one_of(dims: Dims) -> views.Dimension:
     """Combine one dimension of several arrays."""
     moving = [dim for dim in dims if any(f.varies for f in dim)] or dims
-    if len(moving) == 1:
-        return moving[0]
     finest = max(moving, key=lambda dim: (any(f.labels for f in dim), len(dim)))
     alike = [dim for dim in moving if [f.size for f in dim] == [f.size for f in finest]]
     found = []
@@ -112,30 +111,23 @@ def _one_of(dims: Dims) -> views.Dimension:
     return found
 
 
-def _labels(array: Array, i: int) -> views.Labels:
-    """Return what is known of the entries of a constant along a dimension."""
-    return array.dims[i][0].labels if len(array.dims[i]) == 1 else frozenset()
-
-
 def _of_constants(op: Op) -> Array:
     """Combine constants.
 
     Comparing something with distinct numbers is one-hot. Adding two sets of distinct
     numbers compares their places: what is computed from that are weights of places.
     """
-    array, marks = _merged(op.values, op.shapes[0]), []
-    varying = [value.array for value in op.values if value.array.varying()]
-    linear = _AFFINE if len(varying) == 1 else {*_ADDING, "sub"}
-    mark = {"eq": views.ONE_HOT, **dict.fromkeys(linear, views.DISTINCT)}.get(op.name)
-    for i in range(len(array.dims)):
-        own = [_labels(operand, i) for operand in varying if i in operand.varying()]
-        marks.append(union(own) & {views.PLACES})
-        if mark and len(own) == 1 and views.DISTINCT in own[0]:
-            marks[i] |= {mark}
-    if sum(views.DISTINCT in own for own in marks) > 1:
-        marks = [m | {views.PLACES} if views.DISTINCT in m else m for m in marks]
-    pairs = zip(array.dims, marks, strict=True)
-    return views.of_factors([[Factor(f.size, f.axis, m) for f in d] for d, m in pairs])
+    found = views.unlabelled(_merged(op.values, op.shapes[0]))
+    arrays = [value.array for value in op.values if value.array.varying()]
+    along = Counter(i for array in arrays for i in array.varying())
+    places = {i for a in arrays for i in a.along(views.PLACES) & a.varying()}
+    distinct = {i for a in arrays for i in a.along(views.DISTINCT) if along[i] == 1}
+    if op.name == "eq":
+        found = found.marked(views.ONE_HOT, distinct)
+    elif op.name in (_AFFINE if len(arrays) == 1 else {*_ADDING, "sub"}):
+        found = found.marked(views.DISTINCT, distinct)
+        places |= distinct if len(distinct) > 1 else set()
+    return found.marked(views.PLACES, places)
 
 
 def _of_parameters(op: Op) -> Value:
@@ -196,14 +188,14 @@ def _of_data(op: Op, data: Sequence[Value]) -> Value:
         taken_out |= bool(found.last) and not all(value.last for value in full)
         found = found.but(normalized=found.normalized or taken_out)
         normed = union(_varying(full) - value.array.varying() for value in statistics)
-    chosen = record.chosen(found.last)
-    for number in [n for v in data for n in v.last if chosen and op.name in _ADDING]:
+    added = [n for value in data for n in value.last if op.name in _ADDING]
+    for path, _, kernel in [record.products[number] for number in added]:
         # A bias of a slice that data has chosen is looked up as the slice is.
-        if not record.products[number].kernel:
-            record.follow([record.products[number].path], chosen, norm=False)
+        if not kernel:
+            record.follow([path], record.chosen(found.last), norm=False)
     if op.name in _SOFTMAX and (found.last or found.mixed):
         found = found.but(leaves=frozenset(), kernels=())
-    if found.last and found.coefficients:
+    if found.last:
         record.follow(found.coefficients, found.last, norm=True)
         pending = found.pending | found.coefficients
         found = found.but(coefficients=frozenset(), pending=pending)
@@ -216,12 +208,8 @@ def _one_hot(op: Op, array: Array) -> Array:
     What is computed from them is marked no more.
     """
     constants = [v.array for v in op.of_kind(CONSTANT) if op.name == "eq"]
-    hot = {
-        i
-        for constant in constants
-        for i in range(len(constant.dims))
-        if views.DISTINCT in _labels(constant, i)
-    } - _varying(op.of_kind(DATA))
+    hot = union(constant.along(views.DISTINCT) for constant in constants)
+    hot -= _varying(op.of_kind(DATA))
     if not hot:
         return array.marked(views.ONE_HOT, ())
     dims = list(array.dims)
@@ -526,19 +514,16 @@ def _unchanged(op: Op, contracted: Sequence[tuple[int, int]]) -> Op:
         return op
     able = []
     for side, value in enumerate(values):
-        own = changed([value])
-        fit = [k for k in own if _sums(k, contracted, side)]
+        fit = [k for k in changed([value]) if _sums(k, contracted, side)]
         none = union(record.own(k) for k in value.kernels if k not in fit)
         values[side] = value.but(leaves=value.leaves - none, kernels=())
         left_out = [k for k in fit if all(map(record.is_left_out, record.own(k)))]
         able += [(side, kernel) for kernel in fit if kernel not in left_out]
-    for _, kernel in able:
-        own = filter(lambda path: not record.is_kernel(path), record.own(kernel))
-        record.fail(own, does.BETWEEN_DATA)
-    if len(able) == 1:
-        (side, kernel), *_ = able
-        if record.is_said(kernel):
-            record.needed |= record.own(kernel)
+    for side, kernel in able:
+        own = record.own(kernel)
+        record.fail(set(own) - set(filter(record.is_kernel, own)), does.BETWEEN_DATA)
+        if len(able) == 1 and record.is_said(kernel):
+            record.needed |= own
             values[side] = kernel
     return op._replace(values=values)
 
@@ -546,11 +531,9 @@ def _unchanged(op: Op, contracted: Sequence[tuple[int, int]]) -> Op:
 def _without_kernel(op: Op, array: Array) -> Value:
     """Multiply data with data, as in attention, or with constants."""
     data = op.of_kind(DATA)
-    if not data:
-        return Value(views.unlabelled(array))
     found = joined(data, array)
-    if len(data) == 1:
-        return found
+    if len(data) < 2:
+        return found if data else Value(views.unlabelled(array))
     last = _hidden(op.record, found.leaves, does.BETWEEN_DATA)
     return _after(last or found.last, found, array).but(mixed=not last)
 
@@ -613,9 +596,8 @@ def _look_up(
     if constant and (kernel.looked_up or _picks_rows(data.array, along)):
         record.note(filter(record.is_matrix, kernel.leaves), does.SAID, _TABLE)
         return kernel.lost(views.fresh(array.shape), looked_up=True)
-    hot = [i for i in along if views.ONE_HOT in _labels(data.array, i)]
     rows = len(kernel.array.axes()) <= len(along) + 1
-    if hot and len(hot) == len(along) and rows and not constant:
+    if along and along <= data.array.along(views.ONE_HOT) and rows and not constant:
         return _embedded(record, kernel, data, array)
     return None
 
@@ -626,8 +608,7 @@ def _picks_rows(array: Array, contracted: set[int]) -> bool:
     A permutation, as the features of nodes that have no others, is data.
     """
     long = {i for i, size in enumerate(array.shape) if size > 1}
-    hot = {i for i in long if views.ONE_HOT in _labels(array, i)}
-    weighed = {i for i in long if views.PLACES in _labels(array, i)}
+    hot, weighed = long & array.along(views.ONE_HOT), array.along(views.PLACES)
     own = long & contracted
     one = own <= weighed or (own <= hot and len(hot) < max(len(long), 2))
     return len(own) == 1 and one
@@ -764,7 +745,7 @@ def _dynamic_slice(op: Op) -> Value:
     """Take a slice, unknown which if the program does not say where it starts."""
     (value, *starts), shape = op.values, op.shapes[0]
     chosen = [i for i, size in enumerate(shape) if size != value.array.shape[i]]
-    begin = [starts[i].literal or 0 if i in chosen else 0 for i in range(len(shape))]
+    begin = [start.literal or 0 for start in starts]
     gone = [i for i in chosen if starts[i].literal is None and shape[i] == 1]
     found = picked(moved(value, shape, views.cut, begin), value, gone)
     data = [start for start in starts if start.kind == DATA]
@@ -799,10 +780,9 @@ def _gather(op: Op) -> Value:
         kept = [i for i in range(len(own)) if i not in gone]
         places = dict(zip(numbers.offset_dims, kept, strict=True))
         others = [i for i in range(len(shape)) if i not in places]
-        for i, of_indices in zip(
-            batch, numbers.start_indices_batching_dims, strict=True
-        ):
-            places[others[of_indices]], own[i] = i, array.shape[i]
+        of_indices = numbers.start_indices_batching_dims
+        for i, place in zip(batch, of_indices, strict=True):
+            places[others[place]], own[i] = i, array.shape[i]
         array = views.cut(array, own, [0] * len(own))
         return views.arrange(array, shape, [places.get(i) for i in range(len(shape))])
 
@@ -837,9 +817,8 @@ def _reduced(op: Op, value: Value, shape: Sequence[int], axes: Sequence[int]) ->
     record, found = op.record, moved(value, shape, views.without, axes)
     for kernel in value.kernels if op.name == "reduce_sum" else ():
         summed = union(f.labels for axis in axes for f in kernel.array.dims[axis])
-        if views.SHARED in summed and (
-            last := _hidden(record, record.own(kernel), _BY_HAND)
-        ):
+        shared = record.own(kernel) if views.SHARED in summed else ()
+        if last := _hidden(record, shared, _BY_HAND):
             return _after(last, value, found.array)
     if all(value.array.shape[axis] == 1 for axis in axes):
         return found
@@ -875,10 +854,9 @@ def _constants(op: Op) -> list[Value]:
 
 def _iota(op: Op) -> Value:
     """Return distinct numbers along one dimension."""
-    dims = [[Factor(size, None)] for size in op.shapes[0]]
-    i = int(op.fields["dimension"])
-    dims[i] = [Factor(op.shapes[0][i], of_axis=frozenset([views.DISTINCT]))]
-    return Value(views.of_factors(dims))
+    shape, i = op.shapes[0], int(op.fields["dimension"])
+    numbers = views.fresh([shape[i]]).marked(views.DISTINCT, [0])
+    return Value(views.broadcast(numbers, shape, [i]))
 
 
 def _unknown(op: Op) -> list[Value]:
@@ -896,7 +874,8 @@ def _unknown(op: Op) -> list[Value]:
     return [found.but(array=views.fresh(shape)) for shape in op.shapes]
 
 
-_NAMES: Mapping[str, Rule] = {
+_BY_NAMES: Mapping[str, Rule] = {
+    **CONTROL,
     """
     abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
     cbrt ceil clamp clz complex conj cos cosh digamma div eq eq_to erf erf_inv erfc exp
@@ -911,15 +890,12 @@ _NAMES: Mapping[str, Rule] = {
     reduce_or reduce_prod reduce_sum reduce_xor
     """: _reduce,
     """
-    all_gather all_gather_invariant all_to_all pad reduce_scatter reduce_window
-    reduce_window_max reduce_window_min reduce_window_sum
-    """: _by(views.resize),
-    # Each entry remains one entry: casts, copies, sharding, identities.
-    """
-    bitcast_convert_type convert_element_type copy copy_p device_put layout_constraint
-    mesh_cast name optimization_barrier pbroadcast pcast ppermute pvary
-    reduce_precision reshard sharding_constraint stop_gradient
-    """: _by(views.same),
+    all_gather all_gather_invariant all_to_all bitcast_convert_type convert_element_type
+    copy copy_p device_put layout_constraint mesh_cast name optimization_barrier pad
+    pbroadcast pcast ppermute pvary reduce_precision reduce_scatter reduce_window
+    reduce_window_max reduce_window_min reduce_window_sum reshard sharding_constraint
+    stop_gradient
+    """: _by(views.resize),  # Casts, copies and identities change no size.
     """
     approx_top_k cumlogsumexp cummax cummin cumprod cumsum dynamic_update_slice scatter
     scatter-add scatter-max scatter-min scatter-mul scatter-sub scatter_add sort top_k
@@ -929,11 +905,6 @@ _NAMES: Mapping[str, Rule] = {
     random_seed random_split random_unwrap random_wrap rng_bit_generator rng_uniform
     threefry2x32 zeros_like
     """: _constants,
-}
-
-RULES: Mapping[str, Rule] = {
-    **CONTROL,
-    **{name: rule for names, rule in _NAMES.items() for name in names.split()},
     "broadcast_in_dim": _by(views.broadcast, "broadcast_dimensions"),
     "concatenate": lambda op: _side_by_side(op, op.values, int(op.fields["dimension"])),
     "conv_general_dilated": _convolution,
@@ -952,4 +923,7 @@ RULES: Mapping[str, Rule] = {
     "transpose": _by(views.arrange, "permutation"),
     "unknown": _unknown,
     "unstack": _unstack,
+}
+RULES: Mapping[str, Rule] = {
+    name: rule for names, rule in _BY_NAMES.items() for name in names.split()
 }

@@ -92,17 +92,18 @@ class Array(NamedTuple):
 
     def marked(self, label: Label, dimensions: Collection[int]) -> "Array":
         """Put a label on some dimensions, and take it off the others."""
-        mark = frozenset([label])
-        dims = [
-            [
-                f._replace(
-                    of_axis=f.of_axis | mark if i in dimensions else f.of_axis - mark
-                )
-                for f in dim
-            ]
-            for i, dim in enumerate(self.dims)
-        ]
-        return self._replace(dims=tuple(map(tuple, dims)))
+        dims = []
+        for i, dim in enumerate(self.dims):
+            own = {label} if i in dimensions else set()
+            dims.append(
+                tuple(f._replace(of_axis=f.of_axis - {label} | own) for f in dim)
+            )
+        return self._replace(dims=tuple(dims))
+
+    def along(self, label: Label) -> frozenset[int]:
+        """Return the dimensions that are one factor with this label."""
+        single = [(i, dim[0]) for i, dim in enumerate(self.dims) if len(dim) == 1]
+        return frozenset(i for i, factor in single if label in factor.labels)
 
     def low(self) -> list[int]:
         """Return the smallest index along each axis of the source."""
@@ -151,13 +152,6 @@ def unlabelled(array: Array) -> Array:
 
 
 # Moves: each takes an array and the shape it shall have, and may raise `Unfollowed`.
-
-
-def same(array: Array, shape: Shape) -> Array:
-    """Leave every entry where it is."""
-    if tuple(shape) != array.shape:
-        raise Unfollowed
-    return array
 
 
 def arrange(array: Array, shape: Shape, places: Iterable[int | None]) -> Array:
@@ -258,7 +252,7 @@ def take(array: Array, shape: Shape, index: int, dimension: int = 0) -> Array:
 
 
 def resize(array: Array, shape: Shape) -> Array:
-    """Make dimensions longer or shorter, as pads and shards do."""
+    """Make dimensions longer or shorter, as pads and shards do, or leave them."""
     if len(shape) != len(array.dims):
         raise Unfollowed
     dims = list(array.dims)

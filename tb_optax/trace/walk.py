@@ -1,17 +1,21 @@
-"""The walk through a jaxpr: its equations, calls, branches and loops."""
+"""A forward pass as a jaxpr, and the walk through its calls, branches and loops."""
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.extend.core import Literal
 
+from tb_optax.leaves import is_array, leaves_of
 from tb_optax.trace import views
 from tb_optax.trace.record import (
+    CONSTANT,
     DATA,
     ENTERS,
     PARAMETER,
@@ -26,6 +30,84 @@ from tb_optax.trace.record import (
 
 # Constants with more entries are not searched for one-hot vectors.
 _MOST_ENTRIES = 1 << 24
+
+
+class Program(NamedTuple):
+    """A forward pass."""
+
+    jaxpr: Any  # its equations
+    shapes: dict[str, tuple[int, ...]]  # of the arrays among its parameters, by path
+    unreal: frozenset[str]  # the complex ones among them
+    notes: dict[str, str]  # why leaves are no parameters
+    values: list[Value]  # what is known of its arguments
+
+
+def program_of(fn: Callable[..., Any], params: Any, inputs: Sequence[Any]) -> Program:
+    """Trace `fn(params, *inputs)`; nothing is computed.
+
+    An nnx module, as `fn` or as `params`, is taken apart into its parameters and the
+    rest of its state; the rest is a constant.
+
+    Raises:
+        ValueError: if the forward pass needs the name of an axis.
+    """
+    module, state, call = None, None, fn
+    nnx: Any = sys.modules.get("flax.nnx")
+
+    def is_module(x: Any) -> bool:
+        return nnx is not None and isinstance(x, nnx.Module)
+
+    if is_module(fn):
+        inputs = inputs if params is None else (params, *inputs)
+        module, call = fn, lambda module, *args: module(*args)
+    elif any(map(is_module, jax.tree.leaves(params, is_leaf=is_module))):
+        module = params
+    if module is not None:
+        graph, params, state = nnx.split(module, nnx.Param, ...)
+
+    shapes, notes, unreal, values = {}, {}, set(), []
+    for path, leaf in leaves_of(params).items():
+        if not leaf.is_array:
+            notes[path] = "masked or None" if leaf.value is None else "not an array"
+            continue
+        shapes[path], value = leaf.shape, Value(views.fresh(leaf.shape))
+        if not jnp.issubdtype(leaf.value.dtype, jnp.inexact):
+            notes[path] = "not floating"
+        else:
+            value = value.but(kind=PARAMETER, path=path, leaves=frozenset([path]))
+        if jnp.issubdtype(leaf.value.dtype, jnp.complexfloating):
+            unreal.add(path)
+        values.append(value)
+    flat, structure = jax.tree.flatten((params, state, *inputs))
+    places = [i for i, leaf in enumerate(flat) if is_array(leaf)]
+    arrays = [jax.ShapeDtypeStruct(flat[i].shape, flat[i].dtype) for i in places]
+    rest = len(values) + len(jax.tree.leaves(state))
+    for array in arrays[len(values) :]:
+        is_key = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+        kind = CONSTANT if len(values) < rest or is_key else DATA
+        values.append(Value(views.fresh(array.shape), kind))
+
+    def forward(*arrays):
+        filled = list(flat)
+        for i, array in zip(places, arrays, strict=True):
+            filled[i] = array
+        params, state, *inputs = jax.tree.unflatten(structure, filled)
+        model = params if module is None else nnx.merge(graph, params, state)
+        out = call(model, *inputs)
+        return [leaf for leaf in jax.tree.leaves(out) if is_array(leaf)]
+
+    try:
+        jaxpr = jax.make_jaxpr(forward)(*arrays)
+    except NameError as error:
+        if "unbound axis name" not in str(error):
+            raise
+        msg = (
+            f"trace_layers: {error} A BatchNorm with axis_name needs that axis: bind "
+            f"it with jax.vmap(fn, ..., axis_name=...) around the forward pass, or "
+            f"trace the forward pass of evaluation (train=False)."
+        )
+        raise ValueError(msg) from error
+    return Program(jaxpr, shapes, frozenset(unreal), notes, values)
 
 
 class Fields(dict[str, Any]):
@@ -100,14 +182,13 @@ def _constant(entries: Any) -> Value:
     if not shape and isinstance(entries, (int, np.integer)):
         return Value(views.fresh(shape), literal=int(entries))
     few = 1 < math.prod(shape) <= _MOST_ENTRIES and not isinstance(entries, Tracer)
-    hot: list[views.Labels] = [frozenset() for _ in shape]
+    hot = []
     if few and jax.dtypes.issubdtype(entries.dtype, np.generic):
         entries = np.asarray(entries)
-        for i in range(len(shape) if np.isin(entries, (0, 1)).all() else 0):
-            if shape[i] > 1 and (entries.sum(i) == 1).all():
-                hot[i] = frozenset([views.ONE_HOT])
-    pairs = zip(shape, hot, strict=True)
-    return Value(views.of_factors([[views.Factor(n, 0, own)] for n, own in pairs]))
+        if np.isin(entries, (0, 1)).all():
+            long = [i for i, size in enumerate(shape) if size > 1]
+            hot = [i for i in long if (entries.sum(i) == 1).all()]
+    return Value(views.fresh(shape).marked(views.ONE_HOT, hot))
 
 
 def moved(
@@ -159,9 +240,8 @@ def _while(op: Op) -> list[Value]:
     """Run the body of a `while`, however often it runs."""
     start = op.fields["cond_nconsts"]
     stop = start + op.fields["body_nconsts"]
-    return _loop(
-        op, op.fields["body_jaxpr"], op.values[start:stop], op.values[stop:], [], [0]
-    )
+    fixed, carry = op.values[start:stop], op.values[stop:]
+    return _loop(op, op.fields["body_jaxpr"], fixed, carry, [], [0])
 
 
 def scanned(fields: Fields, values: Sequence[Any]) -> tuple[list, list, list]:
@@ -216,11 +296,8 @@ def _loop(op: Op, body, fixed, carry, slices, turns) -> list[Value]:
         known, carry = kinds, either(carry, once(carry))
         del events[mark:]
     for start, value in zip(starts, carry, strict=True):
-        if (
-            start.kind == PARAMETER
-            and value.kind == DATA
-            and len(start.array.axes()) < 2
-        ):
+        became = (start.kind, value.kind) == (PARAMETER, DATA)
+        if became and len(start.array.axes()) < 2:
             paths = start.leaves if start.path in op.record.shapes else ()
             op.record.note(paths, SAID, "is where a loop starts")
     sliced = [own for value in slices for own in (value, *value.kernels)]
@@ -261,11 +338,14 @@ def _either(values: Sequence[Value]) -> Value:
     return values[0].but(literal=None) if len(alike) == 1 else found
 
 
-_CALLS = """
+# Rules for primitives that run others; a key may be several names.
+CONTROL: Mapping[str, Rule] = {
+    """
     call checkpoint closed_call composite core_call custom_jvp_call custom_vjp_call
     custom_vjp_call_jaxpr eval_jaxpr jit pjit remat remat2
-"""
-CONTROL: Mapping[str, Rule] = {
-    **dict.fromkeys(_CALLS.split(), _call),
-    **{"cond": _cond, "scan": _scan, "shard_map": _shard_map, "while": _while},
+    """: _call,
+    "cond": _cond,
+    "scan": _scan,
+    "shard_map": _shard_map,
+    "while": _while,
 }
