@@ -145,7 +145,14 @@ def _run(given: argparse.Namespace) -> None:
     _check_outputs(given)
     with optional("files"):
         from tabulate import tabulate
-    analysis = _analysis(given)
+    analysis = functools.partial(
+        layer_analysis,
+        fit=FITS[given.fit],
+        eigenvalue_floor=given.floor,
+        spectrum=quadrature() if given.quadrature else exact(),
+        max_dim=MAX_DIM,
+    )
+    analysis()  # Raises what is wrong with the arguments now.
     reports = [_report(open_checkpoint(given.checkpoint), given)]
     if given.compare:
         reports.append(_report(open_checkpoint(given.compare), given))
@@ -241,19 +248,6 @@ def _check_outputs(given: argparse.Namespace) -> None:
             raise ValueError(msg)
     if given.plot:
         importlib.import_module("tb_optax.plots")  # Raises without Matplotlib.
-
-
-def _analysis(given: argparse.Namespace) -> functools.partial[LayerAnalysis]:
-    """Make analyses as the arguments ask, of layers to be named."""
-    analysis = functools.partial(
-        layer_analysis,
-        fit=FITS[given.fit],
-        eigenvalue_floor=given.floor,
-        spectrum=quadrature() if given.quadrature else exact(),
-        max_dim=MAX_DIM,
-    )
-    analysis()  # Raises what is wrong with them now.
-    return analysis
 
 
 # --- which leaves are layers ----------------------------------------------------------
@@ -390,12 +384,7 @@ def _on_device(kernel: np.ndarray) -> jax.Array:
 
 def _slice(leaf: np.ndarray, layer: Layer) -> np.ndarray:
     """Return the slice of a stack that belongs to a layer."""
-    if not layer.index:
-        return leaf
-    where: list[Any] = [slice(None)] * leaf.ndim
-    for axis, index in zip(layer.axes.stacked, layer.index, strict=True):
-        where[axis] = index
-    return leaf[tuple(where)]
+    return np.moveaxis(leaf, layer.axes.stacked, range(len(layer.index)))[layer.index]
 
 
 def _plain(axes: MatrixAxes) -> MatrixAxes:

@@ -282,15 +282,9 @@ class _Refresh:
         )
 
     def advance(
-        self, state: Any, params: optax.Params | None
+        self, state: Any, params: optax.Params
     ) -> tuple[dict[str, Float[Array, "..."]], TempBalanceState]:
         """Return the multipliers of this update by path of leaf, and the next state."""
-        if params is None:
-            msg = (
-                f"{self.name} needs the parameters: call "
-                f"update(updates, state, params)."
-            )
-            raise ValueError(msg)
         if not isinstance(state, TempBalanceState):
             check_fields(state)
         plan = _resolve(self.analyze, params)
@@ -320,7 +314,10 @@ class _Refresh:
             refreshed = jnp.where(ends, state.count, refreshed)
         multipliers = target
         if isinstance(self.ramp, jax.Array) or self.ramp > 1:
-            multipliers = _ramped(here, target, refreshed + self.ramp - state.count)
+            # In so many equal steps, this one included.
+            left = jnp.asarray(refreshed + self.ramp - state.count, here.dtype)
+            moved = here + (target - here) / jnp.maximum(left, 1)
+            multipliers = jnp.where(left > 1, moved, target).astype(here.dtype)
         count = jnp.asarray(optax.safe_increment(state.count))
         state = TempBalanceState(count, multipliers, alpha, target, refreshed)
         return leaf_multipliers(plan.owners, multipliers), state
@@ -355,13 +352,6 @@ def _is_known(value: Any) -> bool:
     return not isinstance(value, jax.core.Tracer)
 
 
-def _ramped(here, target, left):
-    """Move to the target in so many equal steps, this one included."""
-    left = jnp.asarray(left, here.dtype)
-    moved = here + (target - here) / jnp.maximum(left, 1)
-    return jnp.where(left > 1, moved, target).astype(here.dtype)
-
-
 def _transform(
     refresh: _Refresh, weight_decay: Number, mask: Any, *, scales: bool
 ) -> optax.GradientTransformationExtraArgs:
@@ -371,7 +361,20 @@ def _transform(
     decays = isinstance(weight_decay, jax.Array) or weight_decay > 0
     of_mask = optax.add_decayed_weights(1.0, mask)
 
-    def changed(updates, params, by_path):
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, TempBalanceState]:
+        del extra_args
+        if params is None:
+            msg = (
+                f"{refresh.name} needs the parameters: call "
+                f"update(updates, state, params)."
+            )
+            raise ValueError(msg)
+        by_path, state = refresh.advance(state, params)
         terms = updates
         if decays:
             zeros = jax.tree.map(
@@ -392,17 +395,7 @@ def _transform(
                     update = (update * multiplier).astype(dtype)
             return update
 
-        return jax.tree_util.tree_map_with_path(change, updates, terms)
-
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, TempBalanceState]:
-        del extra_args
-        by_path, state = refresh.advance(state, params)
-        return changed(updates, params, by_path), state
+        return jax.tree_util.tree_map_with_path(change, updates, terms), state
 
     return optax.GradientTransformationExtraArgs(refresh.init, update_fn)
 
