@@ -96,16 +96,13 @@ class Report:
             name = self.checkpoint.names[layer.path]
             return self.checkpoint.leaves[name].shape, dataclasses.astuple(layer.axes)
 
-        path, leaf = None, np.empty(0)
+        path, leaf = None, None
         for layer in sorted(self.layers, key=kind):
-            if self.has_slice(layer):
-                yield layer, self.kernel(layer)
-                continue
             if layer.path != path:
-                leaf = np.empty(0)  # Before the next is read.
-                path = layer.path
-                leaf = self.checkpoint.read(self.checkpoint.names[path])
-            yield layer, _on_device(_slice(leaf, layer))
+                path, leaf = layer.path, None  # Before the next is read.
+                if not self.has_slice(layer):
+                    leaf = self.checkpoint.read(self.checkpoint.names[path])
+            yield layer, self.kernel(layer, leaf)
 
     def has_slice(self, layer: Layer) -> bool:
         """Return whether the kernel of a layer can be read without others."""
@@ -113,12 +110,17 @@ class Report:
         stored = self.checkpoint.leaves[name].load_slice is not None
         return stored and layer.axes.stacked == tuple(range(len(layer.index)))
 
-    def kernel(self, layer: Layer) -> jax.Array:
-        """Read the kernel of one layer."""
+    def kernel(self, layer: Layer, leaf: np.ndarray | None = None) -> jax.Array:
+        """Read the kernel of one layer, or take it out of its leaf."""
         name = self.checkpoint.names[layer.path]
         if self.has_slice(layer):
-            return _on_device(self.checkpoint.read(name, layer.index))
-        return _on_device(_slice(self.checkpoint.read(name), layer))
+            kernel = self.checkpoint.read(name, layer.index)
+        else:
+            leaf = self.checkpoint.read(name) if leaf is None else leaf
+            places = range(len(layer.index))
+            kernel = np.moveaxis(leaf, layer.axes.stacked, places)[layer.index]
+        # JAX's default float dtype, which `JAX_ENABLE_X64` widens.
+        return jnp.asarray(kernel.astype(jnp.zeros(()).dtype, copy=False))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -145,7 +147,14 @@ def _run(given: argparse.Namespace) -> None:
     _check_outputs(given)
     with optional("files"):
         from tabulate import tabulate
-    analysis = _analysis(given)
+    analysis = functools.partial(
+        layer_analysis,
+        fit=FITS[given.fit],
+        eigenvalue_floor=given.floor,
+        spectrum=quadrature() if given.quadrature else exact(),
+        max_dim=MAX_DIM,
+    )
+    analysis()  # Raises what is wrong with the arguments now.
     reports = [_report(open_checkpoint(given.checkpoint), given)]
     if given.compare:
         reports.append(_report(open_checkpoint(given.compare), given))
@@ -241,19 +250,6 @@ def _check_outputs(given: argparse.Namespace) -> None:
             raise ValueError(msg)
     if given.plot:
         importlib.import_module("tb_optax.plots")  # Raises without Matplotlib.
-
-
-def _analysis(given: argparse.Namespace) -> functools.partial[LayerAnalysis]:
-    """Make analyses as the arguments ask, of layers to be named."""
-    analysis = functools.partial(
-        layer_analysis,
-        fit=FITS[given.fit],
-        eigenvalue_floor=given.floor,
-        spectrum=quadrature() if given.quadrature else exact(),
-        max_dim=MAX_DIM,
-    )
-    analysis()  # Raises what is wrong with them now.
-    return analysis
 
 
 # --- which leaves are layers ----------------------------------------------------------
@@ -381,21 +377,6 @@ def _rows(
     ordered = [rows[report.name(layer)] for layer in report.layers]
     _assign(ordered)
     return ordered
-
-
-def _on_device(kernel: np.ndarray) -> jax.Array:
-    """Return a kernel in JAX's default float dtype, which `JAX_ENABLE_X64` widens."""
-    return jnp.asarray(kernel.astype(jnp.zeros(()).dtype, copy=False))
-
-
-def _slice(leaf: np.ndarray, layer: Layer) -> np.ndarray:
-    """Return the slice of a stack that belongs to a layer."""
-    if not layer.index:
-        return leaf
-    where: list[Any] = [slice(None)] * leaf.ndim
-    for axis, index in zip(layer.axes.stacked, layer.index, strict=True):
-        where[axis] = index
-    return leaf[tuple(where)]
 
 
 def _plain(axes: MatrixAxes) -> MatrixAxes:

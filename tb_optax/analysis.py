@@ -34,7 +34,7 @@ from tb_optax.spectrum import (
     entropies,
     layer_spectra,
 )
-from tb_optax.submatrices import Windows, cut_of, windows
+from tb_optax.submatrices import Cut, Windows, cut_of, windows
 
 # An exponent above this says that all eigenvalues are equal but for rounding.
 MAX_ALPHA = 1e4
@@ -232,10 +232,9 @@ class LayerAnalysis:
         for layer in layers:
             _check_side(layer, leaves[layer.path].shape, self.max_dim, self.options)
         owners = layer_of_leaf(layers, shapes_of(leaves) | shapes_of(own))
-        if self.kernels is None:
-            kernels = {layer.path: leaves[layer.path].value for layer in layers}
-            return Resolved(layers, kernels, owners)
         owners = {path: owner for path, owner in owners.items() if path in own}
+        if self.kernels is None:
+            params = {layer.path: own[layer.path].value for layer in layers}
         return Resolved(layers, params, owners)
 
     def warn_if_ineffective(self, layers: Sequence[Layer], kernels: Any) -> None:
@@ -342,13 +341,13 @@ def layer_analysis(
         if not isinstance(layer, Layer):
             msg = f"layers must hold Layer objects, got {layer!r}."
             raise ValueError(msg)
-    if isinstance(metric, str) and metric not in METRICS:
+    if not isinstance(metric, str):
+        check_function("metric", metric)
+    elif metric not in METRICS:
         msg = f"metric must be one of {', '.join(METRICS)}, got {metric!r}."
         raise ValueError(msg)
     check_function("fit", fit)
     check_function("assign", assign)
-    if not isinstance(metric, str):
-        check_function("metric", metric)
     check_int("min_eigenvalues", min_eigenvalues, at_least=0)
     check_int("max_dim", max_dim, at_least=1)
     check_number("conv_norm", conv_norm, above=0)
@@ -525,7 +524,8 @@ def _ineffective(
             "layer_analysis(layers) with layers = find_layers(params, axes=...) or "
             "trace_layers(...)."
         )
-    counts, least = eigenvalue_counts(layers, kernels, options), options.min_eigenvalues
+    cuts, least = cuts_of(layers, kernels, options.windows), options.min_eigenvalues
+    counts = [cut.eigenvalue_count for cut in cuts]
     tunable = [i for i, count in enumerate(counts) if count >= least]
     if len(tunable) > 1:
         return None
@@ -589,20 +589,27 @@ def layer_table(
     Large layers are estimated, the others decomposed.
     """
     large = [is_large(layer, kernels[layer.path].shape, options) for layer in layers]
-    parts, order = [], []
-    for reads, columns_of in ((False, exact_columns), (True, _estimated_columns)):
-        own = [i for i, is_one in enumerate(large) if is_one == reads]
-        if own:
-            parts.append(columns_of(kernels, [layers[i] for i in own], options))
-            order += own
+    exactly = [i for i, is_one in enumerate(large) if not is_one]
+    estimated = [i for i, is_one in enumerate(large) if is_one]
+    parts = []
+    if exactly:
+        parts.append(exact_columns(kernels, [layers[i] for i in exactly], options))
+    if estimated:
+        own = [layers[i] for i in estimated]
+        method: Any = options.spectrum
+        spectra = quadrature_spectra(kernels, own, options.conv_norm, method)
+        parts.append(measured(spectra, options))
     columns = parts[0]
     if len(parts) > 1:
-        place = np.argsort(order)
-        columns = {
-            name: jnp.concatenate([part[name] for part in parts])[place]
-            for name in columns
-        }
-    return untuned_table(layers, columns, _random_alphas(layers, kernels, options))
+        place = np.argsort(exactly + estimated)
+        columns = jax.tree.map(lambda *own: jnp.concatenate(own)[place], *parts)
+    random: Any = 0.0
+    if isinstance(options.fit, fit_median):
+        random = [
+            random_alpha(*sorted(cut.shape), cut.matrices * min(cut.shape), options.fit)
+            for cut in cuts_of(layers, kernels, options.windows)
+        ]
+    return untuned_table(layers, columns, random)
 
 
 def untuned_table(
@@ -633,17 +640,9 @@ def exact_columns(
     """Return what the spectra of layers tell whose matrices are decomposed."""
     cut, route = options.windows, route_of(options)
     spectra = layer_spectra(kernels, layers, options.conv_norm, route, cut)
-    columns = measured(spectra, options)
-    if cut is None:
-        return columns
-    blocks = [cut_of(x, kernels[x.path].shape, cut).blocks for x in layers]
-    return _averaged(columns, np.repeat(np.arange(len(layers)), blocks), len(layers))
-
-
-def _estimated_columns(kernels, layers, options: Options) -> dict[str, Any]:
-    method: Any = options.spectrum
-    estimate = quadrature_spectra(kernels, layers, options.conv_norm, method)
-    return measured(estimate, options)
+    blocks = [own.blocks for own in cuts_of(layers, kernels, cut)]
+    layer_of_row = np.repeat(np.arange(len(layers)), blocks)
+    return _averaged(measured(spectra, options), layer_of_row, len(layers))
 
 
 def _averaged(
@@ -685,30 +684,16 @@ def _averaged(
     return means | {"fitted": fits > 0}
 
 
-def _random_alphas(layers, kernels, options: Options) -> list[float]:
-    """Return the exponent of untrained matrices of each layer's shape; 0 if unknown."""
-    if not isinstance(options.fit, fit_median):
-        return [0.0] * len(layers)
-    cuts = [cut_of(x, kernels[x.path].shape, options.windows) for x in layers]
-    return [
-        random_alpha(
-            *sorted(cut.shape), cut.eigenvalue_count // cut.blocks, options.fit
-        )
-        for cut in cuts
-    ]
-
-
-def eigenvalue_counts(
-    layers: Sequence[Layer], kernels: Mapping[str, Any], options: Options
-) -> list[int]:
-    """Return the number of eigenvalues of each layer, in windows where there are."""
-    cuts = [cut_of(x, kernels[x.path].shape, options.windows) for x in layers]
-    return [cut.eigenvalue_count for cut in cuts]
+def cuts_of(
+    layers: Sequence[Layer], kernels: Mapping[str, Any], cut: Windows
+) -> list[Cut]:
+    """Return the geometry of the matrices of each layer."""
+    return [cut_of(layer, kernels[layer.path].shape, cut) for layer in layers]
 
 
 def sizes_of(layers: Sequence[Layer], kernels: Mapping[str, Any]) -> list[int]:
     """Return the number of weights of each layer."""
-    cuts = [cut_of(x, kernels[x.path].shape, None) for x in layers]
+    cuts = cuts_of(layers, kernels, None)
     return [cut.matrices * math.prod(cut.shape) for cut in cuts]
 
 

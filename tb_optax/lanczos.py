@@ -615,9 +615,7 @@ def _eigenpairs(buckets):
         nodes, vectors = jnp.linalg.eigh(matrices)
         return nodes, vectors[..., 0, :] ** 2
 
-    def one_by_one(matrices):
-        return jax.lax.map(pairs, matrices)
-
+    one_by_one = functools.partial(jax.lax.map, pairs)
     return [jax.lax.platform_dependent(matrices, cpu=one_by_one, default=pairs)]
 
 

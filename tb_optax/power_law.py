@@ -103,9 +103,22 @@ class fit_median:
         threshold = jnp.take_along_axis(
             log_eigenvalues, jnp.clip(threshold_column, 0, width - 1)[:, None], axis=-1
         )[:, 0]
-        exists = (size > 0) & (threshold_column >= width - count)
-        threshold = jnp.where(exists, threshold, -jnp.inf)
-        return _hill(log_eigenvalues, threshold, start)
+        fits = (size > 0) & (threshold_column >= width - count) & (threshold > -jnp.inf)
+        threshold = jnp.where(fits, threshold, 0)
+        rank = jnp.arange(width)[None] - start[:, None]
+        tail = (rank >= 0) & fits[:, None]
+        excess = jnp.where(tail, log_eigenvalues - threshold[:, None], 0)
+        size = jnp.where(fits, size, 0)
+        total = jnp.where(fits, excess.sum(axis=-1), 1)
+        alpha = 1 + size.astype(total.dtype) / total
+        number = jnp.maximum(size, 1)[:, None]
+        distance = _ks_terms(excess, alpha[:, None], rank, number)
+        return PowerLaw(
+            alpha=jnp.where(fits, alpha, 0),
+            xmin=jnp.where(fits, jnp.exp(threshold), 0),
+            ks_distance=jnp.max(distance, axis=-1, initial=0, where=tail),
+            tail_size=size,
+        )
 
     def fit_weighted(
         self,
@@ -307,27 +320,6 @@ class _Cells(NamedTuple):
         share = jnp.where(below > 0, share, 1)
         start = jnp.maximum(self.lower - threshold, 0)
         return jnp.sum(self.mass * share * (above + start) / 2, axis=-1)
-
-
-def _hill(log_eigenvalues: Logs, threshold, start) -> PowerLaw:
-    """Fit the tails from column `start` on, above `threshold`; -inf for no tail."""
-    width = log_eigenvalues.shape[-1]
-    fits = threshold > -jnp.inf
-    rank = jnp.arange(width)[None] - start[:, None]
-    tail = (rank >= 0) & fits[:, None]
-    excess = jnp.where(
-        tail, log_eigenvalues - jnp.where(fits, threshold, 0)[:, None], 0
-    )
-    size = jnp.where(fits, width - start, 0)
-    total = jnp.where(fits, excess.sum(axis=-1), 1)
-    alpha = 1 + size.astype(total.dtype) / total
-    distance = _ks_terms(excess, alpha[:, None], rank, jnp.maximum(size, 1)[:, None])
-    return PowerLaw(
-        alpha=jnp.where(fits, alpha, 0),
-        xmin=jnp.exp(threshold),
-        ks_distance=jnp.max(distance, axis=-1, initial=0, where=tail),
-        tail_size=size,
-    )
 
 
 def _ks_terms(excess, alpha, rank, size):

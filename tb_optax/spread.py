@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from tb_optax.analysis import (
     Options,
     assign_multipliers,
-    eigenvalue_counts,
+    cuts_of,
     exact_columns,
     is_large,
     measured,
@@ -74,33 +74,27 @@ def spread_refresh(
     Returns:
         Multipliers, new ones from all alphas after the last piece; alphas.
     """
-    matrices = [functools.partial(layer_matrices, kernels, layer) for layer in layers]
     kinds = _kinds(kernels, layers, options)
     kind_of, place_of = np.zeros((2, len(layers)), np.int32)
     for number, members in enumerate(kinds.values()):
         kind_of[members], place_of[members] = number, np.arange(len(members))
 
-    def alpha_of(pooled, members, place):
-        own = jax.lax.switch(place, [matrices[i] for i in members])
-        axes = MatrixAxes((1,), (2,), **{"pooled" if pooled else "stacked": (0,)})
-        alone = Layer("", axes, index=() if pooled else (0,))
-        return exact_columns({"": own}, [alone], options)["alpha"]
-
-    def alpha_of_large(members, place):
+    def alpha_of(members, place):
         own = [layers[i] for i in members]
-        method: Any = options.spectrum
-        spectra = estimate_one_of(kernels, own, place, options.conv_norm, method)
-        return measured(spectra, options)["alpha"]
-
-    def analysis(members):
-        like = layers[members[0]]
-        if is_large(like, kernels[like.path].shape, options):
-            found = functools.partial(alpha_of_large, members)
+        if is_large(own[0], kernels[own[0].path].shape, options):
+            method: Any = options.spectrum
+            spectra = estimate_one_of(kernels, own, place, options.conv_norm, method)
+            columns = measured(spectra, options)
         else:
-            found = functools.partial(alpha_of, bool(like.axes.pooled), members)
-        return lambda place: found(place)[0].astype(alpha.dtype)
+            matrices = [functools.partial(layer_matrices, kernels, x) for x in own]
+            pooled = bool(own[0].axes.pooled)
+            axes = MatrixAxes((1,), (2,), **{"pooled" if pooled else "stacked": (0,)})
+            alone = Layer("", axes, index=() if pooled else (0,))
+            chosen = jax.lax.switch(place, matrices)
+            columns = exact_columns({"": chosen}, [alone], options)
+        return columns["alpha"][0].astype(alpha.dtype)
 
-    analyses = [analysis(members) for members in kinds.values()]
+    analyses = [functools.partial(alpha_of, members) for members in kinds.values()]
 
     def visit(i, alpha):
         kind, place = jnp.asarray(kind_of)[i], jnp.asarray(place_of)[i]
@@ -115,7 +109,8 @@ def spread_refresh(
     alpha = jax.lax.fori_loop(starts[piece], starts[piece + 1], visit, alpha)
 
     def assign():
-        counts = jnp.asarray(eigenvalue_counts(layers, kernels, options))
+        cuts = cuts_of(layers, kernels, options.windows)
+        counts = jnp.asarray([cut.eigenvalue_count for cut in cuts])
         scores = alpha.astype(computing_dtype(*kernels.values()))
         rows = tuple(zip(layers, sizes_of(layers, kernels), strict=True))
         found, _ = assign_multipliers(scores, alpha > 0, counts, options, rows)
@@ -128,10 +123,11 @@ def _kinds(kernels, layers: Sequence[Layer], options: Options) -> dict[Any, list
     """Group the layers that share one compiled analysis."""
     kinds: dict[Any, list[int]] = {}
     for i, layer in enumerate(layers):
-        if is_large(layer, kernels[layer.path].shape, options):
+        kernel = kernels[layer.path]
+        if is_large(layer, kernel.shape, options):
             key = estimate_key(kernels, layer)
         else:
-            own = jax.eval_shape(functools.partial(layer_matrices, kernels, layer))
-            key = (own.shape, own.dtype, bool(layer.axes.pooled))
+            cut = cut_of(layer, kernel.shape, None)
+            key = (cut, kernel.dtype, bool(layer.axes.pooled))
         kinds.setdefault(key, []).append(i)
     return kinds

@@ -199,25 +199,20 @@ def log_dict(
         columns["factor"] = jnp.asarray(factors, in_force.dtype)
         in_force = in_force * columns["factor"]
     if learning_rate is not None:
-        columns["learning_rate"] = _rate(learning_rate, state) * in_force
+        if callable(learning_rate):
+            learning_rate = learning_rate(jnp.maximum(state.count - 1, 0))
+        if jnp.shape(learning_rate) != ():
+            msg = (
+                f"learning_rate must be a schedule or a scalar, got shape "
+                f"{jnp.shape(learning_rate)}."
+            )
+            raise ValueError(msg)
+        columns["learning_rate"] = learning_rate * in_force
     return {
         f"{column}/{name}": value
         for column, values in columns.items()
         for name, value in zip(names, jnp.unstack(values), strict=True)
     }
-
-
-def _rate(learning_rate: Any, state: TempBalanceState) -> Any:
-    """Return the learning rate of the last update, without multipliers."""
-    if callable(learning_rate):
-        learning_rate = learning_rate(jnp.maximum(state.count - 1, 0))
-    if jnp.shape(learning_rate) != ():
-        msg = (
-            f"learning_rate must be a schedule or a scalar, got shape "
-            f"{jnp.shape(learning_rate)}."
-        )
-        raise ValueError(msg)
-    return learning_rate
 
 
 def check_length(multipliers: Float[Array, " layers"], layers: Sequence[Layer]) -> None:
@@ -304,7 +299,6 @@ def _is_state(node) -> bool:
 def _find_state(opt_state, which: Which) -> TempBalanceState:
     flat, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=_is_state)
     found = {path_of(keys): node for keys, node in flat if _is_state(node)}
-    places = list(found)
     if not found:
         check_fields(opt_state)
         msg = (
@@ -315,22 +309,19 @@ def _find_state(opt_state, which: Which) -> TempBalanceState:
     if which is None and len(found) > 1:
         msg = (
             f"there are {len(found)} TempBalanceStates in the optimizer state, at "
-            f"{listing(places)}: pass which= one of these paths or its position, or "
+            f"{listing(found)}: pass which= one of these paths or its position, or "
             f"the part that holds the one you mean."
         )
         raise ValueError(msg)
-    if which is None:
-        return found[places[0]]
-    place = which
-    if isinstance(which, int):
-        place = places[which] if 0 <= which < len(places) else None
-    if place not in found:
+    places = {**dict(enumerate(found.values())), **found}
+    place = 0 if which is None else which
+    if place not in places:
         msg = (
             f"which must be a position below {len(found)} or one of the paths "
-            f"{listing(places)}, got which = {which!r}."
+            f"{listing(found)}, got which = {which!r}."
         )
         raise ValueError(msg)
-    return found[place]
+    return places[place]
 
 
 def check_fields(state: Any) -> None:

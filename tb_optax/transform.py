@@ -113,12 +113,7 @@ def scale_by_temp_balance(
     """
     name = "scale_by_temp_balance"
     when = _Refresh(name, analyze, interval, spread, start, stop, ramp, smoothing)
-
-    def scale(update, multiplier):
-        with jax.numpy_dtype_promotion("standard"):
-            return (update * multiplier).astype(update.dtype)
-
-    return _transform(when, weight_decay, mask, scale)
+    return _transform(when, weight_decay, mask, scales=True)
 
 
 def add_balanced_weight_decay(
@@ -175,7 +170,7 @@ def add_balanced_weight_decay(
     """
     name = "add_balanced_weight_decay"
     when = _Refresh(name, analyze, interval, spread, start, stop, ramp, smoothing)
-    return _transform(when, weight_decay, mask, lambda update, _: update)
+    return _transform(when, weight_decay, mask, scales=False)
 
 
 def temp_balance(
@@ -287,15 +282,9 @@ class _Refresh:
         )
 
     def advance(
-        self, state: Any, params: optax.Params | None
+        self, state: Any, params: optax.Params
     ) -> tuple[dict[str, Float[Array, "..."]], TempBalanceState]:
         """Return the multipliers of this update by path of leaf, and the next state."""
-        if params is None:
-            msg = (
-                f"{self.name} needs the parameters: call "
-                f"update(updates, state, params)."
-            )
-            raise ValueError(msg)
         if not isinstance(state, TempBalanceState):
             check_fields(state)
         plan = _resolve(self.analyze, params)
@@ -311,12 +300,24 @@ class _Refresh:
         if self.interval is not None:
             if isinstance(self.analyze, LayerAnalysis):
                 self.analyze.warn_if_ineffective(plan.layers, plan.kernels)
-            renew = self._in_pieces if self.spread else self._at_once
-            done, target, alpha = renew(plan, state._replace(multipliers=target))
-            refreshed = jnp.where(done, state.count, refreshed)
+            whole, piece, ends = self._due(state.count)
+            target, alpha = _refreshed(
+                self.analyze,
+                plan.layers,
+                self.interval if self.spread else None,
+                whole,
+                piece,
+                state._replace(multipliers=target),
+                plan.kernels,
+                self._weight(),
+            )
+            refreshed = jnp.where(ends, state.count, refreshed)
         multipliers = target
         if isinstance(self.ramp, jax.Array) or self.ramp > 1:
-            multipliers = _ramped(here, target, refreshed + self.ramp - state.count)
+            # In so many equal steps, this one included.
+            left = jnp.asarray(refreshed + self.ramp - state.count, here.dtype)
+            moved = here + (target - here) / jnp.maximum(left, 1)
+            multipliers = jnp.where(left > 1, moved, target).astype(here.dtype)
         count = jnp.asarray(optax.safe_increment(state.count))
         state = TempBalanceState(count, multipliers, alpha, target, refreshed)
         return leaf_multipliers(plan.owners, multipliers), state
@@ -326,30 +327,19 @@ class _Refresh:
         unused = not isinstance(self.smoothing, jax.Array) and self.smoothing == 0
         return None if unused or _metric_of(self.analyze) != "alpha" else self.smoothing
 
-    def _at_once(self, plan: Resolved, state: TempBalanceState):
-        """Refresh if count % interval is 0."""
-        due = self._allows(state.count) & (state.count % self.interval == 0)
-        multipliers, alpha = _refreshed(
-            self.analyze, plan.layers, due, state, plan.kernels, self._weight()
-        )
-        return due, multipliers, alpha
+    def _due(self, count):
+        """Return whether all of a refresh is due, a piece of it, and its end.
 
-    def _in_pieces(self, plan: Resolved, state: TempBalanceState):
-        """Refresh whole at the first time that is due, later one piece per update."""
-        interval, count = self.interval, state.count
+        With pieces, the first refresh is whole.
+        """
+        interval = self.interval
+        if not self.spread:
+            due = self._allows(count) & (count % interval == 0)
+            return due, None, due
         first = -(-self.start // interval) * interval
         end = -(-count // interval) * interval  # Of the refresh it belongs to.
         active = self._allows(jnp.where(count < first, -1, end))
-        multipliers, alpha = _spread(
-            self.analyze,
-            plan.layers,
-            interval,
-            (count == first, active),
-            state,
-            plan.kernels,
-            self._weight(),
-        )
-        return active & (count == end), multipliers, alpha
+        return active & (count == first), active, active & (count == end)
 
     def _allows(self, count) -> jax.Array:
         """Return whether `start` and `stop` allow a refresh at a count."""
@@ -362,23 +352,29 @@ def _is_known(value: Any) -> bool:
     return not isinstance(value, jax.core.Tracer)
 
 
-def _ramped(here, target, left):
-    """Move to the target in so many equal steps, this one included."""
-    left = jnp.asarray(left, here.dtype)
-    moved = here + (target - here) / jnp.maximum(left, 1)
-    return jnp.where(left > 1, moved, target).astype(here.dtype)
-
-
 def _transform(
-    refresh: _Refresh, weight_decay: Number, mask: Any, scale: Callable[..., Any]
+    refresh: _Refresh, weight_decay: Number, mask: Any, *, scales: bool
 ) -> optax.GradientTransformationExtraArgs:
-    """Make the transform that adds a balanced weight decay, and scales the sum."""
+    """Make the transform that adds a balanced weight decay, and may scale the sum."""
     if not isinstance(weight_decay, jax.Array):
         check_number("weight_decay", weight_decay, at_least=0)
     decays = isinstance(weight_decay, jax.Array) or weight_decay > 0
     of_mask = optax.add_decayed_weights(1.0, mask)
 
-    def changed(updates, params, by_path):
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, TempBalanceState]:
+        del extra_args
+        if params is None:
+            msg = (
+                f"{refresh.name} needs the parameters: call "
+                f"update(updates, state, params)."
+            )
+            raise ValueError(msg)
+        by_path, state = refresh.advance(state, params)
         terms = updates
         if decays:
             zeros = jax.tree.map(
@@ -390,23 +386,16 @@ def _transform(
             multiplier = by_path.get(path_of(keys))
             if not is_array(update):
                 return update
-            if decays:
-                factor = weight_decay * (1 if multiplier is None else multiplier)
-                with jax.numpy_dtype_promotion("standard"):
-                    update = (update + factor * term).astype(update.dtype)
-            return update if multiplier is None else scale(update, multiplier)
+            dtype = update.dtype
+            with jax.numpy_dtype_promotion("standard"):
+                if decays:
+                    factor = weight_decay * (1 if multiplier is None else multiplier)
+                    update = (update + factor * term).astype(dtype)
+                if scales and multiplier is not None:
+                    update = (update * multiplier).astype(dtype)
+            return update
 
-        return jax.tree_util.tree_map_with_path(change, updates, terms)
-
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, TempBalanceState]:
-        del extra_args
-        by_path, state = refresh.advance(state, params)
-        return changed(updates, params, by_path), state
+        return jax.tree_util.tree_map_with_path(change, updates, terms), state
 
     return optax.GradientTransformationExtraArgs(refresh.init, update_fn)
 
@@ -424,60 +413,38 @@ def _resolve(analyze: Analyze, params: Any) -> Resolved:
 
 
 # Compiled once, whether `update` is jitted or not.
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _refreshed(
-    analyze, layers, due, state: TempBalanceState, kernels, weight: Any = None
-):
-    """Recompute multipliers and alpha if a refresh is due."""
-    return jax.lax.cond(
-        due,
-        lambda: as_vectors(_analyzed(analyze, layers, kernels, state, weight), state),
-        lambda: (state.multipliers, state.alpha),
-    )
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _spread(
-    analyze: LayerAnalysis,
-    layers,
-    interval: int,
-    when: Any,
-    state: TempBalanceState,
-    kernels,
-    weight: Any = None,
+def _refreshed(
+    analyze, layers, pieces, whole, piece, state: TempBalanceState, kernels, weight
 ):
-    """Compute this step's piece of a refresh; at the first one the whole of it.
+    """Recompute multipliers and alpha: all, if that is due, or a piece if one is.
 
-    `when` says whether it is the first, and whether a piece is due.
+    A refresh has so many pieces; None for none.
     """
-    is_first, active = when
+    vectors = (state.multipliers, state.alpha)
+    weight = None if weight is None else jnp.asarray(weight)
+
+    def all_layers():
+        if isinstance(analyze, LayerAnalysis):
+            past = None if weight is None else (state.alpha, weight)
+            return as_vectors(analyze.run(layers, kernels, past), state)
+        return as_vectors(analyze(kernels), state)
 
     def one_piece():
         refresh = functools.partial(
-            spread_refresh, layers=layers, options=analyze.options, pieces=interval
+            spread_refresh, layers=layers, options=analyze.options, pieces=pieces
         )
-        piece = (state.count - 1) % interval
+        number = (state.count - 1) % pieces
         own = analyze.kernels_of(layers, kernels)
         mesh = mesh_of(own, analyze.mesh)
-        vectors = (state.multipliers, state.alpha)
-        past = None if weight is None else jnp.asarray(weight)
-        return on_mesh(mesh, refresh, own, piece, *vectors, past)
+        return on_mesh(mesh, refresh, own, number, *vectors, weight)
 
-    def one_piece_if_due():
-        return jax.lax.cond(active, one_piece, lambda: (state.multipliers, state.alpha))
+    def at_most_a_piece():
+        if pieces is None:
+            return vectors
+        return jax.lax.cond(piece, one_piece, lambda: vectors)
 
-    return jax.lax.cond(
-        is_first & active,
-        lambda: as_vectors(_analyzed(analyze, layers, kernels, state, weight), state),
-        one_piece_if_due,
-    )
-
-
-def _analyzed(analyze, layers, kernels, state: TempBalanceState, weight) -> Analysis:
-    if isinstance(analyze, LayerAnalysis):
-        past = None if weight is None else (state.alpha, jnp.asarray(weight))
-        return analyze.run(layers, kernels, past)
-    return analyze(kernels)
+    return jax.lax.cond(whole, all_layers, at_most_a_piece)
 
 
 def _metric_of(analyze):
