@@ -745,7 +745,7 @@ def _dynamic_slice(op: Op) -> Value:
     """Take a slice, unknown which if the program does not say where it starts."""
     (value, *starts), shape = op.values, op.shapes[0]
     chosen = [i for i, size in enumerate(shape) if size != value.array.shape[i]]
-    begin = [start.literal or 0 for start in starts]
+    begin = [starts[i].literal or 0 if i in chosen else 0 for i in range(len(shape))]
     gone = [i for i in chosen if starts[i].literal is None and shape[i] == 1]
     found = picked(moved(value, shape, views.cut, begin), value, gone)
     data = [start for start in starts if start.kind == DATA]
