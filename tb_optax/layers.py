@@ -382,7 +382,10 @@ def parts_of(
         )
         raise ValueError(msg)
     size = shape[axis]
-    sizes = [size // max(parts, 1)] * parts if isinstance(parts, int) else list(parts)
+    if isinstance(parts, int):
+        sizes = [size // parts] * parts if parts > 0 else []
+    else:
+        sizes = list(parts)
     if sum(sizes) != size or any(part < 1 for part in sizes):
         msg = (
             f"split: axis {axis} of {layer.path!r} has {size} outputs, which do not "
