@@ -409,6 +409,9 @@ def _resolve(analyze: Analyze, params: Any) -> Resolved:
     if isinstance(analyze, LayerAnalysis):
         return analyze.resolve(arrays, may_be_none=True)
     layers = jax.eval_shape(analyze, arrays).layers
+    if not layers:
+        msg = "analyze must return an Analysis with at least one layer, got none."
+        raise ValueError(msg)
     return Resolved(layers, arrays, layer_of_leaf(layers, shapes_of(leaves_of(arrays))))
 
 

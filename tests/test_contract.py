@@ -4,6 +4,7 @@ The rows of `configurations.py` are ways to refresh after several optimizers. Wh
 optimizer plays no part, only the ways to refresh are run.
 """
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -254,6 +255,17 @@ def test_named_layers_that_are_not_there_stay_an_error():
         transform.update(params, transform.init(params), params)
     with pytest.raises(ValueError, match="there is no layer to balance"):
         ANALYZE(params)
+
+
+def test_a_function_that_analyzes_no_layer_is_an_error():
+    params = table.make_params()
+
+    def analyze(params):
+        columns = jax.tree.map(lambda column: column[:0], ANALYZE(params))
+        return dataclasses.replace(columns, layers=())
+
+    with pytest.raises(ValueError, match="analyze must return .* at least one layer"):
+        tb_optax.scale_by_temp_balance(analyze, interval=1).init(params)
 
 
 @every_row
