@@ -71,7 +71,7 @@ def describe(
         rows.append(
             {
                 "leaf": path,
-                "shape": leaf.shape if leaf.is_array else None,
+                "shape": shapes[path],
                 "dtype": str(leaf.value.dtype) if leaf.is_array else None,
                 "layer": _names(own),
                 "note": note,
@@ -92,16 +92,15 @@ def _frozen(params: Any, trainable: Any) -> set[str]:
             f"got {jax.tree.structure(trainable)}: {error}"
         )
         raise ValueError(msg) from None
-    wrong = [
-        p for p, leaf in mask.items() if not isinstance(leaf.value, bool | np.bool)
-    ]
+    kept = {path: leaf.value for path, leaf in mask.items()}
+    wrong = [path for path in kept if not isinstance(kept[path], bool | np.bool)]
     if wrong:
         msg = (
-            f"trainable must hold booleans, got {mask[wrong[0]].value!r} for "
+            f"trainable must hold booleans, got {kept[wrong[0]]!r} for "
             f"{listing(wrong)}."
         )
         raise ValueError(msg)
-    return {path for path, leaf in mask.items() if not leaf.value}
+    return {path for path in kept if not kept[path]}
 
 
 def _note_in_list(layer: Layer, leaf: Leaf, least: int, frozen: bool) -> str:

@@ -102,6 +102,8 @@ def _merged(
 def _one_of(dims: Dims) -> views.Dimension:
     """Combine one dimension of several arrays."""
     moving = [dim for dim in dims if any(f.varies for f in dim)] or dims
+    if len(moving) == 1:
+        return moving[0]
     finest = max(moving, key=lambda dim: (any(f.labels for f in dim), len(dim)))
     alike = [dim for dim in moving if [f.size for f in dim] == [f.size for f in finest]]
     found = []
@@ -207,9 +209,9 @@ def _one_hot(op: Op, array: Array) -> Array:
 
     What is computed from them is marked no more.
     """
-    constants = [v.array for v in op.of_kind(CONSTANT) if op.name == "eq"]
-    hot = union(constant.along(views.DISTINCT) for constant in constants)
-    hot -= _varying(op.of_kind(DATA))
+    constants = op.of_kind(CONSTANT) if op.name == "eq" else []
+    known = _varying(op.of_kind(DATA)) if constants else frozenset()
+    hot = union(value.array.along(views.DISTINCT) for value in constants) - known
     if not hot:
         return array.marked(views.ONE_HOT, ())
     dims = list(array.dims)

@@ -92,13 +92,14 @@ class Array(NamedTuple):
 
     def marked(self, label: Label, dimensions: Collection[int]) -> "Array":
         """Put a label on some dimensions, and take it off the others."""
-        dims = []
-        for i, dim in enumerate(self.dims):
-            own = {label} if i in dimensions else set()
-            dims.append(
-                tuple(f._replace(of_axis=f.of_axis - {label} | own) for f in dim)
-            )
-        return self._replace(dims=tuple(dims))
+
+        def own(factor: Factor, i: int) -> Factor:
+            if (label in factor.of_axis) == (i in dimensions):
+                return factor
+            return factor._replace(of_axis=factor.of_axis ^ {label})
+
+        dims = enumerate(self.dims)
+        return self._replace(dims=tuple(tuple(own(f, i) for f in d) for i, d in dims))
 
     def along(self, label: Label) -> frozenset[int]:
         """Return the dimensions that are one factor with this label."""
