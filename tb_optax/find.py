@@ -436,7 +436,9 @@ def _followers(
                 own = inside.get(leaf.name.replace("bias", "weight"), own)
             if own is not None and own is not leaf:
                 followers.setdefault(own.path, []).append(leaf.path)
-    convolutions = {_plain(module): leaf for module, leaf in kernel_of.items()}
+    convolutions = {
+        _plain(module): leaf for module, leaf in kernel_of.items() if module
+    }
     for module, members in modules.items():
         kernel = convolutions.get(_convolution_of_norm(module))
         if module in kernel_of or kernel is None:
@@ -452,13 +454,13 @@ def _followers(
 
 def _plain(module: tuple[str, ...]) -> tuple[str, ...]:
     """`("block", "Conv_3")` -> `("block", "conv_3")`, as Haiku's `conv2_d_3`."""
-    if not module:
-        return ()
     return (*module[:-1], re.sub(r"conv([123]_?d|olution)", "conv", module[-1].lower()))
 
 
 def _convolution_of_norm(module: tuple[str, ...]) -> tuple[str, ...]:
     """`("block", "BatchNorm_3")` -> `("block", "conv_3")`; empty for other names."""
-    name = "".join(module[-1:]).lower()
+    if not module:
+        return ()
+    name = module[-1].lower()
     name, count = re.subn(r"normalization|batch_?norm|bn|norm", "conv", name)
     return (*module[:-1], name) if count else ()

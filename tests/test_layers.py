@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from tb_optax import Layer, MatrixAxes
+from tb_optax import Layer, MatrixAxes, find_layers
 from tb_optax.layers import expand_stacks, layer_of_leaf
 from tb_optax.leaves import leaves_of, path_of, shapes_of
 from tb_optax.spectrum import as_matrices
@@ -212,6 +212,12 @@ def test_absent_leaves_have_no_shape():
     assert shapes == {"m": None, "n": None, "w": (2, 3), "s": None}
     abstract = {"w": jax.ShapeDtypeStruct((2, 3), jnp.float32)}
     assert shapes_of(leaves_of(abstract)) == {"w": (2, 3)}
+
+
+def test_a_kernel_at_the_root_has_no_followers_in_modules():
+    tree = {"kernel": jnp.zeros((8, 4)), "Dense_0": {"bias": jnp.zeros(4)}}
+    (layer,) = find_layers(tree)
+    assert layer == Layer("kernel", MatrixAxes((0,), (1,)))
 
 
 def test_two_leaves_of_one_path_are_an_error():

@@ -278,6 +278,12 @@ ONE_LINE: dict[str, Callable[..., Any]] = {
         "td,tdf->tf", x, w[jnp.argmax(x, -1)]
     ),
     "one output: w 8x1 -> w": lambda x, w: x @ w[:, 0],
+    # What is computed from one-hot rows need not be one-hot.
+    "one-hot rows added: w 8x6 -> w": lambda x, w: (x + np.eye(5, 8)) @ w,
+    "one-hot rows multiplied: w 8x6 -> w": lambda x, w: (x * np.eye(5, 8)) @ w,
+    "compared again: w 8x6 -> w": lambda x, w: (
+        (jax.nn.one_hot(jnp.argmax(x, -1), 8) == np.arange(5)[:, None]) @ w
+    ),
     "cast: w 8x6 -> w": lambda x, w: x.astype("bfloat16") @ w.astype("bfloat16"),
     "remat: w 8x6 -> w": lambda x, w: jax.checkpoint(jnp.matmul)(x, w),
     "jit: w 8x6 -> w": lambda x, w: jax.jit(jnp.matmul)(x, w),

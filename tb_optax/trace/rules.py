@@ -81,6 +81,7 @@ def _elementwise(op: Op) -> Value:
     shape, places = op.shapes[0], range(len(op.shapes[0]))
     kernels = [moved(k, shape, views.arrange, places) for k in found.kernels]
     array = _merged([found, *parameters, *constants], shape)
+    array = array.marked(views.ONE_HOT, found.array.along(views.ONE_HOT))
     return found.but(array=array, kernels=tuple(kernels))
 
 
@@ -212,8 +213,9 @@ def _one_hot(op: Op, array: Array) -> Array:
     constants = op.of_kind(CONSTANT) if op.name == "eq" else []
     known = _varying(op.of_kind(DATA)) if constants else frozenset()
     hot = union(value.array.along(views.DISTINCT) for value in constants) - known
+    array = array.marked(views.ONE_HOT, ())
     if not hot:
-        return array.marked(views.ONE_HOT, ())
+        return array
     dims = list(array.dims)
     for i in hot:
         dims[i] = (Factor(op.shapes[0][i], 0, frozenset([views.ONE_HOT])),)
