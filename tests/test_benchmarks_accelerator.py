@@ -27,6 +27,7 @@ def measured(tmp_path_factory):
     return out
 
 
+@pytest.mark.long
 def test_every_part_writes_a_file_of_its_own(measured):
     files = sorted(path.name for path in measured.iterdir())
     assert files == sorted(f"{part}.json" for part in accelerator.PARTS)
@@ -46,6 +47,7 @@ def test_every_part_writes_a_file_of_its_own(measured):
             assert figure["error"] < 1e-4
 
 
+@pytest.mark.long
 def test_the_tables_name_every_figure(measured, capsys):
     text = "\n".join(accelerator.sections(measured))
     words = ("alpha / allowed", "Householder in JAX", "images per second", "quadrature")
@@ -54,6 +56,7 @@ def test_the_tables_name_every_figure(measured, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.long
 def test_a_run_is_resumed_and_nothing_is_overwritten(measured, capsys):
     before = {path: path.read_text() for path in measured.iterdir()}
     command = ["--minutes", "1", "--out", str(measured)]
@@ -76,6 +79,7 @@ def test_a_damaged_file_is_one_line(tmp_path, capsys, text):
     assert_fails(accelerator.main, capsys, command, "parity.json is damaged")
 
 
+@pytest.mark.long
 def test_another_machine_needs_another_directory(measured, tmp_path, capsys):
     content = json.loads((measured / "parity.json").read_text())
     content["hardware"]["device"] = "another"

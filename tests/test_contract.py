@@ -264,8 +264,10 @@ def test_a_function_that_analyzes_no_layer_is_an_error():
         columns = jax.tree.map(lambda column: column[:0], ANALYZE(params))
         return dataclasses.replace(columns, layers=())
 
+    transform = tb_optax.scale_by_temp_balance(analyze, interval=1)
+    state = transform.init(params)
     with pytest.raises(ValueError, match=r"analyze must return .* at least one"):
-        tb_optax.scale_by_temp_balance(analyze, interval=1).init(params)
+        transform.update(params, state, params)
 
 
 @every_row

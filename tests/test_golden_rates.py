@@ -158,14 +158,21 @@ def test_rates_of_trained_nets(name, precision_name):
 
 # Every fit, floor and map, metrics of both routes, every choice of first and last
 # layer, and norms by name, by order and not at all, on a net of convolutions, linear
-# layers and norms of two kinds; a few of them in 64 bit on a net of linear layers.
+# layers and norms of two kinds, which takes long; by default, a few of them in 64 bit
+# on a net of linear layers, and those of the trained nets.
 WHOLE = {
     ("custom_heavy", "float32"): (29, 42, 117, 192, 195, 198, 207, 213, 222),
     ("attn_init", "x64"): (0, 198, 200, 222),
 }
 
 
-@pytest.mark.parametrize(("name", "precision_name"), WHOLE)
+@pytest.mark.parametrize(
+    ("name", "precision_name"),
+    [
+        pytest.param(*case, marks=[pytest.mark.long] if case[1] == "float32" else [])
+        for case in WHOLE
+    ],
+)
 def test_whole_analysis(name, precision_name):
     """From the parameters to their multipliers by `layer_analysis` alone."""
     net = golden.net(name)

@@ -23,7 +23,7 @@ import tb_optax
 RECORD = golden_record.Record("trajectories")
 NAMES = ("plain", "linear_map", "sqrt_order")
 # Held in the other precision by default.
-SLOW = (("plain", "float32"), ("sqrt_order", "float32"))
+SLOW = tuple((name, "float32") for name in NAMES)
 CASES = [
     pytest.param(*case, marks=[pytest.mark.long] if case in SLOW else [])
     for case in itertools.product(NAMES, golden.PRECISIONS)
