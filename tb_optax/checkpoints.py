@@ -363,13 +363,13 @@ def _npy_leaf(path: Path, info: zipfile.ZipInfo, member) -> StoredLeaf:
         shape, is_fortran, dtype = read_header(member)
     if dtype.hasobject:
         return _no_array(shape, "it holds Python objects, which are never unpickled")
-    size = info.file_size - member.tell()
+    start = member.tell()
+    size = info.file_size - start
     fits = min(shape, default=0) >= 0 and math.prod(shape) * dtype.itemsize == size
     place = f"{info.filename!r}: shape {shape} of {dtype}"
     _check(fits, f"{place} does not take {size} bytes")
     if dtype == np.dtype("V2"):  # What NumPy makes of bfloat16, which it does not know.
         dtype = np.dtype(jnp.bfloat16)
-    start = info.file_size - size
     if is_fortran:
         turned = (path, info.filename, start, shape[::-1], dtype)
         return StoredLeaf(shape, dtype, "", lambda: _read_member(*turned).T)
